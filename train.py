@@ -1,0 +1,1924 @@
+"""train.py: the whole system, from captioned clips to a model and from prompts to new clips.
+
+    tae       clips -> autoencoder           image training, inflation, video training, statistics
+    latents   clips -> mean, logvar          encoded once; from here on the autoencoder is frozen
+    coupling  latents -> weights             which noise meets which clip
+    dit       latents, captions -> velocity  flow matching, condition dropout, moving average
+    sample    prompts -> clips               Euler, classifier-free guidance, decode; GIF and MP4
+    report    everything -> report.json, index.html
+
+This file is the only one that knows the others: it composes tae.py, text_cond.py, dit.py, flow.py
+and sdot.py, and adds what only a composer can: captions and the judge of the toy world, reading
+videos, checkpoints, the command line.
+
+Run.   torchrun train.py --scale toy               # all stages: no download, no GPU, no data
+       torchrun train.py --scale toy --data DIR --workdir runs/mine      # captioned videos
+       torchrun --nproc_per_node 2 train.py --scale toy                  # the same, sharded
+       python train.py --help                      # every field of every config is a flag
+
+Starting a run again continues it: finished stages are skipped, an unfinished one resumes at its
+last checkpoint. Every random number comes from (seed, stage, step), so that the resumed run is
+the uninterrupted one.
+
+A run folder: config.json, metrics.csv (stage; step; loss, the mean over elements and ranks; lr;
+grad_norm before clipping), tae/, latents/, coupling.pt, dit/, samples/, report.json, index.html.
+Nothing in it can run code: tensors are safetensors or are read with weights_only=True, and the one
+pickle, the table of contents of a distributed checkpoint, may name only the classes of such a one.
+
+Letters: B batch, T frames, H W height and width, M clips in the data set, P text embedding.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dit as backbone
+import flow
+import sdot
+import tae as autoencoder
+import text_cond
+from flow import FlowConfig
+from sdot import SDOTConfig
+
+# ---- 1. Configuration ----------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """Something that a user can mend: printed as one line, exit status 2."""
+
+
+@dataclass
+class ClipConfig:
+    frames: int = 16  # T
+    size: int = 32  # H = W
+    fps: int = 8  # of the files that are written
+    things: int = 1  # moving objects in a clip of the toy world
+    count: int = 6144  # M: clips in the data set that the DiT is trained on
+    max_interval: int = 4  # real videos: take every n-th frame, n drawn from 1 .. max_interval
+    workers: int = 2  # processes that decode real videos
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    batch: int = 8  # clips a step, over all ranks
+    lr: float = 2e-3
+    warmup: int = 20  # steps of linear warm-up
+    decay: float = (
+        1.0  # the last part of the steps over which the learning rate falls to 0 (cosine)
+    )
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    clip: float = 1.0  # gradient norm
+    ema: float = 0.0  # 0: no average of the weights
+    every: int = 200  # steps between checkpoints
+    image_steps: int = 0  # tae: steps of image training before inflation
+    image_batch: int = 32  # tae: frames a step in image training
+    crowd: int = (
+        1  # tae: objects in a training clip of the toy world; an empty background teaches nothing
+    )
+    window: int = 16  # tae: frames of a training clip
+    drop: float = 0.1  # dit: condition dropout
+    align: float = 0.0  # dit: weight of the loss that aligns the toy MetaCLIP with the picture
+
+
+@dataclass
+class SampleConfig:
+    steps: int = 25
+    schedule: str = "linear"
+    solver: str = "euler"
+    guidance: float = 3.0
+    batch: int = 32
+    # toy world: prompts that are judged (more are drawn for held-out combinations and longer words)
+    prompts: int = 160
+
+
+@dataclass
+class Config:
+    scale: str = "toy"
+    data: str = ""  # folder of captioned videos; empty: the toy world
+    seed: int = 0
+    coupling: str = "sdot"
+    patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    tae: autoencoder.TAEConfig = field(default_factory=autoencoder.TAEConfig)
+    train_tae: TrainConfig = field(default_factory=TrainConfig)
+    text: text_cond.TextConfig = field(default_factory=text_cond.TextConfig)
+    dit: backbone.DiTConfig = field(default_factory=backbone.DiTConfig)
+    train_dit: TrainConfig = field(default_factory=TrainConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    sdot: SDOTConfig = field(default_factory=SDOTConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+SCALES: dict[str, Callable[[], Config]] = {
+    # 2 CPU cores, minutes: 16 x 32 x 32 clips, latent (8, 4, 8, 8), 16 tokens
+    "toy": lambda: Config(
+        tae=replace(autoencoder.PRESETS["toy"]),
+        train_tae=TrainConfig(steps=2500, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8),
+        text=replace(text_cond.PRESETS["toy"]),
+        dit=replace(backbone.PRESETS["toy"]),
+        train_dit=TrainConfig(steps=2000, batch=64, lr=1e-3, warmup=100, ema=0.995, align=0.1),
+        sdot=SDOTConfig(solver="pot"),
+    ),
+    # one GPU, hours: 16 x 64 x 64 clips with two objects, 8 x 8 x 8, latent (16, 2, 8, 8)
+    "small": lambda: Config(
+        scale="small",
+        coupling="independent",
+        patch=(1, 2, 2),
+        clips=ClipConfig(size=64, things=2, count=50_000),
+        tae=replace(autoencoder.PRESETS["small"]),
+        train_tae=TrainConfig(
+            steps=40_000,
+            batch=32,
+            lr=4e-4,
+            warmup=500,
+            image_steps=10_000,
+            image_batch=128,
+            every=2000,
+        ),
+        text=replace(text_cond.PRESETS["small"]),
+        dit=replace(backbone.PRESETS["small"]),
+        train_dit=TrainConfig(
+            steps=100_000, batch=256, lr=3e-4, warmup=1000, ema=0.9999, every=2000, align=0.1
+        ),
+        sample=SampleConfig(steps=50),
+    ),
+}
+COUPLINGS = ("independent", "minibatch", "sdot", "sdot-global")
+STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
+# Fields that follow from others, and are therefore no flags.
+DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant"}
+
+
+def one_of(flag: str, value: str, choices) -> None:
+    if value not in choices:
+        raise UserError(f"{flag} {value}: not one of {', '.join(choices)}")
+
+
+def finish_config(cfg: Config) -> Config:
+    """Fill the fields that follow from others, and check what no single stage can."""
+    c, model = cfg.clips, cfg.tae
+    for name in ("frames", "size", "fps", "things", "count", "max_interval"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--clips.{name} {getattr(c, name)}: must be 1 or more")
+    for section in ("train_tae", "train_dit"):
+        t = getattr(cfg, section)
+        for name in ("batch", "every", "image_batch", "crowd", "window"):
+            if getattr(t, name) < 1:
+                raise UserError(f"--{section}.{name} {getattr(t, name)}: must be 1 or more")
+        if t.steps < 0 or t.image_steps < 0:
+            raise UserError(f"--{section}.steps {t.steps}: must be 0 or more")
+        if not t.lr > 0:
+            raise UserError(f"--{section}.lr {t.lr}: must be above 0")
+    if c.things > len(autoencoder.COLORS):
+        raise UserError(
+            f"--clips.things {c.things}: at most {len(autoencoder.COLORS)}, one of each colour"
+        )
+    if cfg.train_tae.window > c.frames:
+        cfg.train_tae.window = c.frames
+    one_of("--coupling", cfg.coupling, COUPLINGS)
+    one_of("--sample.schedule", cfg.sample.schedule, ("linear", "linear_quadratic", "shifted"))
+    latent = (
+        model.latent_channels,
+        -(-c.frames // model.time_factor),
+        *[-(-c.size // model.space_factor)] * 2,
+    )
+    if len(cfg.patch) != 3 or any(n % p for n, p in zip(latent[1:], cfg.patch)):
+        raise UserError(
+            f"--patch {' '.join(map(str, cfg.patch))}: does not divide the latent {latent[1:]}"
+        )
+    cfg.dit = replace(
+        cfg.dit,
+        streams=(backbone.Stream(latent[0], tuple(cfg.patch), latent[1:]),),
+        text_dim=cfg.dit.dim,
+    )
+    cfg.text = replace(cfg.text, dim=cfg.dit.dim)
+    return cfg
+
+
+# ---- 2. The toy world: captions and the judge ----------------------------------------------------
+
+
+def caption(world: autoencoder.World) -> str:
+    """`a red circle moving left fast`, `a white sign saying "CAT" moving up`; two objects are
+    joined by `and`."""
+
+    def one(t: autoencoder.Thing) -> str:
+        what = f'sign saying "{t.word}"' if t.shape == "sign" else t.shape
+        return f"a {t.color} {what} moving {t.direction}" + (" fast" if t.speed == "fast" else "")
+
+    return " and ".join(one(t) for t in world.things)
+
+
+_one_of = lambda words: "|".join(sorted(words, key=len, reverse=True))
+GRAMMAR = re.compile(
+    rf"an? (?P<color>{_one_of(autoencoder.COLORS)}) "
+    rf'(?:(?P<shape>{_one_of(autoencoder.SHAPES)})|sign saying "(?P<word>[A-Z]+)")'
+    rf" moving (?P<direction>{_one_of(autoencoder.DIRECTIONS)})(?P<fast> fast)?"
+)
+
+
+def parse(prompt: str) -> list[dict[str, str]]:
+    """What a prompt of the toy grammar asks for, one dict per object; [] if it is not of that
+    grammar."""
+    parts = [GRAMMAR.fullmatch(p) for p in prompt.split(" and ")]
+    if not all(parts):
+        return []
+    return [
+        {
+            "color": m["color"],
+            "shape": m["shape"] or "sign",
+            "direction": m["direction"],
+            "speed": "fast" if m["fast"] else "slow",
+            "text": m["word"] or "",
+        }
+        for m in parts
+    ]
+
+
+def seen_colors(x: Tensor) -> Tensor:
+    """Index of the nearest palette colour of each pixel, by hue: x (3, ...) in [0, 1] -> (...).
+    Brightness is divided out, because blur mixes a colour with the dark background."""
+    palette = torch.tensor(list(autoencoder.COLORS.values()))
+    palette = palette / palette.amax(1, keepdim=True)
+    x = x / x.amax(0, keepdim=True).clamp_min(1e-3)
+    return (x[None] - palette.view(-1, 3, *[1] * (x.ndim - 1))).square().sum(1).argmin(0)
+
+
+def centred_sprite(alpha: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
+    """The object with its motion taken out: each frame of alpha (T, H, W) is shifted so that (cx,
+    cy) (T,) comes to the centre, then frames are averaged -> (H, W)."""
+    T, H, W = alpha.shape
+    theta = torch.zeros(T, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1
+    theta[:, 0, 2], theta[:, 1, 2] = (2 * cx + 1) / W - 1, (2 * cy + 1) / H - 1
+    grid = nn.functional.affine_grid(theta, (T, 1, H, W), align_corners=False)
+    return nn.functional.grid_sample(alpha[:, None], grid, align_corners=False).mean((0, 1))
+
+
+_TEMPLATES: dict[int, tuple[Tensor, list[tuple[str, str]]]] = {}
+
+
+def templates(H: int) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Sprites of every shape and word, made by the same measurement from rendered clips: (K, H*H)
+    unit rows, labels."""
+    if H not in _TEMPLATES:
+        things = [
+            autoencoder.Thing("white", s, "right", "slow", radius=r / 200, x=0.4, y=0.5)
+            for s in autoencoder.SHAPES
+            for r in range(24, 44, 2)
+        ] + [
+            autoencoder.Thing("white", "sign", "right", "slow", w, x=0.38, y=0.5)
+            for w in (*autoencoder.LETTERS, *autoencoder.WORDS, *autoencoder.HELDOUT_WORDS)
+        ]
+        rows = []
+        for thing in things:
+            (clip,) = autoencoder.render([autoencoder.World((thing,))], H=H)
+            alpha, cx, cy = track((clip[0] + 1) / 2)
+            rows.append(centred_sprite(alpha, cx, cy).flatten())
+        _TEMPLATES[H] = (
+            nn.functional.normalize(torch.stack(rows), dim=1),
+            [(t.shape, t.word) for t in things],
+        )
+    return _TEMPLATES[H]
+
+
+def track(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha (T, H, W), faint pixels removed, and its centre of mass in each frame (T,), (T,)."""
+    T, H, W = alpha.shape
+    alpha = torch.where(alpha > 0.2, alpha, 0)
+    mass = alpha.sum((1, 2)).clamp_min(1e-6)
+    cx = (alpha.sum(1) * torch.arange(W)).sum(1) / mass
+    cy = (alpha.sum(2) * torch.arange(H)).sum(1) / mass
+    return alpha, cx, cy
+
+
+def perceive(clip: Tensor, things: int = 1) -> list[dict[str, str]]:
+    """What a clip (3, T, H, W) in [-1, 1] shows, from its pixels alone: colour, shape, direction,
+    speed and text of `things` objects. Background = the median pixel; an object = what differs
+    from it; direction and speed = a straight line through the centres of mass; shape and text =
+    the best matching template. "none" where nothing is to be seen.
+    """
+    x = ((clip.float() + 1) / 2).clamp(0, 1)
+    T, H, W = x.shape[1:]
+    background = x.flatten(1).median(1).values.view(3, 1, 1, 1)
+    strength = (x - background).abs().amax(0)  # (T, H, W)
+    alpha = (strength / 0.7).clamp(0, 1)
+    solid = alpha > 0.75
+    colors = seen_colors(x)  # (T, H, W)
+    areas = torch.bincount(colors[solid], minlength=len(autoencoder.COLORS))
+    bank, labels = templates(H)
+    seen = []
+    for color in areas.topk(things).indices.tolist():
+        own = alpha if things == 1 else torch.where(colors == color, alpha, 0)
+        own, cx, cy = track(own)
+        if own.sum((1, 2)).median() < 0.015 * H * W:  # the smallest object covers 3 %
+            seen.append(dict.fromkeys(("color", "shape", "direction", "speed", "text"), "none"))
+            continue
+        t = torch.arange(T) - (T - 1) / 2
+        vx, vy = (
+            (c * t).sum() / t.square().sum() * 32 / H for c in (cx, cy)
+        )  # pixels a frame at H = 32
+        speed, octant = math.hypot(vx, vy), round(math.atan2(vy, vx) / (math.pi / 4)) % 8
+        score = bank @ nn.functional.normalize(centred_sprite(own, cx, cy).flatten(), dim=0)
+        shape, word = labels[score.argmax()] if score.max() > 0.6 else ("none", "")
+        seen.append(
+            {
+                "color": list(autoencoder.COLORS)[color],
+                "shape": shape,
+                "text": word,
+                "direction": list(autoencoder.DIRECTIONS)[octant] if speed > 0.2 else "none",
+                "speed": "fast" if speed > 0.8 else "slow" if speed > 0.2 else "none",
+            }
+        )
+    return seen
+
+
+def judge(clip: Tensor, prompt: str) -> dict[str, bool]:
+    """Whether a clip (3, T, H, W) shows what a toy prompt asks for: color, shape, direction,
+    speed, and text if the prompt has a sign. With several objects each verdict must hold for all
+    of them (matched by colour)."""
+    wanted = parse(prompt)
+    if not wanted:
+        raise ValueError(f"prompt {prompt!r}: not of the toy grammar")
+    seen = perceive(clip, len(wanted))
+    if len(wanted) > 1:
+        by_color = {s["color"]: s for s in seen}
+        seen = [by_color.get(w["color"], dict.fromkeys(w, "none")) for w in wanted]
+    verdict = {
+        k: all(s[k] == w[k] for s, w in zip(seen, wanted))
+        for k in ("color", "shape", "direction", "speed")
+    }
+    if any(w["text"] for w in wanted):
+        verdict["text"] = all(s["text"] == w["text"] for s, w in zip(seen, wanted))
+    return verdict
+
+
+def accuracy(
+    verdicts: list[dict[str, bool]], keys=("color", "shape", "direction", "speed", "text")
+) -> dict[str, float]:
+    """Share of the verdicts that hold, per key, over those that have the key."""
+    out = {}
+    for key in keys:
+        votes = [v[key] for v in verdicts if key in v]
+        if votes:
+            out[key] = sum(votes) / len(votes)
+    return out
+
+
+def check_judge(cfg: Config, n: int = 500) -> dict[str, float]:
+    """Agreement of the judge with the truth on n rendered clips."""
+    rng = random.Random(f"judge/{cfg.seed}")
+    worlds = [
+        autoencoder.sample_world(rng, cfg.clips.things, heldout=None, frames=cfg.clips.frames)
+        for _ in range(n)
+    ]
+    verdicts = []
+    for world in worlds:
+        (clip,) = autoencoder.render([world], cfg.clips.frames, cfg.clips.size)
+        verdicts.append(judge(clip, caption(world)))
+    return accuracy(verdicts)
+
+
+def test_prompts(cfg: Config) -> list[tuple[str, str]]:
+    """(category, prompt) with fixed seeds: `trained` (3/5 shapes, 2/5 one-letter signs), `heldout`
+    combinations of shapes, `words` of two and three letters, `words_heldout`."""
+    rng = random.Random(f"prompts/{cfg.seed}")
+    n, things = cfg.sample.prompts, cfg.clips.things
+    want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
+    out: list[tuple[str, str]] = []
+    signs = 2 * n // 5
+    for kind, count in want.items():
+        got = 0
+        while got < count:
+            word = kind.startswith("words") or (kind == "trained" and got < signs)
+            world = autoencoder.sample_world(
+                rng, things, float(word), heldout=kind.endswith("heldout"), frames=cfg.clips.frames
+            )
+            if word and (kind == "trained") != (len(world.things[0].word) == 1):
+                continue
+            out.append((kind, caption(world)))
+            got += 1
+    return out
+
+
+# ---- 3. Data: toy worlds and folders of videos ---------------------------------------------------
+
+
+class ToyClips:
+    """Captioned clips of the toy world. Clip i of a split is drawn from (seed, split, i): any rank
+    or worker can make it."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+
+    def clip(self, split: str, i: int) -> tuple[Tensor, str]:
+        """(3, T, H, W) in [-1, 1] and its caption. Splits: `tae` (crowded), `train`, `heldout`."""
+        c = self.cfg.clips
+        rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
+        things = max(c.things, self.cfg.train_tae.crowd) if split == "tae" else c.things
+        world = autoencoder.sample_world(rng, things, frames=c.frames, overlap=split == "tae")
+        return autoencoder.render([world], c.frames, c.size)[0], caption(world)
+
+    def name(self, split: str, i: int) -> str:
+        return f"toy/{split}/{i}"
+
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".gif")
+
+
+class VideoFolder:
+    """Captioned videos: .mp4 .avi .mkv .webm .gif, each with a caption in a .txt beside it or in
+    metadata.csv (`file_name,text`). A clip is a random window: T frames at a random start and
+    frame interval, resized so that the short side fits, cropped at random. The last fifth of each
+    video is held out of training.
+
+    Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not
+    grow with the number, the length or the resolution of the videos. Unreadable files are named
+    and skipped.
+    """
+
+    def __init__(self, cfg: Config, quiet: bool = False):
+        self.cfg, self.root = cfg, Path(cfg.data)
+        say = (lambda *_: None) if quiet else (lambda line: print(line, file=sys.stderr))
+        if not self.root.is_dir():
+            raise UserError(f"--data {cfg.data}: no such folder")
+        files = sorted(p for p in self.root.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
+        if not files:
+            raise UserError(f"--data {cfg.data}: no video in it ({' '.join(VIDEO_SUFFIXES)})")
+        captions = read_captions(self.root, files)
+        if not captions:
+            raise UserError(
+                f"--data {cfg.data}: no captions; put one in NAME.txt beside each video, or in "
+                "metadata.csv"
+            )
+        self.videos: list[
+            tuple[Path, str, int, float]
+        ] = []  # file, caption, frames, frames per second
+        short = []
+        for path in files:
+            if path.name not in captions:
+                say(f"{path}: no caption, skipped")
+                continue
+            try:
+                frames, rate = probe(path)
+            except Exception as error:  # whatever PyAV raises for a stream that it cannot read
+                say(
+                    f"{path}: unreadable, skipped ({_reason(error)})"
+                )
+                continue
+            if frames < cfg.clips.frames:
+                short.append(path.name)
+            self.videos.append((path, captions[path.name], frames, rate))
+        if short:
+            say(
+                f"shorter than {cfg.clips.frames} frames, the last frame is repeated: "
+                + ", ".join(short)
+            )
+        if not self.videos:
+            raise UserError(
+                f"--data {cfg.data}: none of its {len(files)} videos can be read and has a caption"
+            )
+
+    def clip(self, split: str, i: int) -> tuple[Tensor, str]:
+        """(3, T, H, W) in [-1, 1] and its caption; window i of a split is drawn from (seed, split,
+        i)."""
+        rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
+        c = self.cfg.clips
+        path, text, frames, rate = self.videos[i % len(self.videos)]
+        lo, hi = (int(0.8 * frames), frames) if split == "heldout" else (0, int(0.8 * frames))
+        if hi - lo < c.frames:  # too short to hold anything out
+            lo, hi = 0, frames
+        interval = rng.randint(1, max(1, min(c.max_interval, (hi - lo) // c.frames)))
+        start = rng.randint(lo, max(lo, hi - interval * (c.frames - 1) - 1))
+        x = read_window(path, start, interval, c.frames, c.size, rate)  # (T, H, W, 3) uint8
+        top, left = (rng.randint(0, n - c.size) for n in x.shape[1:3])
+        x = x[:, top : top + c.size, left : left + c.size]
+        return rearrange(x, "t h w c -> c t h w").float() / 127.5 - 1, text
+
+    def name(self, split: str, i: int) -> str:
+        return f"{self.videos[i % len(self.videos)][0].name}/{split}/{i}"
+
+
+def read_captions(root: Path, files: list[Path]) -> dict[str, str]:
+    """file name -> caption, from metadata.csv and NAME.txt (which wins). An empty caption is an
+    error."""
+    captions: dict[str, str] = {}
+    table = root / "metadata.csv"
+    if table.exists():
+        with table.open(newline="", encoding="utf-8", errors="replace") as f:
+            rows = csv.DictReader(f)
+            if not {"file_name", "text"} <= set(rows.fieldnames or ()):
+                raise UserError(f"{table}: its first line must be file_name,text")
+            captions = {row["file_name"]: (row["text"] or "").strip() for row in rows}
+    for path in files:
+        beside = path.with_suffix(".txt")
+        if beside.exists():
+            captions[path.name] = beside.read_text(encoding="utf-8", errors="replace").strip()
+    for path in files:
+        if captions.get(path.name) == "":
+            raise UserError(f"{path}: its caption is empty")
+    return {p.name: captions[p.name] for p in files if p.name in captions}
+
+
+def open_video(path: Path):
+    """A PyAV container whose metadata may be anything, and its first video stream."""
+    import av
+
+    container = av.open(str(path), metadata_errors="replace")
+    if not container.streams.video:
+        container.close()
+        raise ValueError("no video stream")
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # frame threads would hold many decoded frames
+    return container, stream
+
+
+def probe(path: Path) -> tuple[int, float]:
+    """Number of frames and frames per second; raises if not even one frame decodes."""
+    container, stream = open_video(path)
+    with container:
+        next(container.decode(stream))
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        frames = stream.frames
+        if not frames:  # not in the header (GIF, WebM): count packets, which needs no decoding
+            container.seek(0, stream=stream)
+            frames = sum(1 for packet in container.demux(stream) if packet.size)
+    return max(frames, 1), rate
+
+
+def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float) -> Tensor:
+    """T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
+    uint8. Where the video ends early the last frame is repeated."""
+    container, stream = open_video(path)
+    with container:
+        w, h = stream.codec_context.width, stream.codec_context.height
+        scale = size / min(w, h)
+        w, h = max(size, round(w * scale)), max(size, round(h * scale))
+        origin = stream.start_time or 0
+        if start > 0:
+            container.seek(
+                origin + int(start / rate / stream.time_base), stream=stream
+            )  # to the key frame before it
+        out: list[Tensor] = []
+        last = None
+        for frame in container.decode(stream):
+            at = (
+                (frame.pts - origin) * float(stream.time_base) * rate
+                if frame.pts is not None
+                else start
+            )
+            last = frame
+            while len(out) < T and at >= start + len(out) * interval - 0.5:
+                out.append(
+                    torch.from_numpy(
+                        frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="AREA")
+                    )
+                )
+            if len(out) == T:
+                break
+        if not out:
+            if last is None:
+                raise ValueError(f"{path}: nothing decodes from frame {start} on")
+            out.append(
+                torch.from_numpy(
+                    last.to_ndarray(format="rgb24", width=w, height=h, interpolation="AREA")
+                )
+            )
+    return torch.stack(out + [out[-1]] * (T - len(out)))
+
+
+def clips_of(cfg: Config, quiet: bool = False) -> ToyClips | VideoFolder:
+    return VideoFolder(cfg, quiet) if cfg.data else ToyClips(cfg)
+
+
+class _Split(torch.utils.data.Dataset):
+    def __init__(self, clips, split: str):
+        self.clips, self.split = clips, split
+
+    def __getitem__(self, i: int):
+        return self.clips.clip(self.split, i)
+
+
+def batches(clips, split: str, indices: list[list[int]]) -> Iterator[tuple[Tensor, list[str]]]:
+    """(B, 3, T, H, W) and captions for each list of indices, in order. Videos are decoded by
+    worker processes."""
+    workers = clips.cfg.clips.workers if isinstance(clips, VideoFolder) else 0
+
+    def collate(rows):
+        return torch.stack([r[0] for r in rows]), [r[1] for r in rows]
+
+    return iter(
+        torch.utils.data.DataLoader(
+            _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=collate
+        )
+    )
+
+
+def write_video(path: str | Path, clip: Tensor, fps: int = 8, zoom: int = 1) -> None:
+    """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times."""
+    frames = ((clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    frames = (
+        rearrange(frames, "c t h w -> t h w c")
+        .repeat_interleave(zoom, 1)
+        .repeat_interleave(zoom, 2)
+        .numpy()
+    )
+    path = Path(path)
+    if path.suffix == ".gif":
+        from PIL import Image
+
+        images = [Image.fromarray(f).quantize(64) for f in frames]
+        images[0].save(
+            path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
+        )
+    elif path.suffix == ".mp4":
+        import av
+
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
+            stream.height, stream.width = (
+                n - n % 2 for n in frames.shape[1:3]
+            )  # 4:2:0 needs even sides
+            stream.pix_fmt = "yuv420p"
+            for f in frames:
+                frame = av.VideoFrame.from_ndarray(
+                    f[: stream.height, : stream.width].copy(), format="rgb24"
+                )
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    else:
+        raise ValueError(f"{path}: not .mp4 or .gif")
+
+
+# ---- 4. Engine: ranks, randomness, checkpoints, metrics ------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def generator(*key) -> torch.Generator:
+    """A CPU generator that depends on the key alone, e.g. (seed, "dit", step): not on ranks,
+    restarts or devices."""
+    g = torch.Generator()
+    return g.manual_seed(
+        zlib.crc32(repr(key).encode()) | zlib.crc32(repr(key[::-1]).encode()) << 32
+    )
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all: written beside, then renamed."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(value, indent=1))
+    os.replace(tmp, path)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """safetensors, whole or not at all."""
+    tmp = path.with_name(path.name + ".tmp")
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+        tmp,
+        metadata=metadata or None,
+    )
+    os.replace(tmp, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: damaged or missing ({error}); remove it and start the run again"
+        ) from None
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """DCP keeps its table of contents as a pickle: let it name the classes of such a table, and
+    nothing else. Dotted names are refused too: they would reach any module through an allowed one.
+    """
+
+    allowed = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
+            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "StorageInfo"},
+        "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "bool"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath", "PurePosixPath"},
+    }
+
+    def find_class(self, module: str, name: str):
+        if name not in self.allowed.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads tensors only, so that a checkpoint from a stranger cannot run code."""
+
+    def read_metadata(self, *_, **__):
+        with (Path(self.path) / ".metadata").open("rb") as f:
+            metadata = _SafeUnpickler(f).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class SafePlanner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item, value) -> None:
+        raise UserError(f"checkpoint entry {read_item.storage_index.fqn}: not a tensor")
+
+
+def crc(path: Path) -> str:
+    value = 0
+    with path.open("rb") as f:
+        while block := f.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+class Checkpoints:
+    """DCP checkpoints step_0000200/ in a folder: written beside and renamed when complete,
+    checksummed, the last two kept."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*"), reverse=True)
+
+    def save(self, step: int, state: dict) -> None:
+        final = self.folder / f"step_{step:07d}"
+        tmp = self.folder / f".step_{step:07d}.tmp"
+        if rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        barrier()
+        try:
+            dcp.save(state, checkpoint_id=tmp, no_dist=not dist.is_initialized())
+            if rank() == 0:
+                write_json(tmp / "sums.json", {p.name: crc(p) for p in sorted(tmp.iterdir())})
+        except Exception as error:  # DCP wraps what the file system says
+            shutil.rmtree(tmp, ignore_errors=True)
+            kept = self.steps()
+            raise UserError(
+                f"{final}: could not be written ({_reason(error)}); "
+                + (
+                    f"{kept[0].name} is kept, free some space and start again"
+                    if kept
+                    else "free some space and start again"
+                )
+            ) from None
+        if rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(tmp, final)
+            for old in self.steps()[2:]:
+                shutil.rmtree(old, ignore_errors=True)
+        barrier()
+
+    def load(self, state: dict) -> int:
+        """Fill `state` from the newest checkpoint that is whole -> its step; 0 if there is none."""
+        for path in self.steps():
+            try:
+                sums = json.loads((path / "sums.json").read_text())
+                for name, value in sums.items():
+                    if crc(path / name) != value:
+                        raise ValueError(f"{name} is not what was written")
+                dcp.load(
+                    state,
+                    storage_reader=SafeReader(path),
+                    planner=SafePlanner(),
+                    no_dist=not dist.is_initialized(),
+                )
+                return int(path.name.removeprefix("step_"))
+            except UserError:
+                raise
+            except Exception as error:
+                if rank() == 0:
+                    print(
+                        f"{path}: damaged ({_reason(error)}), using the one before it",
+                        file=sys.stderr,
+                    )
+        return 0
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error that says something, without its wrapping."""
+    text = str(getattr(error, "failures", None) and next(iter(error.failures.values()))[0] or error)
+    return (text.strip().splitlines() or [type(error).__name__])[-1][:200]
+
+
+class Run:
+    """A run folder and the ranks that work on it."""
+
+    def __init__(self, folder: Path, cfg: Config, device: torch.device):
+        self.folder, self.cfg, self.device = folder, cfg, device
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Add to the seconds of a stage, which count over all restarts."""
+        if rank() == 0:
+            path = self.folder / "seconds.json"
+            table = json.loads(path.read_text()) if path.exists() else {}
+            table[stage] = round(table.get(stage, 0) + seconds, 2)
+            write_json(path, table)
+
+    def log_from(self, stage: str, step: int) -> "Metrics":
+        return Metrics(self.folder / "metrics.csv", stage, step)
+
+
+class Metrics:
+    """metrics.csv: stage, step, loss (mean over elements and ranks), lr, grad_norm (before
+    clipping). Rows of this stage at or after `step`, left by a run that was killed, are
+    dropped."""
+
+    columns = ("stage", "step", "loss", "lr", "grad_norm")
+
+    def __init__(self, path: Path, stage: str, step: int):
+        self.path, self.stage, self.rows = path, stage, []
+        if rank() != 0:
+            return
+        kept = [r for r in read_metrics(path) if r["stage"] != stage or r["step"] < step]
+        tmp = path.with_name(path.name + ".tmp")
+        with tmp.open("w", newline="") as f:
+            out = csv.writer(f)
+            out.writerow(self.columns)
+            out.writerows(
+                [r["stage"], r["step"], *(repr(r[c]) for c in self.columns[2:])] for r in kept
+            )
+        os.replace(tmp, path)
+
+    def add(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
+        self.rows.append((self.stage, step, repr(loss), repr(lr), repr(grad_norm)))
+
+    def flush(self) -> None:
+        if rank() == 0:
+            with self.path.open("a", newline="") as f:
+                csv.writer(f).writerows(self.rows)
+        self.rows = []
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of metrics.csv; a half-written last line is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="") as f:
+        for r in csv.DictReader(f):
+            with contextlib.suppress(TypeError, ValueError):
+                numbers = {c: float(r[c]) for c in Metrics.columns[2:]}
+                rows.append({"stage": r["stage"], "step": int(r["step"]), **numbers})
+    return rows
+
+
+def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
+    """Linear warm-up, flat, then a cosine down to 0 over the last `decay` of the steps."""
+    up = min(1.0, (step + 1) / max(1, t.warmup))
+    f = max(0.0, (step / max(1, steps) - (1 - t.decay)) / max(t.decay, 1e-9))
+    return t.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, f)))
+
+
+def optimize(
+    run: Run,
+    stage: str,
+    folder: Path,
+    model: nn.Module,
+    t: TrainConfig,
+    steps: int,
+    losses: Callable[[int], Iterator[Callable[[nn.Module], Tensor]]],
+) -> dict[str, Tensor]:
+    """Train `model` for `steps` and return its full state, or that of its moving average.
+
+    losses(first) yields, from step `first` on, one closure a step: closure(model) -> scalar loss
+    of this rank's part of the batch. Checkpoints go to `folder`; the run resumes at the last one.
+    With several ranks the parameters, gradients and optimizer state are sharded (FSDP2), and
+    gradients are averaged.
+    """
+    if dist.is_initialized():
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+    names = dict(model.named_parameters())
+    matrices = [p for p in names.values() if p.ndim >= 2]
+    vectors = [p for p in names.values() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": t.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=t.lr, betas=(0.9, t.beta2), fused=not dist.is_initialized()
+    )
+    for p in names.values():  # the state that a checkpoint is read into
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    state = {
+        "model": {k: p.data for k, p in names.items()},
+        "optimizer": {k: optimizer.state[p] for k, p in names.items()},
+    }
+    if t.ema:
+        state["ema"] = {k: p.detach().clone() for k, p in names.items()}
+
+    checkpoints = Checkpoints(folder)
+    first = checkpoints.load(state)
+    metrics, began = run.log_from(stage, first), time.monotonic()
+    bar = tqdm(
+        total=steps,
+        initial=first,
+        desc=stage,
+        unit="step",
+        disable=rank() != 0,
+        mininterval=1.0,
+        dynamic_ncols=True,
+    )
+    source = losses(first)
+    for step in range(first, steps):
+        lr = learning_rate(step, t, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = next(source)(model)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if t.ema:
+            d = min(t.ema, (step + 1) / (step + 10))
+            for k, p in names.items():
+                state["ema"][k].lerp_(p.detach(), 1 - d)
+        loss = loss.detach()
+        if dist.is_initialized():
+            dist.all_reduce(loss, dist.ReduceOp.AVG if loss.is_cuda else dist.ReduceOp.SUM)
+            loss = loss if loss.is_cuda else loss / world_size()
+            norm = norm.full_tensor()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"{stage}: the loss is {value} at step {step}; lower the learning rate"
+            )
+        metrics.add(step, value, lr, norm.item())
+        bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+        bar.update()
+        if (step + 1) % t.every == 0 and step + 1 < steps:
+            checkpoints.save(step + 1, state)
+            metrics.flush()
+            run.spent(stage.split("/")[0], time.monotonic() - began)
+            began = time.monotonic()
+    bar.close()
+    metrics.flush()
+    run.spent(stage.split("/")[0], time.monotonic() - began)
+    best = state["ema"] if t.ema else state["model"]
+    return {
+        k: v.full_tensor() if hasattr(v, "full_tensor") else v.detach().clone()
+        for k, v in best.items()
+    }
+
+
+def shard(rows: int) -> slice:
+    """This rank's part of a batch."""
+    n = world_size()
+    return slice(rank() * rows // n, (rank() + 1) * rows // n)
+
+
+# ---- 5. The stages -------------------------------------------------------------------------------
+
+
+def train_tae(run: Run, clips) -> None:
+    """tae/tae.safetensors: image training, inflation, video training, latent statistics."""
+    cfg, t, folder = run.cfg, run.cfg.train_tae, run.folder / "tae"
+    final, image_file = folder / "tae.safetensors", folder / "image.safetensors"
+    if final.exists():
+        return
+    folder.mkdir(exist_ok=True)
+    if not cfg.data and rank() == 0:  # before a minute is spent: can the judge be trusted?
+        agreement = check_judge(cfg)
+        write_json(run.folder / "judge.json", agreement)
+        print(
+            "judge agrees with the truth: "
+            + ", ".join(f"{k} {v:.3f}" for k, v in agreement.items())
+        )
+    torch.manual_seed(cfg.seed)
+
+    def losses(video: bool, batch: int):
+        mine = shard(batch)
+
+        def source(first: int):
+            steps = t.steps if video else t.image_steps
+            spread = (
+                1 if video else -(-batch // 4)
+            )  # image batches take 4 frames of a clip: decoding is not free
+            rows = [
+                [s * batch + i for i in range(mine.start, mine.stop)] for s in range(first, steps)
+            ]
+            if not video:
+                rows = [[s * spread + i for i in range(spread)] for s in range(first, steps)]
+            split = "tae" if not cfg.data else "train"
+            for step, (x, _) in enumerate(batches(clips, split, rows), first):
+                g = generator(cfg.seed, "tae", video, step)
+                if not video:
+                    frames = rearrange(x, "b c t h w -> (b t) c 1 h w")
+                    x = frames[torch.randperm(len(frames), generator=g)[:batch][mine]]
+                elif autoencoder.is_image_step(step):
+                    at = torch.randint(x.shape[2], (), generator=g).item()
+                    x = x[:, :, at : at + 1]
+                else:
+                    at = torch.randint(x.shape[2] - t.window + 1, (), generator=g).item()
+                    x = x[:, :, at : at + t.window]
+                g = generator(cfg.seed, "tae", video, step, rank())
+                x = x.to(run.device)
+
+                def closure(model, x=x, g=g):
+                    recon, posterior = model(x, g)
+                    return autoencoder.tae_loss(cfg.tae, x, recon, posterior)
+
+                yield closure
+
+        return source
+
+    if not image_file.exists():
+        image = autoencoder.TAE(replace(cfg.tae, variant="2d")).to(run.device)
+        state = optimize(
+            run,
+            "tae/image",
+            folder / "image",
+            image,
+            t,
+            t.image_steps,
+            losses(False, t.image_batch),
+        )
+        if rank() == 0:
+            save_tensors(image_file, state)
+        barrier()
+    image = autoencoder.TAE(replace(cfg.tae, variant="2d"))
+    image.load_state_dict(load_tensors(image_file), strict=False)
+    tae = autoencoder.inflate(image, cfg.tae.variant).to(run.device)
+    state = optimize(run, "tae/video", folder, tae, t, t.steps, losses(True, t.batch))
+    if rank() == 0:
+        tae = autoencoder.TAE(cfg.tae).to(run.device).eval()
+        tae.load_state_dict({k: v.to(run.device) for k, v in state.items()}, strict=False)
+        with torch.no_grad():
+            sample = batches(clips, "train", [list(range(i, i + 32)) for i in range(0, 256, 32)])
+            tae.lat_mean[:], tae.lat_std[:] = autoencoder.latent_stats(
+                tae.encode(x.to(run.device)) for x, _ in sample
+            )
+        save_tensors(final, tae.state_dict())
+    barrier()
+
+
+def load_tae(run: Run) -> autoencoder.TAE:
+    tae = autoencoder.TAE(run.cfg.tae)
+    tae.load_state_dict(load_tensors(run.folder / "tae" / "tae.safetensors"))
+    return tae.to(run.device).eval().requires_grad_(False)
+
+
+SHARD = 256  # clips in one file of latents
+
+
+def encode_latents(run: Run, clips) -> None:
+    """latents/: mean and logvar of each clip in shards, captions, and the frozen part of the text
+    encoders' work."""
+    folder, M = run.folder / "latents", run.cfg.clips.count
+    if (folder / "index.json").exists():
+        index = json.loads((folder / "index.json").read_text())
+        todo = [
+            n
+            for n, value in index["shards"].items()
+            if not (folder / n).exists() or crc(folder / n) != value
+        ]
+        if not todo:
+            return
+        if rank() == 0:
+            print(
+                f"{folder}: damaged or missing, encoded again: {', '.join(todo)}", file=sys.stderr
+            )
+    else:
+        folder.mkdir(exist_ok=True)
+        todo = [f"shard_{s:05d}.safetensors" for s in range(-(-M // SHARD))]
+    began, tae = time.monotonic(), load_tae(run)
+    mine = []
+    for name in todo[rank() :: world_size()]:
+        try:
+            if (folder / "index.json").exists():
+                raise OSError
+            load_file(folder / name)  # whole: an earlier start of this run wrote it
+        except (SafetensorError, OSError):
+            mine.append(name)
+    bar = tqdm(
+        total=len(mine) * SHARD,
+        desc="latents",
+        unit="clip",
+        disable=rank() != 0,
+        dynamic_ncols=True,
+    )
+    for name in mine:
+        low = int(name[6:11]) * SHARD
+        rows = list(range(low, min(low + SHARD, M)))
+        mean, logvar, texts = [], [], []
+        with torch.no_grad():
+            for x, captions in batches(
+                clips, "train", [rows[i : i + 32] for i in range(0, len(rows), 32)]
+            ):
+                posterior = tae.encode(x.to(run.device))
+                mean.append(posterior.mean.cpu())
+                logvar.append(posterior.logvar.cpu())
+                texts += captions
+                bar.update(len(captions))
+        save_tensors(
+            folder / name,
+            {"mean": torch.cat(mean), "logvar": torch.cat(logvar)},
+            captions=json.dumps(texts),
+        )
+    bar.close()
+    barrier()
+    if rank() == 0:
+        from safetensors import safe_open
+
+        captions = []
+        names = [f"shard_{s:05d}.safetensors" for s in range(-(-M // SHARD))]
+        for name in names:
+            with safe_open(folder / name, "pt") as f:
+                captions += json.loads(f.metadata()["captions"])
+        unique = list(dict.fromkeys(captions))
+        features = text_cond.TextConditioner(run.cfg.text).encode(unique)
+        save_tensors(folder / "text.safetensors", features)
+        where = {c: i for i, c in enumerate(unique)}
+        write_json(
+            folder / "captions.json", {"captions": unique, "of": [where[c] for c in captions]}
+        )
+        write_json(folder / "index.json", {"shards": {n: crc(folder / n) for n in names}})
+    run.spent("latents", time.monotonic() - began)
+    barrier()
+
+
+@dataclass
+class Latents:
+    """The data set that the DiT is trained on, in memory."""
+
+    mean: Tensor  # (M, C, T', H', W'), of the posterior, not normalised
+    logvar: Tensor
+    of: Tensor  # (M,) int64: row of the caption of each clip
+    captions: list[str]  # unique
+    features: dict[str, Tensor]  # rows = captions
+
+
+def load_latents(run: Run) -> Latents:
+    folder = run.folder / "latents"
+    shards = [load_tensors(p) for p in sorted(folder.glob("shard_*.safetensors"))]
+    table = json.loads((folder / "captions.json").read_text())
+    return Latents(
+        torch.cat([s["mean"] for s in shards]),
+        torch.cat([s["logvar"] for s in shards]),
+        torch.tensor(table["of"]),
+        table["captions"],
+        load_tensors(folder / "text.safetensors"),
+    )
+
+
+def caption_groups(latents: Latents) -> Tensor:
+    """(M,) int64 groups within which SDOT couples: clips of the same caption; where captions are
+    unique, clusters of 32 clips or more of similar captions (bags of hashed words)."""
+    if len(latents.captions) <= len(latents.of) / 2:
+        return latents.of
+    bags = torch.zeros(len(latents.captions), 256)
+    for row, text in zip(bags, latents.captions):
+        for word in text.lower().split():
+            row[zlib.crc32(word.encode()) % 256] += 1
+    bags = nn.functional.normalize(bags, dim=1)
+    return sdot.cluster(bags[latents.of], size=32, seed=0)
+
+
+def couple_latents(run: Run) -> None:
+    """coupling.pt: the dual weights of the semi-discrete coupling of N(0, I) with the normalised
+    latents."""
+    path = run.folder / "coupling.pt"
+    if not run.cfg.coupling.startswith("sdot") or path.exists():
+        return
+    began = time.monotonic()
+    if rank() == 0:
+        latents, tae = load_latents(run), load_tae(run)
+        if run.cfg.coupling == "sdot-global":
+            print(
+                "--coupling sdot-global ignores captions: unguided samples then do so too",
+                file=sys.stderr,
+            )
+        groups = caption_groups(latents) if run.cfg.coupling == "sdot" else None
+        z = tae.cpu().normalize(latents.mean)
+        coupling = sdot.Coupling.fit(z, groups, cfg=run.cfg.sdot, progress=True)
+        print(coupling.report())
+        coupling.save(path)
+    run.spent("coupling", time.monotonic() - began)
+    barrier()
+
+
+class TextToVideo(nn.Module):
+    """What the dit stage trains: text projections (and toy encoders) and the backbone, with the
+    loss as its forward."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.text = text_cond.TextConditioner(cfg.text)
+        self.dit = backbone.DiT(cfg.dit)
+        self.flow, self.align = cfg.flow, cfg.train_dit.align if cfg.text.mode == "toy" else 0.0
+
+    def forward(
+        self, features: dict[str, Tensor], drop: Tensor, x1: Tensor, x0: Tensor, t: Tensor
+    ) -> Tensor:
+        P, mask = self.text(features, drop)
+        loss = flow.loss(lambda x, t: self.dit(x, t, P, mask), x1, x0, t, self.flow)
+        return loss + self.align * self.text.align(features, x1) if self.align else loss
+
+
+def train_dit(run: Run) -> None:
+    """dit/model.safetensors: the averaged weights of TextToVideo."""
+    cfg, t, final = run.cfg, run.cfg.train_dit, run.folder / "dit" / "model.safetensors"
+    if final.exists():
+        return
+    latents, tae = load_latents(run), load_tae(run).cpu()
+    mean, shift, scale = (
+        tae.normalize(latents.mean),
+        tae.lat_mean.view(-1, 1, 1, 1),
+        tae.lat_std.view(-1, 1, 1, 1),
+    )
+    M, mine, coupling = len(mean), shard(t.batch), None
+    if cfg.coupling.startswith("sdot"):
+        coupling = sdot.Coupling.load(run.folder / "coupling.pt", mean)
+    torch.manual_seed(cfg.seed)
+    model = TextToVideo(cfg).to(run.device)
+
+    def batch(step: int):
+        """Everything random of a step comes from its number, for the whole batch; each rank takes
+        its rows."""
+        g = generator(cfg.seed, "dit", step)
+        x0 = torch.randn(t.batch, *mean.shape[1:], generator=g)
+        if coupling is None:
+            rows = torch.randint(M, (t.batch,), generator=g)
+        else:  # the noise picks the clip, inside a group that is drawn independently of it
+            groups = coupling.draw_group(t.batch, g) if cfg.coupling == "sdot" else None
+            rows = coupling.couple(x0, groups)
+        if cfg.coupling == "minibatch":
+            x0 = flow.minibatch_pairing(x0, mean[rows], latents.of[rows])
+        noise = torch.randn(t.batch, *mean.shape[1:], generator=g)
+        times = flow.sample_t(t.batch, cfg.flow, g)
+        drop = model.text.drop_mask(t.batch, t.drop, g)
+        x1 = mean[rows] + (0.5 * latents.logvar[rows]).exp() / scale * noise
+        where = latents.of[rows][mine]
+        features = {k: v[where].to(run.device) for k, v in latents.features.items()}
+        return features, *(v[mine].to(run.device) for v in (drop, x1, x0, times))
+
+    def losses(first: int):
+        for step in range(first, t.steps):
+            args = batch(step)
+            yield lambda model, args=args: model(*args)
+
+    state = optimize(run, "dit", run.folder / "dit", model, t, t.steps, losses)
+    if rank() == 0:
+        save_tensors(final, state)
+    barrier()
+
+
+@dataclass
+class Loaded:
+    """A trained run, ready to use: tae, text, dit (averaged weights), all in eval mode."""
+
+    cfg: Config
+    tae: autoencoder.TAE
+    text: text_cond.TextConditioner
+    dit: backbone.DiT
+    device: torch.device
+
+    @property
+    def config(self) -> dict:
+        return asdict(self.cfg)
+
+    @property
+    def fps(self) -> int:
+        return self.cfg.clips.fps
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        c = self.cfg.clips
+        return self.tae.latent_shape(c.frames, c.size, c.size)
+
+    def prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """P (B, L, D), mask (B, L) of the prompts, and P, mask of as many null prompts."""
+        features = {k: v.to(self.device) for k, v in self.text.encode(prompts).items()}
+        return *self.text(features), *self.text.null_tokens(len(prompts))
+
+    def noise(self, seeds: list[int]) -> Tensor:
+        """x0 (B, C, T', H', W'): the same seed gives the same noise on every device."""
+        return torch.stack(
+            [torch.randn(self.latent_shape, generator=generator("sample", s)) for s in seeds]
+        ).to(self.device)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Normalised latents (B, C, T', H', W') -> clips (B, 3, T, H, W) in [-1, 1]."""
+        c = self.cfg.clips
+        return self.tae.decode(self.tae.denormalize(z), c.frames, (c.size, c.size)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], seeds: list[int] | None = None) -> Tensor:
+        """New clips (B, 3, T, H, W) in [-1, 1] for prompts: Euler with classifier-free guidance,
+        as configured."""
+        s = self.cfg.sample
+        P, mask, P0, mask0 = self.prompts(prompts)
+        v_fn = flow.guided(
+            lambda x, t: self.dit(x, t, P, mask), lambda x, t: self.dit(x, t, P0, mask0), s.guidance
+        )
+        x0 = self.noise(seeds if seeds is not None else list(range(len(prompts))))
+        return self.decode(
+            flow.sample(
+                v_fn, x0, flow.schedule(s.schedule, s.steps), solver=s.solver, cfg=self.cfg.flow
+            )
+        )
+
+
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
+    """The trained stages of a run folder. Reads safetensors and JSON only."""
+    folder, device = Path(folder), torch.device(device)
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"--workdir {folder}: no run there; train first: torchrun train.py --workdir {folder}"
+        )
+    cfg = from_dict(Config, json.loads((folder / "config.json").read_text()))
+    if not (folder / "dit" / "model.safetensors").exists():
+        raise UserError(
+            f"--workdir {folder}: not finished; continue it with the command that began it"
+        )
+    model = TextToVideo(cfg)
+    model.load_state_dict(load_tensors(folder / "dit" / "model.safetensors"))
+    model.to(device).eval().requires_grad_(False)
+    return Loaded(cfg, load_tae(Run(folder, cfg, device)), model.text, model.dit, device)
+
+
+def make_samples(run: Run) -> None:
+    """samples/: a GIF and an MP4 for each prompt, and index.json."""
+    folder = run.folder / "samples"
+    if (folder / "index.json").exists() or rank() != 0:
+        return
+    began, loaded, cfg = time.monotonic(), load_run(run.folder, run.device), run.cfg
+    if cfg.data:
+        captions = load_latents(run).captions
+        todo = [
+            ("trained", captions[i % len(captions)])
+            for i in range(min(cfg.sample.prompts, 2 * len(captions)))
+        ]
+    else:
+        todo = test_prompts(cfg)
+    folder.mkdir(exist_ok=True)
+    rows = []
+    bar = tqdm(total=len(todo), desc="sample", unit="clip", dynamic_ncols=True)
+    for i in range(0, len(todo), cfg.sample.batch):
+        part = todo[i : i + cfg.sample.batch]
+        clips = loaded.generate([p for _, p in part], list(range(i, i + len(part)))).cpu()
+        for j, ((kind, prompt), clip) in enumerate(zip(part, clips), i):
+            write_video(
+                folder / f"{j:04d}.gif", clip, loaded.fps, zoom=max(1, 128 // cfg.clips.size)
+            )
+            write_video(
+                folder / f"{j:04d}.mp4", clip, loaded.fps, zoom=max(1, 128 // cfg.clips.size)
+            )
+            rows.append({"file": f"{j:04d}", "kind": kind, "prompt": prompt, "seed": j})
+        save_tensors(folder / f"clips_{i:04d}.safetensors", {"clips": clips})
+        bar.update(len(part))
+    bar.close()
+    write_json(folder / "index.json", rows)
+    run.spent("sample", time.monotonic() - began)
+
+
+def make_report(run: Run, clips) -> dict:
+    """report.json (every figure by name), index.html (a page to look at), samples.gif (the contact
+    sheet)."""
+    if rank() != 0:
+        return {}
+    began, cfg, folder = time.monotonic(), run.cfg, run.folder
+    tae, loaded = load_tae(run), load_run(folder, run.device)
+    report: dict = {
+        "scale": cfg.scale,
+        "seed": cfg.seed,
+        "data": cfg.data or "toy world",
+        "coupling": cfg.coupling,
+    }
+
+    heldout = [
+        b for b in batches(clips, "heldout", [list(range(i, i + 16)) for i in range(0, 64, 16)])
+    ]
+    x = torch.cat([b[0] for b in heldout])
+    with torch.no_grad():
+        posteriors = [tae.encode(part.to(run.device)) for part in x.split(16)]
+        recon = torch.cat(
+            [tae.decode(p.mean, cfg.clips.frames, x.shape[-2:]).cpu() for p in posteriors]
+        )
+        report["tae_psnr_db"] = round(autoencoder.psnr(recon, x).mean().item(), 2)
+        report["tae_rate_percent"] = round(100 * tae.compression_rate(*x.shape[2:]), 3)
+        report["dit_val_loss"] = round(
+            validation_loss(loaded, posteriors, [c for b in heldout for c in b[1]]), 4
+        )
+    report["parameters"] = {
+        name: sum(p.numel() for p in m.parameters())
+        for name, m in (("tae", tae), ("text", loaded.text), ("dit", loaded.dit))
+    }
+    (folder / "reconstructions").mkdir(exist_ok=True)
+    for i in range(12):
+        pair = torch.cat([x[i], torch.full_like(x[i, ..., :2], -1), recon[i]], dim=-1)
+        write_video(
+            folder / "reconstructions" / f"{i:02d}.gif",
+            pair,
+            cfg.clips.fps,
+            zoom=max(1, 128 // cfg.clips.size),
+        )
+
+    rows = json.loads((folder / "samples" / "index.json").read_text())
+    made = torch.cat(
+        [load_tensors(p)["clips"] for p in sorted((folder / "samples").glob("clips_*.safetensors"))]
+    )
+    if not cfg.data:
+        report["judge"] = json.loads((folder / "judge.json").read_text())
+        for row, clip in zip(rows, made):
+            row["verdict"] = judge(clip, row["prompt"])
+        by = lambda kind: [r["verdict"] for r in rows if r["kind"] == kind]
+        figures = accuracy(by("trained"))
+        figures["heldout"] = sum(
+            v["color"] and v["shape"] and v["direction"] for v in by("heldout")
+        ) / max(1, len(by("heldout")))
+        figures["words"] = accuracy(by("words")).get("text", 0.0)
+        figures["words_heldout"] = accuracy(by("words_heldout")).get("text", 0.0)
+        report["prompt_accuracy"] = figures
+        # The judge must be seen to fail: the same clips against the prompts of others, in a fixed
+        # shuffle.
+        trained = [(r["prompt"], c) for r, c in zip(rows, made) if r["kind"] == "trained"]
+        order = list(range(len(trained)))
+        random.Random(f"shuffle/{cfg.seed}").shuffle(order)
+        report["gap"] = {
+            "random": accuracy([judge(trained[i][1], trained[j][0]) for i, j in enumerate(order)])
+        }
+    seconds = json.loads((folder / "seconds.json").read_text())
+    seconds["report"] = round(time.monotonic() - began, 2)
+    seconds.pop("total", None)
+    report["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
+    report["machine"] = {
+        "threads": torch.get_num_threads(),
+        "device": str(run.device),
+        "ranks": world_size(),
+        "torch": torch.__version__,
+    }
+
+    draw_curves(folder)
+    shown = [
+        i
+        for kind in ("trained", "heldout", "words", "words_heldout")
+        for i, r in enumerate(rows)
+        if r["kind"] == kind
+    ][:: max(1, len(rows) // 24)]
+    contact_sheet(
+        folder / "samples.gif",
+        [made[i] for i in shown[:24]],
+        [rows[i]["prompt"] for i in shown[:24]],
+        cfg.clips.fps,
+    )
+    write_page(folder, report, rows)
+    write_json(folder / "report.json", report)
+    return report
+
+
+@torch.no_grad()
+def validation_loss(loaded: Loaded, posteriors: list, captions: list[str]) -> float:
+    """Flow-matching loss on held-out clips at ten fixed times: Movie Gen's proxy for what people
+    prefer."""
+    x1 = loaded.tae.normalize(torch.cat([p.mean for p in posteriors]))
+    P, mask, _, _ = loaded.prompts(captions)
+    x0 = loaded.noise(list(range(len(x1))))
+    v_fn = lambda x, t: loaded.dit(x, t, P, mask)
+    grid = [(i + 0.5) / 10 for i in range(10)]
+    return (
+        sum(
+            flow.loss(
+                v_fn, x1, x0, torch.full((len(x1),), t, device=x1.device), loaded.cfg.flow
+            ).item()
+            for t in grid
+        )
+        / 10
+    )
+
+
+def draw_curves(folder: Path) -> None:
+    """curves.png: the loss of each stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(folder / "metrics.csv")
+    stages = list(dict.fromkeys(r["stage"] for r in rows))
+    figure, axes = plt.subplots(
+        1, max(1, len(stages)), figsize=(4 * max(1, len(stages)), 3), squeeze=False
+    )
+    for ax, stage in zip(axes[0], stages):
+        points = [(r["step"], r["loss"]) for r in rows if r["stage"] == stage]
+        ax.plot(*zip(*points), lw=0.4, alpha=0.4, color="C0")
+        k = max(1, len(points) // 50)
+        means = [
+            sum(p[1] for p in points[i : i + k]) / len(points[i : i + k])
+            for i in range(0, len(points), k)
+        ]
+        ax.plot(
+            [points[min(i + k // 2, len(points) - 1)][0] for i in range(0, len(points), k)],
+            means,
+            color="C0",
+        )
+        ax.set(title=f"{stage}: loss", xlabel="step", yscale="log")
+        ax.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def contact_sheet(
+    path: Path, clips: list[Tensor], titles: list[str], fps: int, columns: int = 6
+) -> None:
+    """One animated GIF of many clips with their prompts under them."""
+    import textwrap
+
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.truetype(
+        str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11
+    )
+    side, margin, caption_height = 128, 8, 44
+    rows = -(-len(clips) // columns)
+    width, height = (
+        columns * (side + margin) + margin,
+        rows * (side + caption_height + margin) + margin,
+    )
+    sheets = []
+    for t in range(clips[0].shape[1]):
+        sheet = Image.new("RGB", (width, height), "white")
+        draw = ImageDraw.Draw(sheet)
+        for i, (clip, title) in enumerate(zip(clips, titles)):
+            x, y = (
+                margin + i % columns * (side + margin),
+                margin + i // columns * (side + caption_height + margin),
+            )
+            frame = ((clip[:, t].clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+            sheet.paste(
+                Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST), (x, y)
+            )
+            draw.multiline_text(
+                (x, y + side + 2), "\n".join(textwrap.wrap(title, 22)[:3]), "black", font, spacing=1
+            )
+        sheets.append(sheet.quantize(96, dither=Image.Dither.NONE))
+    sheets[0].save(
+        path, save_all=True, append_images=sheets[1:], duration=round(1000 / fps), loop=0
+    )
+
+
+def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
+    """index.html: figures, curves, reconstructions beside the originals, every sample with its
+    prompt and verdict."""
+    from html import escape
+
+    def table(d: dict, prefix: str = "") -> str:
+        out = ""
+        for k, v in d.items():
+            out += (
+                table(v, f"{prefix}{k}.")
+                if isinstance(v, dict)
+                else (
+                    f"<tr><td>{escape(prefix + k)}</td><td>{v:.4g}</td></tr>"
+                    if isinstance(v, float)
+                    else f"<tr><td>{escape(prefix + k)}</td><td>{escape(str(v))}</td></tr>"
+                )
+            )
+        return out
+
+    def card(row: dict) -> str:
+        verdict = "".join(
+            f'<span class="{"yes" if ok else "no"}">{k}</span>'
+            for k, ok in row.get("verdict", {}).items()
+        )
+        file, prompt = f"samples/{row['file']}", escape(row["prompt"])
+        image = f'<img src="{file}.gif" width="128" height="128" loading="lazy">'
+        return (
+            f'<figure><a href="{file}.mp4">{image}</a>'
+            f"<figcaption>{prompt}<br>{verdict}</figcaption></figure>"
+        )
+
+    names = {
+        "trained": "Prompts of the training grammar",
+        "heldout": "Combinations never trained on",
+        "words": "Words of two and three letters",
+        "words_heldout": "Words never trained on",
+    }
+    sections = ""
+    for kind, title in names.items():
+        cards = "".join(card(r) for r in rows if r["kind"] == kind)
+        sections += f"<h2>{title}</h2><div class=grid>{cards}</div>" if cards else ""
+    pairs = "".join(f'<img src="reconstructions/{i:02d}.gif">' for i in range(12))
+    title = escape(f"filmstrip: {folder.name}")
+    (folder / "index.html").write_text(f"""<!doctype html><meta charset="utf-8">
+<title>{title}</title><style>{STYLE}</style>
+<h1>{title}</h1><table>{table(report)}</table>
+<h2>Loss</h2><img class=curves src="curves.png">
+<h2>Held-out clips: original and reconstruction</h2><div class=pairs>{pairs}</div>
+{sections}
+""")
+
+
+STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1120px; padding: 0 1em }
+td { padding: 1px 1em 1px 0; font-variant-numeric: tabular-nums }
+.grid { display: flex; flex-wrap: wrap; gap: 12px }
+.pairs img { height: 128px; margin: 4px }
+figure { margin: 0; width: 128px }
+figcaption { font-size: 11px; line-height: 1.3 }
+img { image-rendering: pixelated }
+.curves { max-width: 100%; image-rendering: auto }
+.yes, .no { padding: 0 3px; margin-right: 2px; border-radius: 2px; font-size: 10px }
+.yes { background: #d7f0d7 }
+.no { background: #f6cfcf; text-decoration: line-through }
+"""
+
+
+# ---- 6. Command line -----------------------------------------------------------------------------
+
+
+def from_dict(kind, value: dict):
+    """A config dataclass from JSON: lists become tuples, nested dicts nested configs."""
+    default, known = kind(), {f.name for f in fields(kind)}
+    unknown = set(value) - known
+    if unknown:
+        raise UserError(f"config.json: unknown field {', '.join(sorted(unknown))}")
+    out = {}
+    for name, v in value.items():
+        d = getattr(default, name)
+        if is_dataclass(d):
+            v = from_dict(type(d), v)
+        elif isinstance(v, list):
+            v = tuple(v)
+        out[name] = v
+    return kind(**out)
+
+
+def flags_of(cfg: Config) -> dict[str, object]:
+    """`section.field` -> default value of every field that is a flag."""
+    out = {}
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if is_dataclass(value):
+            out |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in fields(value)}
+        else:
+            out[f.name] = value
+    return {k: v for k, v in out.items() if k not in DERIVED}
+
+
+def convert(flag: str, text: list[str], default) -> object:
+    """The words after a flag, as the type of its default."""
+    kind = "numbers" if isinstance(default, tuple) else type(default).__name__
+    try:
+        if isinstance(default, tuple):
+            return tuple(int(t) for t in text)
+        (word,) = text
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[word.lower()]
+        return type(default)(word)
+    except (ValueError, KeyError):
+        wanted = {
+            "int": "a whole number",
+            "float": "a number",
+            "bool": "true or false",
+            "numbers": "whole numbers",
+            "str": "one word",
+        }
+        raise UserError(f"--{flag} {' '.join(text)}: not {wanted[kind]}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        print(f"train.py: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """Flags -> Config and the few that are not part of it (workdir, stage, device)."""
+    parser = Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a text-to-video system and sample from it; started again, continue.",
+    )
+    parser.add_argument(
+        "--scale", default="toy", metavar="|".join(SCALES), help="preset of all sizes (default toy)"
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="run folder (default runs/SCALE)")
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of captioned videos (default: the toy world)"
+    )
+    parser.add_argument(
+        "--stage",
+        default="all",
+        metavar="|".join((*STAGES, "all")),
+        help="run up to and with this stage",
+    )
+    parser.add_argument(
+        "--coupling", metavar="|".join(COUPLINGS), help="which noise meets which clip"
+    )
+    parser.add_argument(
+        "--text",
+        metavar="toy|pretrained",
+        help="small encoders trained with the DiT, or UL2, ByT5, MetaCLIP",
+    )
+    parser.add_argument("--steps", metavar="N", help="steps of the dit stage (= --train_dit.steps)")
+    parser.add_argument(
+        "--batch", metavar="N", help="clips in a step of the dit stage (= --train_dit.batch)"
+    )
+    parser.add_argument("--seed", metavar="N", help="of everything random (default 0)")
+    parser.add_argument(
+        "--device", default="", metavar="cpu|cuda", help="default: cuda if there is one"
+    )
+    special = {"scale", "data", "coupling", "seed"}
+    every = parser.add_argument_group("every field of the configs (defaults of --scale toy)")
+    for name, value in flags_of(finish_config(SCALES["toy"]())).items():
+        if name not in special:
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            every.add_argument(f"--{name}", nargs="+", metavar="X", help=f"{shown!s}" or "empty")
+    args = parser.parse_args(argv)
+
+    one_of("--scale", args.scale, SCALES)
+    one_of("--stage", args.stage, (*STAGES, "all"))
+    one_of("--device", args.device, ("", "cpu", "cuda"))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here")
+    cfg = SCALES[args.scale]()
+    given = {k: v for k, v in vars(args).items() if "." in k or k == "patch"}
+    for short, long in (("steps", "train_dit.steps"), ("batch", "train_dit.batch")):
+        if getattr(args, short) is not None:
+            given[long] = [getattr(args, short)]
+    defaults = flags_of(cfg)
+    for name in ("data", "coupling", "seed"):
+        if getattr(args, name) is not None:
+            given[name] = [getattr(args, name)]
+    if args.text is not None:
+        one_of("--text", args.text, ("toy", "pretrained"))
+        cfg.text = replace(cfg.text, mode=args.text)
+    for name, text in given.items():
+        if text is None:
+            continue
+        value = convert(name, text, defaults[name])
+        section, _, key = name.rpartition(".")
+        try:
+            if section:
+                more = {"ffn": 0} if name == "dit.dim" and given["dit.ffn"] is None else {}
+                setattr(cfg, section, replace(getattr(cfg, section), **{key: value}, **more))
+            else:
+                setattr(cfg, key, value)
+        except ValueError as error:  # a stage's own check
+            raise UserError(f"--{name} {' '.join(text)}: {error}") from None
+    if args.data is not None and not args.data:
+        raise UserError("--data '': no such folder")
+    try:
+        cfg = finish_config(cfg)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    args.workdir = Path(args.workdir or f"runs/{args.scale}")
+    return cfg, args
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """`field: there -> here` for each field in which two configs differ."""
+    out = []
+    for key in {**a, **b}:
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            out += differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            out.append(f"{prefix}{key}: {x} there, {y} here")
+    return out
+
+
+def open_run(cfg: Config, folder: Path, device: torch.device) -> Run:
+    """The run folder, new or continued; a folder of another configuration is refused, and left as
+    it is."""
+    path, mine = folder / "config.json", json.loads(json.dumps(asdict(cfg)))
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path}: damaged; move it away or choose another --workdir") from None
+        changed = differences(there, mine)
+        if changed:
+            raise UserError(
+                f"--workdir {folder}: holds a run of another configuration ({'; '.join(changed)}); "
+                "choose another --workdir"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"--workdir {folder}: not empty, and not a run of train.py; choose another --workdir"
+        )
+    barrier()
+    run = Run(folder, cfg, device)
+    if rank() == 0 and not path.exists():
+        write_json(path, mine)
+    barrier()
+    return run
+
+
+def work(cfg: Config, args: argparse.Namespace) -> None:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        for flag, n in (
+            ("--batch", cfg.train_dit.batch),
+            ("--train_tae.batch", cfg.train_tae.batch),
+            ("--train_tae.image_batch", cfg.train_tae.image_batch),
+        ):
+            if n % world_size():
+                raise UserError(f"{flag} {n}: not a multiple of the {world_size()} ranks")
+    elif (
+        device.type == "cpu"
+        and os.environ.get("TORCHELASTIC_RUN_ID")
+        and os.environ.get("OMP_NUM_THREADS") == "1"
+    ):
+        torch.set_num_threads(
+            os.cpu_count() or 1
+        )  # torchrun sets one thread a rank; a single rank may have them all
+    clips = clips_of(cfg, quiet=rank() != 0)
+    run = open_run(cfg, args.workdir, device)
+    stages = {
+        "tae": lambda: train_tae(run, clips),
+        "latents": lambda: encode_latents(run, clips),
+        "coupling": lambda: couple_latents(run),
+        "dit": lambda: train_dit(run),
+        "sample": lambda: make_samples(run),
+        "report": lambda: make_report(run, clips),
+    }
+    report = None
+    for name, stage in stages.items():
+        report = stage()
+        barrier()
+        if name == args.stage:
+            break
+    if report:
+        print(json.dumps(report, indent=1))
+        print(f"look at {run.folder / 'index.html'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        work(*parse_args(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
