@@ -144,7 +144,8 @@ def to_score(v: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor
 # name -> (does the clock run from data to noise?, largest value of the time fed to the model)
 CLOCKS = {
     "filmstrip": (False, 1), "movie_gen": (False, 1), "sit": (False, 1),
-    "flow_matching": (False, 1), "torchcfm": (False, 1), "rectified_flow": (False, 1), "mochi": (False, 1),
+    "flow_matching": (False, 1), "torchcfm": (False, 1), "rectified_flow": (False, 1),
+    "mochi": (False, 1),
     "minrf": (True, 1), "open_sora_2": (True, 1),
     "sd3": (True, 1000), "diffusers": (True, 1000), "hunyuan": (True, 1000), "wan": (True, 1000),
     "ltx": (True, 1000),
@@ -351,8 +352,10 @@ def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", progress: b
     if diffusion and solver != "euler":
         raise ValueError(f"solver {solver}: a diffusion model is sampled with euler (DDIM)")
     step = _dopri5 if solver == "dopri5" else SOLVERS[solver]
-    f = lambda x, t: v_fn(x, torch.full((len(x),), t, device=x.device)).float()
-    x, path = x0.float(), [x0.float()]
+    dtype = torch.promote_types(x0.dtype, torch.float32)           # fp32, or fp64 where x0 is
+    f = lambda x, t: v_fn(x, torch.full((len(x),), t, device=x.device, dtype=dtype)).to(dtype)
+    x = x0.to(dtype)
+    path = [x]
     times = ts.tolist()
     spans = list(zip(times[:-1], times[1:]))
     if progress:
@@ -511,14 +514,14 @@ def semi_discrete(y: Tensor, generator: torch.Generator, steps: int = 1500) -> T
 
 def demo(out: str = "out/flow", steps: int = 1500, seed: int = 0) -> bool:
     """One small network for each coupling, the same data and steps; figure and claims."""
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: must be 1 or more")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import ot
-    if steps < 1:
-        raise ValueError(f"steps {steps}: must be 1 or more")
 
     g = torch.Generator().manual_seed(seed)
     N, B, counts = 200, 128, (1, 2, 4, 8, 16)

@@ -140,6 +140,8 @@ def seen_by(prompt, fps=None, camera=None):
     The sampling rate stands in front as text, FPS-16 [MG s3.1.4], and so does the camera motion.
     ByT5 sees neither: nobody wants them drawn."""
     prompt = clean(prompt)
+    if fps is not None and not fps > 0:
+        raise ValueError(f"fps {fps}: not a positive number")
     whole = " ".join(s for s in (None if fps is None else f"FPS-{fps:g}",
                                  camera and clean(camera) + ".", prompt) if s)
     return {"words": whole, "bytes": visual_text(prompt), "concepts": whole}
@@ -287,18 +289,18 @@ def make_torchvision_importable():
         library = torch.library.Library("torchvision", "DEF")
         for op in ("nms", "qnms"):
             library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        make_torchvision_importable.keep = library             # the schemas live as long as it does
+        make_torchvision_importable.keep = library      # the schemas live as long as this does
     except ImportError:
         pass
 
 
 def from_hub(name, source, kind, **options):
     """transformers.<kind>.from_pretrained(source), with one line for whatever goes wrong."""
-    make_torchvision_importable()
-    import transformers
     try:
+        make_torchvision_importable()
+        import transformers
         return getattr(transformers, kind).from_pretrained(source, **options)
-    except (OSError, ValueError) as e:
+    except (ImportError, OSError, ValueError) as e:
         line = str(e).strip().split("\n")[0]
         raise ValueError(f"{name} {source}: neither a folder with this encoder nor a model that "
                          f"can be fetched from the hub ({line})") from None
@@ -325,7 +327,7 @@ def add_long_positions(clip, limit, kept=20):
     """Give a CLIP text encoder of 77 positions a second table of `limit` rows, behind the first.
 
     The first 20 rows are kept and the others stretched: CLIP was trained on captions that rarely
-    reach further [LC s3.2]. Prompts of up to 77 tokens use the first table and are encoded exactly
+    reach further [LC]. Prompts of up to 77 tokens use the first table and are encoded exactly
     as MetaCLIP was trained to; only longer ones use the second."""
     old = clip.embeddings.position_embedding.weight                             # (77, width)
     clip.short = len(old)
@@ -400,8 +402,13 @@ class TextConditioner(nn.Module):
             raise ValueError(f"prompts {prompts[:60]!r}: not a list of prompts")
         if not prompts:
             raise ValueError("prompts []: nothing to encode")
-        each = lambda x: x if isinstance(x, (list, tuple)) else [x] * len(prompts)
-        seen = [seen_by(*row) for row in zip(prompts, each(fps), each(camera))]
+        each = {"fps": fps, "camera": camera}
+        for name, x in each.items():
+            each[name] = x if isinstance(x, (list, tuple)) else [x] * len(prompts)
+            if len(each[name]) != len(prompts):
+                raise ValueError(f"{name} {x}: not one for all or one for each of the "
+                                 f"{len(prompts)} prompts")
+        seen = [seen_by(*row) for row in zip(prompts, each["fps"], each["camera"])]
         out = {}
         for name in ENCODERS:
             texts = [s[name] for s in seen]
@@ -418,8 +425,8 @@ class TextConditioner(nn.Module):
     def frozen_features(self, name, texts):
         """Distinct texts -> {text: features (L, width)}, from `cache` or from the encoder.
 
-        The encoder is loaded when it is first needed. One is on the device at a time (`disk`,
-        `cpu`), since UL2 alone has 10 GB and more; `never` keeps all three there."""
+        An encoder is loaded when a text is not in the cache. One at a time is on the device
+        (`disk`, `cpu`), since UL2's alone has 17 GB in bf16; `never` keeps all three there."""
         cfg, source = self.cfg, getattr(self.cfg, name)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
         width, done = self.null[name].numel(), {}
@@ -475,15 +482,15 @@ class TextConditioner(nn.Module):
 
     def features_of(self, name, features):
         """One encoder's rows -> (B, L, width), mask (B, L), on this module's device."""
-        device = self.null[name].device
+        null = self.null[name]
+        there = features[name + "_mask"] if self.cfg.mode == "pretrained" else features[name] != 0
+        L = max(1, int(there.sum(1).max()))             # cached rows are padded for all prompts
+        x, mask = features[name][:, :L].to(null.device), there[:, :L].to(null.device)
         if self.cfg.mode == "pretrained":
-            mask = features[name + "_mask"].to(device)
-            return features[name].to(device, self.null[name].dtype), mask
-        ids = features[name].to(device)
-        ids = ids[:, :max(1, int((ids != 0).sum(1).max()))]     # cached rows are padded for all
-        x = self.encoders[name](ids)
-        mask = torch.ones_like(ids[:, :1]) if name == "concepts" else ids       # a bag is one token
-        return x, mask != 0
+            return x.to(null.dtype), mask
+        if name == "concepts":                                                  # a bag is one token
+            mask = torch.ones_like(mask[:, :1])
+        return self.encoders[name](x), mask
 
     def forward(self, features, drop=None):
         """Rows of `encode` -> P (B, L, D), mask (B, L). drop (B,) or (B, 3) bool: null tokens.
@@ -634,7 +641,7 @@ def draw(out, runs, held_out):
     left.set(title="Letters read from P", xlabel="step", ylabel="fraction right", ylim=(0, 1.03))
     left.legend(fontsize=8)
     text, speller, _ = next(iter(runs.values()))
-    word = next(w for w in held_out if len(w) == 3)
+    word = next(w for w in held_out if len(set(w)) == 3)
     prompt = f'a white sign saying "{word}" moving right'
     with torch.no_grad():
         weight = speller(*text(text.encode([prompt])))[1][0]                    # (3, L)
@@ -697,6 +704,8 @@ def main():
         parser.error(f"--steps {args.steps}: not a positive number")
     if args.prompt is None:
         sys.exit(0 if demo(args.out, args.steps) else 1)
+    if not args.prompt.strip():
+        parser.error(f"prompt {args.prompt!r}: is empty")
     try:
         cfg = TextConfig(args.text, words=args.words, concepts=args.concepts)
         show(args.prompt, args.fps, args.camera, cfg)

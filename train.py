@@ -289,7 +289,7 @@ def templates(H: int) -> tuple[Tensor, list[tuple[str, str]]]:
         things = [
             autoencoder.Thing("white", s, "right", "slow", radius=r / 200, x=0.4, y=0.5)
             for s in autoencoder.SHAPES
-            for r in range(24, 44, 2)
+            for r in range(24, 40, 2)
         ] + [
             autoencoder.Thing("white", "sign", "right", "slow", w, x=0.38, y=0.5)
             for w in (*autoencoder.LETTERS, *autoencoder.WORDS, *autoencoder.HELDOUT_WORDS)
@@ -1271,11 +1271,7 @@ def train_dit(run: Run) -> None:
     if final.exists():
         return
     latents, tae = load_latents(run), load_tae(run).cpu()
-    mean, shift, scale = (
-        tae.normalize(latents.mean),
-        tae.lat_mean.view(-1, 1, 1, 1),
-        tae.lat_std.view(-1, 1, 1, 1),
-    )
+    mean, scale = tae.normalize(latents.mean), tae.lat_std.view(-1, 1, 1, 1)
     M, mine, coupling = len(mean), shard(t.batch), None
     if cfg.coupling.startswith("sdot"):
         coupling = sdot.Coupling.load(run.folder / "coupling.pt", mean)
@@ -1436,9 +1432,8 @@ def make_report(run: Run, clips) -> dict:
         "coupling": cfg.coupling,
     }
 
-    heldout = [
-        b for b in batches(clips, "heldout", [list(range(i, i + 16)) for i in range(0, 64, 16)])
-    ]
+    rows = [list(range(i, i + 16)) for i in range(0, 64, 16)]
+    heldout = list(batches(clips, "heldout", rows))
     x = torch.cat([b[0] for b in heldout])
     with torch.no_grad():
         posteriors = [tae.encode(part.to(run.device)) for part in x.split(16)]

@@ -72,6 +72,8 @@ def test_prefixes_stand_in_front_for_two_encoders_and_change_p(toy):
     plain, fast, slow = (toy(toy.encode([SIGN], fps))[0] for fps in (None, 16, 24))
     assert fast.shape == slow.shape and (fast - slow).abs().max() > 0.01
     assert plain.shape[1] == fast.shape[1] - 1
+    with pytest.raises(ValueError, match="one for each of the 2 prompts"):
+        toy.encode([SIGN, SIGN], fps=[16])
     each = toy.encode([SIGN, SIGN], fps=[16, 24])
     assert torch.equal(each["words"][1:], toy.encode([SIGN], 24)["words"])
     zoom = toy(toy.encode([SIGN], camera="zoom out"))[0]
@@ -527,7 +529,8 @@ def test_what_the_pretrained_tokenizers_see(tmp_path, folders):
 
 
 @pytest.mark.parametrize("args", [
-    ["--steps", "0"], ["--fsp", "16"], ["a\ud83db"], ["a", "--text", "x"],
+    ["--steps", "0"], ["--fsp", "16"], ["a\ud83db"], ["a", "--text", "x"], ["a", "--fps", "-1"],
+    [" "],
     ["a", "--text", "pretrained", "--words", "nowhere"]])
 def test_bad_arguments_are_one_line_and_status_2(tmp_path, args):
     args = [a.encode("utf-8", "surrogatepass") for a in args] if "\ud83d" in args[0] else args
