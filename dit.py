@@ -677,7 +677,7 @@ class Parser(argparse.ArgumentParser):
 def main():
     parser = Parser(description="The backbone: a demo, or a table of presets", allow_abbrev=False)
     parser.add_argument("--table", action="store_true", help="parameters, FLOPs, memory; no demo")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of the demo")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of the demo")
     parser.add_argument("--out", type=Path, default=Path("out/dit"), help="folder of the figure")
     args = parser.parse_args()
     if args.steps < 1:

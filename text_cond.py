@@ -24,16 +24,17 @@ Contract
                                     No row is ever without a True. L is what this batch needs
     drop (B,) or (B, 3) bool     True: one learned null token stands for this encoder
 
-    python text_cond.py                                              # demo and figure          30 s
-    python text_cond.py 'a red sign saying "CAT" moving left'        # who sees what             2 s
+    python text_cond.py                                              # demo and figure          25 s
+    python text_cond.py 'a red sign saying "CAT" moving left'        # who sees what             3 s
     python text_cond.py --text pretrained --words DIR --concepts DIR 'a prompt'
 
 Differences from the paper
     - Its long-prompt MetaCLIP (256 tokens) is not public. A public one is stretched from 77, for
       the prompts that need it, and not tuned afterwards. UL2's and ByT5's limits are those of open
       reimplementations.
-    - How the paper drops conditions is not known. Here: a learned null token for each encoder, for
-      each sample, all three together or (`independent`) each with the cube root of the rate.
+    - Its recipe for dropping conditions could not be checked. Here: a learned null token for each
+      encoder, drawn for each sample, for all three together or (`independent`) for each with the
+      cube root of the rate.
     - Camera motion is one of 16 labels there; here it is any phrase.
     - The toy word encoder does not see the quoted letters (see `words_of`).
 
@@ -41,6 +42,7 @@ Letters: B batch, R prompts to encode, L tokens, D width of P, Z numbers of a po
 """
 import argparse
 import hashlib
+import logging
 import math
 import os
 import re
@@ -296,9 +298,12 @@ def make_torchvision_importable():
 
 def from_hub(name, source, kind, **options):
     """transformers.<kind>.from_pretrained(source), with one line for whatever goes wrong."""
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ValueError(f"{name} {source}: no such folder, and no name on the hub (OWNER/NAME)")
     try:
         make_torchvision_importable()
         import transformers
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it reports every retry
         return getattr(transformers, kind).from_pretrained(source, **options)
     except (ImportError, OSError, ValueError) as e:
         line = str(e).strip().split("\n")[0]
@@ -531,10 +536,10 @@ class TextConditioner(nn.Module):
         caption, in the batch. z: the clips' latents, (B, C, T, H, W) or (B, F). Scalar.
 
             a = normalise(W_a concept), b = normalise(W_b pool(z)), logits = s a b^T
-            (CE(logits, same) + CE(logits^T, same)) / 2
+            (CE(logits, i) + CE(logits^T, i)) / 2, i = 0 .. B-1
 
-        Rows with the same bag are all right answers; CLIP's one-hot diagonal would push them
-        apart."""
+        Two clips of one caption need no care: their texts are one vector, so the sum of their terms
+        is that of counting both as right for both, and no pair of them is pushed apart."""
         if self.cfg.mode != "toy":
             raise ValueError("align: the pretrained MetaCLIP is frozen, only the toy one learns")
         ids = features["concepts"].to(self.scale.device)
@@ -545,9 +550,8 @@ class TextConditioner(nn.Module):
         z = F.adaptive_avg_pool1d(z.flatten(1)[:, None], 256)[:, 0]             # (B, Z)
         b = F.normalize(self.latent_to_common(z), dim=-1)
         logits = self.scale.exp().clamp(max=100) * a @ b.T                      # (B, B)
-        same = (ids[:, None] == ids[None]).all(-1).to(logits.dtype)
-        same = same / same.sum(1, keepdim=True)
-        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        own = torch.arange(len(ids), device=ids.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 # ---- 7. Demo -------------------------------------------------------------------------------------

@@ -116,6 +116,30 @@ def test_every_conditioning_starts_at_zero_trains_every_weight_and_feels_t(condi
     assert (a - b).abs().max() > 1e-3
 
 
+def test_in_context_appends_one_token_for_t_and_takes_it_away_again():
+    model = make(replace(SMALL, conditioning="in_context"), awake=True)
+    x, t, text, mask = batch(model)
+    pos, c = model.positions(x.shape), model.condition(t)
+    assert c.shape == (2, 1, 48) and torch.equal(c[:, 0], model.time(dit.timestep_embedding(t)))
+    h = torch.cat([model.embed(model.patchify(x)), c], dim=1)
+    pos = torch.cat([pos, torch.zeros(1, 48)])
+    for block in model.blocks:
+        h = block(h, pos, c, text, mask)
+    want = model.unpatchify(model.head(h[:, :64], c), x.shape)
+    assert torch.allclose(model(x, t, text, mask), want, atol=1e-6)
+
+
+def test_cross_attention_conditioning_adds_one_token_for_t_to_the_text():
+    cfg = replace(SMALL, conditioning="cross_attention")
+    model = make(cfg, awake=True)
+    x, t, text, mask = batch(model)
+    h, pos, c = model.embed(model.patchify(x)), model.positions(x.shape), model.condition(t)
+    longer, seen = torch.cat([text, c], dim=1), torch.cat([mask, torch.ones(2, 1).bool()], dim=1)
+    found = model.blocks[0](h, pos, c, text, mask)
+    model.blocks[0].conditioning = "in_context"         # the same block, to which text is text
+    assert torch.allclose(found, model.blocks[0](h, pos, c, longer, seen), atol=1e-6)
+
+
 # ---- the block, derived again ----
 
 def reference_block(p, heads, h, pos, m, text, mask, qk_weight=None):
@@ -591,7 +615,9 @@ def test_the_demo_passes(tmp_path):
 
 
 @pytest.mark.parametrize("args", [["--steps", "0"], ["--steps", "x"], ["--tabel"], ["extra"]])
-def test_bad_arguments_are_one_line_and_status_2(tmp_path, args):
-    done = run(tmp_path, *args)
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and args[0] in done.stderr
+def test_bad_arguments_are_one_line_and_status_2(args, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dit.py", *args])
+    with pytest.raises(SystemExit) as e:
+        dit.main()
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == "" and len(err.splitlines()) == 1 and args[0] in err
