@@ -601,7 +601,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    parser = Parser(description="Flow matching in 2-D: three couplings, their paths and errors.")
+    parser = Parser(allow_abbrev=False, description="Three couplings in 2-D: paths and errors.")
     parser.add_argument("--out", default="out/flow", help="folder of the figure")
     parser.add_argument("--steps", type=int, default=1500, help="training steps of each network")
     parser.add_argument("--seed", type=int, default=0)

@@ -339,7 +339,7 @@ def test_minibatch_pairing_is_the_best_permutation_and_stays_within_captions():
 
 
 def test_straightness_is_energy_minus_displacement():
-    """Rotation by a quarter turn: |v| = (pi/2) |x|, displacement |x|^2 * 2. Straight flow: S = 0."""
+    """A quarter turn: |v| = (pi/2) |x|, displacement^2 = 2 |x|^2. A straight flow: S = 0."""
     J = torch.tensor([[0.0, -1.0], [1.0, 0.0]]) * math.pi / 2
     x0 = torch.randn(500, 2)
     r2 = x0.square().sum(1).mean().item()
