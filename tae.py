@@ -56,6 +56,8 @@ from torch import Tensor, nn
 
 @dataclass
 class TAEConfig:
+    """Sizes and loss weights. The defaults are Movie Gen's, as far as they are published."""
+
     variant: str = "2.5d"  # "2.5d", or "2d" for the image autoencoder that it is inflated from
     channels: int = 128  # width of the first level
     mult: tuple[int, ...] = (1, 2, 4, 4)  # width of each level, in units of `channels`
@@ -143,6 +145,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class World:
+    """What a clip of the toy world shows."""
+
     things: tuple[Thing, ...]
     background: float = 0.0  # grey level in [0, 1]
 

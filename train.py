@@ -40,6 +40,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -71,6 +72,8 @@ class UserError(ValueError):
 
 @dataclass
 class ClipConfig:
+    """What a clip is."""
+
     frames: int = 16  # T
     size: int = 32  # H = W
     fps: int = 8  # of the files that are written
@@ -82,6 +85,8 @@ class ClipConfig:
 
 @dataclass
 class TrainConfig:
+    """How a model is trained; `tae:` and `dit:` fields are used by that stage alone."""
+
     steps: int = 1000
     batch: int = 8  # clips a step, over all ranks
     lr: float = 2e-3
@@ -106,6 +111,8 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig:
+    """How clips are made."""
+
     steps: int = 25
     schedule: str = "linear"
     solver: str = "euler"
@@ -117,6 +124,8 @@ class SampleConfig:
 
 @dataclass
 class Config:
+    """Everything that decides a run: config.json is this, and nothing else."""
+
     scale: str = "toy"
     data: str = ""  # folder of captioned videos; empty: the toy world
     seed: int = 0
@@ -174,6 +183,7 @@ DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant"}
 
 
 def one_of(flag: str, value: str, choices) -> None:
+    """UserError unless value is among the choices."""
     if value not in choices:
         raise UserError(f"{flag} {value}: not one of {', '.join(choices)}")
 
@@ -612,6 +622,7 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
 
 
 def clips_of(cfg: Config, quiet: bool = False) -> ToyClips | VideoFolder:
+    """The clips that a run is about; `quiet` on all ranks but one."""
     return VideoFolder(cfg, quiet) if cfg.data else ToyClips(cfg)
 
 
@@ -678,14 +689,17 @@ def write_video(path: str | Path, clip: Tensor, fps: int = 8, zoom: int = 1) -> 
 
 
 def rank() -> int:
+    """0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
+    """Wait for all ranks, if there are several."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -718,6 +732,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; UserError that names it if it is damaged."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -761,16 +776,27 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class SafePlanner(dcp.DefaultLoadPlanner):
+    """Refuses entries that DCP would unpickle."""
+
     def load_bytes(self, read_item, value) -> None:
         raise UserError(f"checkpoint entry {read_item.storage_index.fqn}: not a tensor")
 
 
 def crc(path: Path) -> str:
+    """CRC-32 of a file in hexadecimal: finds damage, not malice."""
     value = 0
     with path.open("rb") as f:
         while block := f.read(1 << 22):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
+
+
+@contextlib.contextmanager
+def quiet_dcp():
+    """DCP warns at every call that there is one process only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class Checkpoints:
@@ -791,7 +817,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         barrier()
         try:
-            dcp.save(state, checkpoint_id=tmp, no_dist=not dist.is_initialized())
+            with quiet_dcp():
+                dcp.save(state, checkpoint_id=tmp, no_dist=not dist.is_initialized())
             if rank() == 0:
                 write_json(tmp / "sums.json", {p.name: crc(p) for p in sorted(tmp.iterdir())})
         except Exception as error:  # DCP wraps what the file system says
@@ -820,12 +847,9 @@ class Checkpoints:
                 for name, value in sums.items():
                     if crc(path / name) != value:
                         raise ValueError(f"{name} is not what was written")
-                dcp.load(
-                    state,
-                    storage_reader=SafeReader(path),
-                    planner=SafePlanner(),
-                    no_dist=not dist.is_initialized(),
-                )
+                reader, alone = SafeReader(path), not dist.is_initialized()
+                with quiet_dcp():
+                    dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=alone)
                 return int(path.name.removeprefix("step_"))
             except UserError:
                 raise
@@ -935,14 +959,12 @@ def optimize(
 
         fully_shard(model)
     names = dict(model.named_parameters())
-    matrices = [p for p in names.values() if p.ndim >= 2]
-    vectors = [p for p in names.values() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": t.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    lookup = lambda name: "table" in name or "embedding" in name
+    decayed = [p for k, p in names.items() if p.ndim >= 2 and not lookup(k)]
+    rest = [p for p in names.values() if not any(p is d for d in decayed)]  # lookups and biases
+    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        groups, lr=t.lr, betas=(0.9, t.beta2), fused=not dist.is_initialized()
+        groups, t.lr, (0.9, t.beta2), weight_decay=t.weight_decay, fused=not dist.is_initialized()
     )
     for p in names.values():  # the state that a checkpoint is read into
         optimizer.state[p] = {
@@ -1103,6 +1125,7 @@ def train_tae(run: Run, clips) -> None:
 
 
 def load_tae(run: Run) -> autoencoder.TAE:
+    """The trained autoencoder, frozen."""
     tae = autoencoder.TAE(run.cfg.tae)
     tae.load_state_dict(load_tensors(run.folder / "tae" / "tae.safetensors"))
     return tae.to(run.device).eval().requires_grad_(False)
@@ -1176,7 +1199,7 @@ def encode_latents(run: Run, clips) -> None:
             with safe_open(folder / name, "pt") as f:
                 captions += json.loads(f.metadata()["captions"])
         unique = list(dict.fromkeys(captions))
-        features = text_cond.TextConditioner(run.cfg.text).encode(unique)
+        features = text_cond.TextConditioner(run.cfg.text).to(run.device).encode(unique)
         save_tensors(folder / "text.safetensors", features)
         where = {c: i for i, c in enumerate(unique)}
         write_json(
@@ -1199,6 +1222,7 @@ class Latents:
 
 
 def load_latents(run: Run) -> Latents:
+    """All shards of latents/ in memory."""
     folder = run.folder / "latents"
     shards = [load_tensors(p) for p in sorted(folder.glob("shard_*.safetensors"))]
     table = json.loads((folder / "captions.json").read_text())
@@ -1358,11 +1382,8 @@ class Loaded:
             lambda x, t: self.dit(x, t, P, mask), lambda x, t: self.dit(x, t, P0, mask0), s.guidance
         )
         x0 = self.noise(seeds if seeds is not None else list(range(len(prompts))))
-        return self.decode(
-            flow.sample(
-                v_fn, x0, flow.schedule(s.schedule, s.steps), solver=s.solver, cfg=self.cfg.flow
-            )
-        )
+        ts = flow.schedule(s.schedule, s.steps, shift=self.cfg.flow.shift)
+        return self.decode(flow.sample(v_fn, x0, ts, solver=s.solver, cfg=self.cfg.flow))
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
@@ -1857,6 +1878,7 @@ def open_run(cfg: Config, folder: Path, device: torch.device) -> Run:
 
 
 def work(cfg: Config, args: argparse.Namespace) -> None:
+    """Ranks, data, run folder, then stage after stage."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":

@@ -1,0 +1,87 @@
+"""What holds between the files: each runs alone, imports no sibling, and needs nothing unlisted."""
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ["tae", "text_cond", "dit", "flow", "sdot", "sample_parallel"]
+FILES = [*STAGES, "train"]
+
+
+def tree(name):
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+def imports(nodes):
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_imports_no_sibling(name):
+    siblings = set(FILES) - {name}
+    assert not siblings & set(imports(tree(name).body))
+    inside = siblings & set(imports(ast.walk(tree(name))))
+    assert inside <= {"train"}, "only a command line may import train, inside a function"
+
+
+def test_everything_imported_is_required():
+    required = {re.split(r"[=<>\s#]", line)[0].lower() for line in
+                (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"}
+    name_of = {"ot": "pot", "PIL": "pillow"}
+    for name in FILES:
+        used = set(imports(ast.walk(tree(name)))) - set(FILES) - sys.stdlib_module_names
+        missing = {name_of.get(m, m).lower() for m in used} - required
+        assert not missing, f"{name}.py"
+
+
+def test_the_backbone_has_never_heard_of_ranks():
+    assert "distributed" not in (ROOT / "dit.py").read_text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_public_things_have_docstrings(name):
+    bare = [n.name for n in tree(name).body if isinstance(n, ast.FunctionDef | ast.ClassDef)
+            and not n.name.startswith("_") and not ast.get_docstring(n)
+            and n.name not in ("main", "Parser", "one_of")]
+    assert not bare
+
+
+def test_repeated_primitives_are_equal():
+    """A primitive that two files need is repeated letter for letter."""
+    seen = {}
+    for name in FILES:
+        for node in tree(name).body:
+            if isinstance(node, ast.FunctionDef) and node.name in ("rms_norm", "modulate"):
+                code = ast.unparse(node)
+                assert seen.setdefault(node.name, code) == code, (name, node.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_a_copied_file_runs_its_demo(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    done = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert re.search(r"^PASS .+: .+ vs .+$", done.stdout, re.M), done.stdout
+    assert list((tmp_path / "out" / name).iterdir()), "no figure"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_copied_file_has_help_and_refuses_an_unknown_flag(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    call = lambda *a: subprocess.run([sys.executable, f"{name}.py", *a], cwd=tmp_path, text=True,
+                                     capture_output=True, timeout=120)
+    assert call("--help").returncode == 0
+    bad = call("--no-such-flag")
+    assert bad.returncode == 2 and "--no-such-flag" in bad.stderr and "Traceback" not in bad.stderr
+    assert not (tmp_path / "out").exists()

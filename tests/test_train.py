@@ -1,0 +1,524 @@
+"""train.py: judge, data, checkpoints, resuming, bad input. One tiny run of all stages is shared."""
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tae
+import train
+
+ROOT = Path(train.__file__).parent
+CLIPS = ROOT.parent / "shared" / "clips"
+TINY = """--train_tae.steps 6 --train_tae.image_steps 4 --train_tae.every 3 --train_tae.batch 2
+  --train_tae.image_batch 8 --clips.count 300 --steps 8 --train_dit.every 3 --batch 8 --dit.dim 48
+  --dit.depth 2 --text.width 32 --sample.prompts 10 --sample.steps 3""".split()
+
+
+def run(folder, *extra):
+    check, train.check_judge = train.check_judge, lambda cfg: {"color": 1.0}  # has its own test
+    try:
+        return train.main(["--workdir", str(folder), "--device", "cpu", *TINY, *extra])
+    finally:
+        train.check_judge = check
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert run(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def forget(folder, *names):
+    """Take files and folders of later stages away, as if they had never been."""
+    for name in names:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---- captions and the judge ----------------------------------------------------------------------
+
+
+def test_judge_agrees_with_the_truth():
+    cfg = train.finish_config(train.SCALES["toy"]())
+    agreement = train.check_judge(cfg, 500)
+    assert min(agreement[k] for k in ("color", "shape", "direction", "speed")) >= 0.99
+    assert agreement["text"] >= 0.97
+
+
+def test_judge_agrees_with_two_objects():
+    cfg = train.finish_config(train.SCALES["small"]())
+    agreement = train.check_judge(cfg, 60)
+    assert min(agreement.values()) >= 0.95
+
+
+def test_judge_can_fail():
+    rng = random.Random(0)
+    worlds = [tae.sample_world(rng) for _ in range(120)]
+    made = tae.render(worlds)
+    wrong = train.accuracy([train.judge(c, train.caption(w))
+                            for c, w in zip(made, worlds[1:] + worlds[:1])])
+    assert wrong["color"] < 0.35 and wrong["direction"] < 0.3 and wrong["text"] < 0.15
+    assert wrong["shape"] < 0.55                       # signs are half of all
+    black = train.judge(torch.full((3, 16, 32, 32), -1.0), train.caption(worlds[0]))
+    noise = train.judge(torch.randn(3, 16, 32, 32), train.caption(worlds[0]))
+    assert not any(black.values()) and not noise["direction"]
+
+
+def test_captions_are_the_grammar():
+    rng = random.Random(1)
+    for things in (1, 2):
+        for _ in range(100):
+            world = tae.sample_world(rng, things, heldout=None)
+            parsed = train.parse(train.caption(world))
+            assert [(p["color"], p["shape"], p["direction"], p["speed"], p["text"])
+                    for p in parsed] == [(t.color, t.shape, t.direction, t.speed, t.word)
+                                         for t in world.things]
+    assert train.parse("a dog on a beach") == []
+    kinds = [k for k, _ in train.test_prompts(train.finish_config(train.SCALES["toy"]()))]
+    assert kinds.count("trained") == 160
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def test_run_leaves_what_it_promises(finished):
+    for name in ("config.json", "metrics.csv", "coupling.pt", "report.json", "index.html",
+                 "samples.gif", "curves.png", "tae/tae.safetensors", "dit/model.safetensors",
+                 "samples/0000.gif", "samples/0000.mp4", "latents/index.json"):
+        assert (finished / name).stat().st_size > 0, name
+    report = json.loads((finished / "report.json").read_text())
+    assert {"tae_psnr_db", "prompt_accuracy", "gap", "seconds", "judge"} <= set(report)
+    assert {"color", "shape", "direction", "heldout", "text"} <= set(report["prompt_accuracy"])
+    assert set(report["gap"]["random"]) >= {"color", "shape", "direction"}
+    assert report["seconds"]["total"] > 0
+    rows = train.read_metrics(finished / "metrics.csv")
+    assert [r["step"] for r in rows if r["stage"] == "dit"] == list(range(8))
+    page = (finished / "index.html").read_text()
+    assert 'a href="samples/0000.mp4"' in page and "sign saying &quot;" in page
+
+
+def test_latents_are_what_the_autoencoder_says(finished):
+    cfg = train.from_dict(train.Config, json.loads((finished / "config.json").read_text()))
+    r = train.Run(finished, cfg, torch.device("cpu"))
+    latents, model = train.load_latents(r), train.load_tae(r)
+    assert latents.mean.shape == (300, 8, 4, 8, 8)
+    clips = train.ToyClips(cfg)
+    for i in (0, 299):
+        x, text = clips.clip("train", i)
+        with torch.no_grad():
+            p = model.encode(x[None])
+        assert torch.allclose(latents.mean[i], p.mean[0], atol=1e-5)
+        assert latents.captions[latents.of[i]] == text
+    z = tae.Posterior(latents.mean, latents.logvar).sample(torch.Generator().manual_seed(0))
+    z = model.normalize(z)
+    assert z.mean((0, 2, 3, 4)).abs().max() < 0.1 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.1
+
+
+def test_load_run_generates_the_same_clip_again(finished):
+    loaded = train.load_run(finished)
+    prompts = ["a red circle moving left", 'a white sign saying "CAT" moving up']
+    a, b = loaded.generate(prompts, [3, 4]), loaded.generate(prompts[1:], [4])
+    assert a.shape == (2, 3, 16, 32, 32) and a.abs().max() <= 1
+    assert torch.allclose(a[1], b[0], atol=1e-4)       # alone or in a batch
+
+
+def test_starting_again_skips_everything(finished, capfd):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    assert run(finished) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    assert "step/s" not in capfd.readouterr().err
+
+
+def figures(folder):
+    report = json.loads((folder / "report.json").read_text())
+    return {k: v for k, v in report.items() if k not in ("seconds", "machine", "judge")}
+
+
+@pytest.mark.parametrize("stage,step", [
+    pytest.param("tae/image", 2, marks=pytest.mark.slow), ("tae/video", 4), ("dit", 2), ("dit", 5),
+])
+def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch, stage, step):
+    folder, add = tmp_path / "again", train.Metrics.add
+    if stage == "dit":                                  # the stages before it are tested by the others
+        shutil.copytree(finished, folder)
+        forget(folder, "dit", "samples", "report.json")
+
+    def interrupt(self, s, *rest):
+        if (self.stage, s) == (stage, step):
+            raise KeyboardInterrupt
+        add(self, s, *rest)
+
+    monkeypatch.setattr(train.Metrics, "add", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    monkeypatch.undo()
+    assert run(folder) == 0
+    assert figures(folder) == figures(finished)
+    assert (train.read_metrics(folder / "metrics.csv")
+            == train.read_metrics(finished / "metrics.csv"))      # loss by loss, bit by bit
+    for name in ("tae/tae.safetensors", "dit/model.safetensors"):
+        a, b = train.load_tensors(folder / name), train.load_tensors(finished / name)
+        assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def test_truncated_checkpoint_is_named_and_the_one_before_is_used(copy, finished, capfd):
+    forget(copy, "dit/model.safetensors", "samples", "report.json")
+    newest = sorted((copy / "dit").glob("step_*"))[-1]
+    (data,) = newest.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-100])
+    assert run(copy) == 0
+    err = capfd.readouterr().err
+    assert str(newest) in err and "damaged" in err
+    assert figures(copy) == figures(finished)
+
+
+def test_truncated_latent_shard_is_named_and_made_again(copy, finished, capfd):
+    shard = copy / "latents" / "shard_00001.safetensors"
+    good = shard.read_bytes()
+    shard.write_bytes(good[: len(good) // 2])
+    forget(copy, "dit", "samples", "coupling.pt", "report.json")
+    assert run(copy) == 0
+    assert shard.name in capfd.readouterr().err and shard.read_bytes() == good
+    assert figures(copy) == figures(finished)
+
+
+def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch, capfd):
+    forget(copy, "dit/model.safetensors", "samples", "report.json", "dit/step_0000006")
+    kept = sorted(p.name for p in (copy / "dit").glob("step_*"))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.dcp, "save", full)
+    assert run(copy) == 2
+    err = capfd.readouterr().err
+    assert "No space left on device" in err and "step_0000003 is kept" in err
+    assert "Traceback" not in err
+    assert sorted(p.name for p in (copy / "dit").glob("*")) == kept
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_a_checkpoint_cannot_run_code(copy, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder = copy / "dit" / "step_0000006"
+    (folder / ".metadata").write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(pickle.UnpicklingError):
+        train.SafeReader(folder).read_metadata()
+    with pytest.raises(pickle.UnpicklingError):         # protocol 4 follows dots through a module
+        train._SafeUnpickler(__import__("io").BytesIO(
+            b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.system\x93."
+        )).load()
+    assert not (tmp_path / "evil").exists()
+    for path in copy.rglob("*"):                        # nothing else is a pickle but coupling.pt
+        if path.is_file() and path.suffix in (".pt", ".pth", ".pkl"):
+            torch.load(path, weights_only=True)
+
+
+def test_another_configuration_is_refused_and_named(copy, capfd):
+    before = (copy / "config.json").read_text()
+    assert run(copy, "--seed", "7", "--train_dit.lr", "0.5") == 2
+    err = capfd.readouterr().err
+    assert "seed: 0 there, 7 here" in err and "train_dit.lr" in err and err.count("\n") == 1
+    assert (copy / "config.json").read_text() == before
+    (copy.parent / "other").mkdir()
+    (copy.parent / "other" / "thesis.txt").write_text("mine")
+    assert run(copy.parent / "other") == 2
+    assert [p.name for p in (copy.parent / "other").iterdir()] == ["thesis.txt"]
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+BAD = [
+    (["--scael", "toy"], "--scael"),
+    (["--scale", "huge"], "--scale huge: not one of toy, small"),
+    (["--stage", "dits"], "--stage dits: not one of tae, latents"),
+    (["--coupling", "ot"], "--coupling ot: not one of independent"),
+    (["--text", "clip"], "--text clip: not one of toy, pretrained"),
+    (["--device", "tpu"], "--device tpu: not one of"),
+    (["--data", "/nowhere"], "--data /nowhere: no such folder"),
+    (["--data", ""], "--data"),
+    (["--steps", "many"], "--train_dit.steps many: not a whole number"),
+    (["--steps", "-1"], "--train_dit.steps -1: must be 0 or more"),
+    (["--batch", "0"], "--train_dit.batch 0: must be 1 or more"),
+    (["--seed", "x"], "--seed x: not a whole number"),
+    (["--train_dit.lr", "0"], "--train_dit.lr 0.0: must be above 0"),
+    (["--train_dit.lr", "fast"], "--train_dit.lr fast: not a number"),
+    (["--clips.frames", "0"], "--clips.frames 0: must be 1 or more"),
+    (["--clips.things", "7"], "--clips.things 7: at most 6"),
+    (["--patch", "1", "3", "3"], "--patch 1 3 3: does not divide"),
+    (["--patch", "1", "4"], "--patch 1 4: does not divide"),
+    (["--dit.heads", "5"], "heads 5"),
+    (["--dit.adaln", "none"], "--dit.adaln none"),
+    (["--flow.time", "cubic"], "--flow.time cubic"),
+    (["--dit.qk_norm", "maybe"], "--dit.qk_norm maybe: not true or false"),
+    (["--sample.schedule", "cosine"], "--sample.schedule cosine: not one of"),
+    (["--sample.solver", "rk9"], "--sample.solver rk9: not one of"),
+    (["--sdot.solver", "lp"], "--sdot.solver lp"),
+]
+
+
+@pytest.mark.parametrize("flags,line", BAD, ids=[" ".join(f) for f, _ in BAD])
+def test_bad_flags_are_one_line(flags, line, tmp_path, capfd):
+    try:
+        status = train.main(["--workdir", str(tmp_path / "run"), *flags])
+    except SystemExit as stop:
+        status = stop.code
+    err = capfd.readouterr().err
+    assert status == 2 and line in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_where_there_is_none(tmp_path, capfd):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert train.main(["--device", "cuda", "--workdir", str(tmp_path / "run")]) == 2
+    assert "--device cuda: torch sees no CUDA device here" in capfd.readouterr().err
+
+
+def test_unfinished_run_cannot_be_loaded(tmp_path, copy):
+    with pytest.raises(train.UserError, match="no run there"):
+        train.load_run(tmp_path / "nothing")
+    forget(copy, "dit/model.safetensors")
+    with pytest.raises(train.UserError, match="not finished"):
+        train.load_run(copy)
+
+
+# ---- real videos ---------------------------------------------------------------------------------
+
+
+def make_folder(path, videos=3, frames=40, size=48):
+    """Videos whose frame k has the grey level 4 k, so that a window can be told from its pixels."""
+    path.mkdir()
+    for v in range(videos):
+        level = (4 * torch.arange(frames) / 127.5 - 1).view(1, frames, 1, 1)
+        clip = level.expand(3, -1, size, size + 16)
+        train.write_video(path / f"v{v}.{'gif' if v == 2 else 'mp4'}", clip, fps=10)
+        (path / f"v{v}.txt").write_text(f"grey number {v}\n")
+    return path
+
+
+def config(folder, *flags):
+    return train.parse_args(["--data", str(folder), "--workdir", "x", *flags])[0]
+
+
+def test_windows_are_frames_at_an_interval(tmp_path):
+    folder = make_folder(tmp_path / "v")
+    clips = train.VideoFolder(config(folder))
+    assert [(p.name, n) for p, _, n, _ in clips.videos] == [("v0.mp4", 40), ("v1.mp4", 40),
+                                                              ("v2.gif", 40)]
+    seen = set()
+    for i in range(24):
+        for split in ("train", "heldout"):
+            x, text = clips.clip(split, i)
+            assert x.shape == (3, 16, 32, 32) and text == f"grey number {i % 3}"
+            k = ((x.mean((0, 2, 3)) + 1) * 127.5 / 4)                       # frame numbers
+            d = k.diff()
+            held = split == "heldout"
+            if not held:
+                assert k[-1] < 32.6                  # the last fifth is held out of training
+                assert d.std() < 0.4 and 0.7 < d.mean() < 2.3
+                seen.add(round(d.mean().item()))
+            again, _ = clips.clip(split, i)
+            assert torch.equal(x, again)
+    assert seen == {1, 2}
+
+
+def test_reader_reaches_every_frame(tmp_path):
+    folder = make_folder(tmp_path / "v")
+    for name in ("v0.mp4", "v2.gif"):
+        for start in (0, 7, 23, 37):
+            x = train.read_window(folder / name, start, 1, 4, 32, 10.0).float().mean((1, 2, 3)) / 4
+            want = torch.tensor([min(start + k, 39.0) for k in range(4)])
+            assert (x - want).abs().max() < 0.6, (name, start, x)
+
+
+def test_odd_folders(tmp_path, capfd):
+    folder = make_folder(tmp_path / "v", videos=2)
+    (folder / "broken.mp4").write_bytes(b"not a video" * 50)
+    (folder / "broken.txt").write_text("broken")
+    (folder / "silent.avi").write_bytes(b"")
+    train.write_video(folder / "short.mp4", torch.zeros(3, 5, 40, 40), fps=10)
+    (folder / "metadata.csv").write_bytes(b'file_name,text\nshort.mp4,"caf\xe9, short"\n')
+    clips = train.VideoFolder(config(folder))
+    err = capfd.readouterr().err
+    assert "broken.mp4: unreadable, skipped" in err and "silent.avi: no caption" in err
+    assert "shorter than 16 frames, the last frame is repeated: short.mp4" in err
+    assert [v[0].name for v in clips.videos] == ["short.mp4", "v0.mp4", "v1.mp4"]
+    x, _ = clips.clip("train", 0)
+    assert x.shape == (3, 16, 32, 32) and (x[:, 5:] - x[:, 4:5]).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("case,line", [
+    ("empty", "no video in it"), ("captionless", "no captions"), ("blank", "its caption is empty"),
+    ("unreadable", "none of its 1 videos can be read"), ("table", "its first line must be"),
+])
+def test_bad_folders_are_one_line(tmp_path, capfd, case, line):
+    folder = tmp_path / "v"
+    if case == "empty":
+        folder.mkdir()
+    else:
+        make_folder(folder, videos=1)
+    if case == "captionless":
+        (folder / "v0.txt").unlink()
+    if case == "blank":
+        (folder / "v0.txt").write_text("  \n")
+    if case == "unreadable":
+        (folder / "v0.mp4").write_bytes(b"\0" * 1000)
+    if case == "table":
+        (folder / "metadata.csv").write_text("name,caption\nv0.mp4,x\n")
+    assert train.main(["--data", str(folder), "--workdir", str(tmp_path / "run")]) == 2
+    err = capfd.readouterr().err.strip().splitlines()
+    assert line in err[-1] and "Traceback" not in "".join(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_video_metadata_that_is_not_utf8_is_read(tmp_path):
+    folder = make_folder(tmp_path / "v", videos=1)
+    import av
+
+    path = folder / "tagged.mp4"
+    with av.open(str(path), "w") as out:
+        out.metadata["title"] = "XXXXcafeXXXX"
+        stream = out.add_stream("libx264", rate=10)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for _ in range(20):
+            frame = av.VideoFrame.from_ndarray(torch.zeros(32, 32, 3).byte().numpy())
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    data = path.read_bytes()
+    assert b"XXXXcafeXXXX" in data
+    path.write_bytes(data.replace(b"XXXXcafeXXXX", b"XXXXcaf\xe9XXXX"))
+    with pytest.raises(UnicodeDecodeError):             # what happens without metadata_errors
+        av.open(str(path)).metadata  # noqa: B018
+    assert train.probe(path)[0] == 20
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no {CLIPS}: real clips are not in here")
+def test_real_clips():
+    clips = train.VideoFolder(config(CLIPS))
+    assert len(clips.videos) == 8
+    for i in range(8):
+        x, text = clips.clip("train", i)
+        assert x.shape == (3, 16, 32, 32) and x.std() > 0.05 and len(text) > 20
+
+
+@pytest.mark.slow
+def test_videos_are_not_kept_in_memory(tmp_path):
+    """Peak memory of reading windows from 4 long videos at 960 x 540 and from 24 of them."""
+    import av
+
+    def folder(n):
+        path = tmp_path / f"n{n}"
+        path.mkdir()
+        with av.open(str(path / "v0.mp4"), "w") as out:
+            stream = out.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+            stream.width, stream.height, stream.pix_fmt = 960, 540, "yuv420p"
+            for k in range(300):
+                image = torch.full((540, 960, 3), k % 255, dtype=torch.uint8).numpy()
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
+            out.mux(stream.encode())
+        for v in range(n):
+            if v:
+                shutil.copy(path / "v0.mp4", path / f"v{v}.mp4")
+            (path / f"v{v}.txt").write_text("grey")
+        return path
+
+    code = ("import resource, train\n"
+            "clips = train.VideoFolder(train.parse_args(['--data', '{}', '--workdir', 'x'])[0])\n"
+            "for i in range(24): clips.clip('train', i)\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    measure = lambda n: subprocess.run([sys.executable, "-c", code.format(folder(n))], cwd=ROOT,
+                                       check=True, capture_output=True, text=True).stdout
+    peaks = [int(measure(n)) for n in (4, 24)]
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+# ---- several ranks, and real kills ---------------------------------------------------------------
+
+
+def torchrun(folder, ranks, *extra, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+               "--master_port", str(random.Random(str(folder)).randint(20000, 40000)),
+               "train.py", "--workdir", str(folder), "--device", "cpu", *TINY, *extra]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_dit(finished, tmp_path):
+    """From the same latents, 2 sharded ranks follow the loss curve of one, and resume one's run."""
+    folder = Path(shutil.copytree(finished, tmp_path / "two"))
+    forget(folder, "dit", "samples", "report.json")
+    done = torchrun(folder, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = lambda f: [r["loss"] for r in train.read_metrics(f / "metrics.csv")
+                        if r["stage"] == "dit"]
+    a, b = torch.tensor(losses(folder)), torch.tensor(losses(finished))
+    assert len(a) == 8
+    a, b = train.load_tensors(folder / "dit" / "model.safetensors"), train.load_tensors(
+        finished / "dit" / "model.safetensors")
+    assert set(a) == set(b)
+    folder = Path(shutil.copytree(finished, tmp_path / "resharded"))
+    forget(folder, "dit/model.safetensors", "samples", "report.json")
+    done = torchrun(folder, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_ranks_run_all_stages(tmp_path):
+    done = torchrun(tmp_path / "all", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "all" / "report.json").exists()
+
+
+@pytest.mark.slow
+def test_wrong_flag_under_torchrun_is_one_line(tmp_path):
+    done = torchrun(tmp_path / "bad", 1, "--coupling", "ot")
+    assert done.returncode != 0
+    assert "train.py: --coupling ot: not one of" in done.stderr
+
+
+@pytest.mark.slow
+def test_sigkill_in_each_stage(finished, tmp_path):
+    """Killed once in each stage and started again: the same figures, the same loss curve."""
+    import time
+
+    folder = tmp_path / "killed"
+    signs = ["tae/image", "tae/step_*", "latents/shard_00000.safetensors", "dit/step_*",
+             "samples/0002.gif"]
+    command = [sys.executable, "train.py", "--workdir", str(folder), "--device", "cpu", *TINY]
+    for sign in signs:
+        p = subprocess.Popen(command, cwd=ROOT, stderr=-3, stdout=-3,      # to nowhere
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while p.poll() is None and not list(folder.glob(sign)):
+            time.sleep(0.01)
+        p.kill()
+        p.wait()
+    assert not (folder / "report.json").exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert figures(folder) == figures(finished)
+    assert (train.read_metrics(folder / "metrics.csv")
+            == train.read_metrics(finished / "metrics.csv"))
