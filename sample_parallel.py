@@ -1,50 +1,58 @@
 """sample_parallel.py: one prompt, many ranks, the same clip: xDiT's parallel modes for a video DiT.
 
-                    cfg 0: prompt                                   cfg 1: null text          CFG-parallel: one
-       pp 0: blocks 0..L/2        pp 1: blocks L/2..L          pp 0 ...        pp 1 ...       all-gather of v a step
-      .--------------------.  h  .--------------------.
-      | tokens of patch m  |---->| tokens of patch m-1|--> v, Euler step, back to pp 0        PipeFusion: K, V of the
-      |  ring 0  |  ring 1 |     |  ring 0  |  ring 1 |                                       other patches are stale
-      |  u0  u1  |  u0  u1 |     |  u0  u1  |  u0  u1 |                                       Ring: K, V go round
-      '--------------------'     '--------------------'                                       Ulysses: tokens <-> heads
+               cfg 0: the prompt (cfg 1, the null text, is a second picture like this one)
+         pp 0: first half of the blocks     pp 1: second half
+        .-----------------------------.    .-----------------------------.
+        | tokens of patch m           | h  | tokens of patch m - 1       |-> v, gathered over cfg,
+        |  .- ring 0 -. .- ring 1 -.  |--->|  .- ring 0 -. .- ring 1 -.  |   guided, Euler step of
+        |  | u 0  u 1 | | u 0  u 1 |  |    |  | u 0  u 1 | | u 0  u 1 |  |   patch, back to pp 0
+        '-----------------------------'    '-----------------------------'
+      CFG-parallel   prompt and null text on two groups; one all-gather of v a step
+      PipeFusion     blocks on stages, patches flow through; K, V of later patches are stale
+      Ring           tokens on ranks, K and V go round
+      Ulysses        tokens on ranks, but within attention heads on ranks
 
-The model is not touched and knows nothing of ranks. Only self-attention mixes tokens, so each mode is one callable that
-takes the place of `block.attend(q, k, v)`, and they nest:  Ulysses( StaleKV( Ring or plain attention ) ).  What is left
-is a schedule: who works on which tokens when. Read `emulate` first: the whole algorithm, in one process, without ranks.
+The model is not touched and knows nothing of ranks. Only self-attention mixes tokens, so each mode
+is one callable in the place of `block.attend(q, k, v)`, and they nest:
+    Ulysses( StaleKV( Ring or plain attention ) )
+What is left is a schedule: who works on which tokens when. Read `emulate` first: the whole
+algorithm in one process, without ranks.
 
-Papers: xDiT 2411.01738 [XD]; PipeFusion 2405.14430 [PF]; DistriFusion 2402.19481 [DF]; DeepSpeed-Ulysses 2309.14509;
-Ring Attention 2310.01889; USP (Ulysses inside Ring) 2405.07719; Movie Gen 2410.13720 [MG].
+Papers: xDiT 2411.01738 [XD]; PipeFusion 2405.14430 [PF]; DistriFusion 2402.19481 [DF]; Ulysses
+2309.14509; Ring Attention 2310.01889; USP (Ulysses in Ring) 2405.07719; Movie Gen 2410.13720 [MG].
 
-Contract: ParallelSampler(model, mesh, ...).sample(x0, text, mask, null, null_mask, guidance, steps) -> x1 on every rank.
-    x0 (B, ...) noise, fp32; text (B, L, D_text); mask (B, L) bool, True = attend; t = 0 is noise, 1 is data.
-    x0 and the text are rank 0's: ranks with other seeds cannot make a clip of static.
-    model, any with these seams, each but the first and last usable on slices of the token axis:
-        patchify(x) -> (B,N,P)   positions(x.shape) -> (N,D)   condition(t) -> c   embed(tokens) -> h (B,n,D)
-        blocks[i](h, pos, c, text, mask) -> h, with its self-attention in blocks[i].attend(q, k, v), each (B,heads,n,head_dim)
-        head(h, c) -> (B,n,P)    unpatchify(tokens, x.shape) -> x    and, optional, token_mask(x.shape) -> (N,P) or None
+Contract: ParallelSampler(model, mesh).sample(x0, text, mask, null, null_mask, guidance, steps)=x1
+    x0 (B, ...) noise, fp32; text (B, L, D_text); mask (B, L) bool, True = attend
+    x1 is on every rank. x0 and the text are rank 0's: other seeds elsewhere cannot make static.
+    model: any with these seams; those on tokens must accept slices of the token axis
+        patchify(x) -> (B,N,P)      positions(x.shape) -> (N,D)      condition(t (B,)) -> c
+        embed(tokens) -> h (B,n,D)  blocks[i](h, pos, c, text, mask) -> h      head(h, c) -> (B,n,P)
+        blocks[i].attend(q, k, v), its self-attention, each (B, heads, n, head_dim), assignable
+        unpatchify(tokens, x.shape) -> x        optional: token_mask(x.shape) -> (N,P) bool or None
 
-    python sample_parallel.py                                                # demo: every mode, PASS lines, time line (40 s)
-    torchrun --nproc_per_node 4 sample_parallel.py --workdir runs/toy --prompt "a red circle moving left" \\
-             --cfg 2 --ulysses 2 --check                                     # 10 s of launch, then 2 s a clip at toy scale
-    python sample_parallel.py --plan --size 30b --gpus 16 --link 25          # what each mesh would cost (3 s)
+    python sample_parallel.py       # demo: every mode, PASS lines, time line     (25 s when idle)
+    torchrun --nproc_per_node 4 sample_parallel.py --workdir runs/toy \\
+        --prompt "a red circle moving left" --cfg 2 --ulysses 2 --check      # (25 s, mostly launch)
+    python sample_parallel.py --plan --size 30b --gpus 16 --link 25   # what each mesh costs (3 s)
 
-Which mode: CFG-parallel first, it is nearly free. Then Ulysses inside a node with fast links, PipeFusion across slow
-ones (its traffic does not grow with depth), Ring where Ulysses runs out of heads. `--plan` has the numbers.
+Which mode: CFG-parallel first, it is nearly free. Then Ulysses inside a node with fast links,
+PipeFusion across slow ones (its traffic does not grow with depth), Ring where Ulysses runs out of
+heads. `--plan` has the numbers.
 
 Differences from the paper
-    - PipeFusion for a video DiT: xDiT itself offers it for image models only. Patches are bands of frames (--patch-axis t)
-      by default, not of rows: measured staleness is lower, and a latent video has the frames.
-    - Uneven shares everywhere (token counts, heads, patches, blocks), by split lists and without padding: xDiT, Wan and
-      diffusers ask for divisibility. Padding tokens would be attended to, and change the clip.
-    - Ring inside PipeFusion: each rank caches its own K, V and the whole cache goes round at every micro-step, so ring
-      traffic is M times as large. Correct and seldom wise; Ulysses has no such price.
-    - Warm-up is at least one step (xDiT allows 0, and then attends to K, V left over from a dummy run).
-    - Euler only. A solver with two evaluations a step would make "the previous step's K, V" half a step old.
-    - No tensor parallelism (PipeFusion and FSDP shard the weights), no Ulysses x tensor hybrid, no CUDA tuning.
+    - PipeFusion for a video DiT: xDiT itself has it for image models only. Patches are bands of
+      frames (--patch-axis t) by default, where its are bands of rows.
+    - Uneven shares everywhere (tokens, heads, patches, blocks), by split lists, without padding.
+      xDiT, Wan and diffusers ask for divisibility; padding would be attended to.
+    - Ring inside PipeFusion: each rank caches its own K, V, and the whole cache goes round at every
+      micro-step: M times the ring's traffic. Correct and seldom wise; Ulysses pays no such price.
+    - Warm-up is at least one step (xDiT allows 0, and then attends to what a dummy run left over).
+    - Euler only: with two evaluations a step, "the previous step's K, V" would be half a step old.
+    - No tensor parallelism: PipeFusion and FSDP share out the weights.
 
-Letters: B samples, b rows in a batch (2B with guidance in one process); N video tokens, n those on a rank or in a patch;
-P numbers in a token; L text tokens, or blocks where bytes are counted; D width; M patches; S steps; W warm-up steps;
-U, R the Ulysses and Ring degrees; "stage" a pipeline rank; t flow time.
+Letters: B samples, b rows of a batch (2B with guidance in one process); N video tokens, n those of
+a rank or a patch; P numbers in a token; D width; M patches; S steps; W warm-up steps; U, R Ulysses
+and Ring degrees; L text tokens, but blocks where bytes are counted; t flow time.
 """
 import argparse
 import math
@@ -57,47 +65,49 @@ import traceback
 from collections import Counter, deque
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
 
-# ---- 1. Sizes and shares ---------------------------------------------------------------------------
+# ---- 1. Sizes and shares -------------------------------------------------------------------------
 
-# Outermost to innermost, as in [XD]: neighbouring ranks, on the fastest links, do Ulysses, which talks in every layer;
-# CFG, which talks once a step, and PipeFusion, once a patch, may cross nodes.
+# Outermost to innermost, as in [XD]: neighbouring ranks, on the fastest links, do Ulysses, which
+# talks in every layer; CFG, which talks once a step, and PipeFusion, once a patch, may cross nodes.
 AXES = ("cfg", "pp", "ring", "ulysses")
 
 
 @dataclass
 class Size:
-    """What `--plan` has to know of a model. Blocks as in Movie Gen: 4D^2 self-, 4D^2 cross-attention, 3 D ffn SwiGLU."""
+    """What `--plan` has to know of a model. A block has 4 D^2 weights in self-attention, 4 D^2 in
+    cross-attention and 3 D ffn in the SwiGLU, as in Movie Gen."""
     dim: int
     depth: int
     heads: int
     ffn: int
     width: int = 64                 # P, numbers in a token: 16 channels x (1, 2, 2)
-    frames: int = 8                 # video frames and pixels (each way) that one token stands for: TAE times patch
-    pixels: int = 16
+    frames: int = 8                 # video frames, and pixels each way, that one token stands for:
+    pixels: int = 16                #   the TAE's compression times the patch
 
     @property
     def block(self):
         return 8 * self.dim**2 + 3 * self.dim * self.ffn
 
     @property
-    def rest(self):                 # embed, head, time MLP, shared adaLN: about, and less than 2 % from 1b on
+    def rest(self):       # embed, head, time MLP, shared adaLN: about, and less than 2 % from 1b on
         return 8 * self.dim**2 + 2 * self.dim * self.width
 
 
 PRESETS = {
     "toy":   Size(192, 6, 6, 512, 128, 4, 16),
     "small": Size(384, 12, 6, 1024),
-    "1b":    Size(1536, 24, 16, 4096),                                          # the paper's sizes [MG s3.1.3]
+    "1b":    Size(1536, 24, 16, 4096),                               # the paper's sizes [MG s3.1.3]
     "5b":    Size(3072, 32, 24, 8192),
     "30b":   Size(6144, 48, 48, 16384),
 }
@@ -109,7 +119,8 @@ def one_of(name, value, choices):
 
 
 def split(n, parts):
-    """n things over parts, as equal as can be: split(7, 3) = [3, 2, 2]. The only rule of sharing in this file."""
+    """n things over parts, as equal as can be: split(7, 3) = [3, 2, 2]. The only rule of sharing in
+    this file."""
     return [n // parts + (i < n % parts) for i in range(parts)]
 
 
@@ -122,14 +133,16 @@ def spans(sizes):
 class Layout:
     """Which tokens a rank has: M patches of consecutive tokens, each cut into R x U shares.
 
-    `order` sorts the N tokens so that a patch is a run: for bands of frames the model's own order, for bands of rows or
-    columns a permutation, and nothing else changes, because positions travel with their tokens. A rank holds its share of
-    *every* patch, one after another (patch-major), during the warm-up too: so it never changes tokens, and K, V computed
-    in the warm-up are those that later micro-steps replace."""
+    `order` sorts the N tokens so that a patch is a run: for bands of frames the model's own order,
+    for bands of rows or columns a permutation, and nothing else changes, because positions travel
+    with their tokens. A rank holds its share of *every* patch, one after another (patch-major),
+    during the warm-up too: so it never changes tokens, and K, V computed in the warm-up are those
+    that later micro-steps replace."""
 
     def __init__(self, order, M=1, R=1, U=1):
-        if M * R * U > len(order):
-            raise ValueError(f"patches {M} x ring {R} x ulysses {U}: more shares than the {len(order)} tokens")
+        if len(order) < M * R * U:
+            raise ValueError(f"patches {M} x ring {R} x ulysses {U}: more shares than the "
+                             f"{len(order)} tokens")
         self.order, self.M, self.R, self.U = order, M, R, U
         self.patch = spans(split(len(order), M))
         self.share = [split(n, R * U) for n in split(len(order), M)]           # share[m][r * U + u]
@@ -139,7 +152,7 @@ class Layout:
         return sum(self.share[i][r * self.U + u] for i in (range(self.M) if m is None else [m]))
 
     def shard(self, r):
-        """How many K, V rows a ring rank holds: the tokens of all its Ulysses members, of all patches."""
+        """How many K, V rows ring rank r holds: all patches, all its Ulysses members."""
         return sum(self.size(None, r, u) for u in range(self.U))
 
     def rows(self, r, u):
@@ -156,13 +169,13 @@ class Layout:
         return spans([sum(self.size(i, r, u) for u in range(self.U)) for i in range(self.M)])[m]
 
     def splice(self, r):
-        """Permutation from the order in which a warm-up all-to-all delivers tokens to the order of the cache.
+        """Permutation from the order in which a warm-up's all-to-all delivers K, V to the cache's.
 
-        The trap of PipeFusion x Ulysses. Over the whole sequence the all-to-all delivers rank-major rows
-            u0: p0 p1 p2 | u1: p0 p1 p2            and one patch at a time, later,            p0: u0 u1
-        which must land on the rows it replaces: so the cache is patch-major. With the orders mixed up, a patch overwrites
-        half of itself and half of its neighbour: as large an error as legitimate staleness, and invisible without an
-        oracle. (On the demo's model the wrong order costs what `python sample_parallel.py` prints.)"""
+        The trap of PipeFusion x Ulysses. A warm-up delivers rows by rank, u0: p0 p1 | u1: p0 p1.
+        Later micro-steps deliver one patch, p0: u0 u1, which must land on the very rows that it
+        replaces: so the cache is kept by patch, p0: u0 u1 | p1: u0 u1. With the orders mixed up a
+        patch overwrites half of itself and half of a neighbour. The clip looks as if nothing had
+        happened (1.7 % off on the demo's model, staleness costs 5 %): only an oracle sees it."""
         pieces = {}
         for u in range(self.U):
             for m in range(self.M):
@@ -172,43 +185,44 @@ class Layout:
 
 
 def token_order(model, shape, axis, device=None):
-    """The permutation that makes bands along `axis` (t, h or w) runs of tokens; within a band the model's order stays.
+    """(N,) permutation that makes bands along `axis` (t, h, w) runs of tokens, else in order.
 
-    It asks the model itself, by cutting a video whose every value is its own coordinate into tokens."""
+    It asks the model itself: patchify a video whose every value is its own coordinate."""
     one_of("patch-axis", axis, ("t", "h", "w"))
-    if len(shape) != 5:                                     # several latent streams laid flat: no axis to speak of
+    if len(shape) != 5:                      # several latent streams laid flat: no axis to speak of
         if axis != "t":
-            raise ValueError(f"patch-axis {axis}: x {tuple(shape)} is not (B, C, T, H, W), only t (token order) is possible")
+            raise ValueError(f"patch-axis {axis}: x {tuple(shape)} is not (B, C, T, H, W), only t "
+                             "(the order of the tokens) is possible")
         return torch.arange(model.positions(shape).shape[0], device=device)
     d = {"t": 2, "h": 3, "w": 4}[axis]
     coordinate = torch.arange(shape[d], device=device, dtype=torch.float32)
     x = coordinate.view([-1 if i == d else 1 for i in range(5)]).expand(1, *shape[1:])
-    return model.patchify(x)[0, :, 0].argsort(stable=True)                                          # (N,)
+    return model.patchify(x)[0, :, 0].argsort(stable=True)                  # (N,)
 
 
-# ---- 2. Ranks and the wire -------------------------------------------------------------------------
+# ---- 2. Ranks and the wire -----------------------------------------------------------------------
 
-def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, guided=True, depth=None, heads=None,
-                  steps=None):
-    """Everything that can be known to be wrong before any rank talks to another: ValueError, the same on all of them."""
-    for name, value in dict(cfg=cfg, pp=pp, ring=ring, ulysses=ulysses).items():
+def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, guided=True,
+                  depth=None, heads=None, steps=None):
+    """ValueError for what can be known to be wrong before any rank talks: the same on all."""
+    for name, value in {"cfg": cfg, "pp": pp, "ring": ring, "ulysses": ulysses}.items():
         if value < 1:
             raise ValueError(f"{name} {value}: must be at least 1")
     if cfg > 2:
-        raise ValueError(f"cfg {cfg}: not one of 1, 2 (guidance has two branches, the prompt and the null text)")
+        raise ValueError(f"cfg {cfg}: not one of 1, 2 (guidance has two branches)")
     if cfg * pp * ring * ulysses != world:
-        raise ValueError(f"cfg {cfg} x pp {pp} x ring {ring} x ulysses {ulysses} = {cfg * pp * ring * ulysses}: "
-                         f"not the number of ranks, {world}")
+        raise ValueError(f"cfg {cfg} x pp {pp} x ring {ring} x ulysses {ulysses} = "
+                         f"{cfg * pp * ring * ulysses}: not the number of ranks, {world}")
     if cfg == 2 and not guided:
         raise ValueError("cfg 2: needs guidance, that is a null text")
     if pp == 1 and patches > 1:
-        raise ValueError(f"patches {patches}: needs pp 2 or more (patches are what a pipeline is filled with)")
+        raise ValueError(f"patches {patches}: needs pp 2 or more (patches fill a pipeline)")
     if pp > 1 and 0 < patches < pp:
-        raise ValueError(f"patches {patches}: fewer than the pp {pp} stages, so that {pp - patches} of them would idle")
+        raise ValueError(f"patches {patches}: fewer than the pp {pp} stages, some would idle")
     if patches < 0:
         raise ValueError(f"patches {patches}: must be 1 or more, or 0 for as many as stages")
     if warmup < 1:
-        raise ValueError(f"warmup {warmup}: must be at least 1 step (stale K, V have to come from somewhere)")
+        raise ValueError(f"warmup {warmup}: must be at least 1 (the first K, V come from it)")
     if steps is not None and pp > 1 and warmup > steps:
         raise ValueError(f"warmup {warmup}: more than the {steps} steps")
     if depth is not None and pp > depth:
@@ -218,9 +232,9 @@ def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, gu
 
 
 def make_mesh(cfg=1, pp=1, ring=1, ulysses=1, device="cpu"):
-    """The DeviceMesh (cfg, pp, ring, ulysses) over all ranks; None in a process that was never joined to others.
+    """The DeviceMesh (cfg, pp, ring, ulysses) over all ranks; None in a process on its own.
 
-    torch takes a mesh smaller than the world without a word and leaves the other ranks out; we do not."""
+    torch accepts a mesh smaller than the world, and leaves the other ranks out. We do not."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     check_degrees(world, cfg, pp, ring, ulysses)
     if not dist.is_initialized():
@@ -234,10 +248,11 @@ class Axis:
     size: int = 1
     index: int = 0
     group: object = None
+    pairs: object = None            # for messages between two, where `group` has collectives, too
 
 
 class Wire:
-    """Bytes that this rank has sent, by purpose. Counted where they are handed to torch.distributed."""
+    """Bytes that this rank has sent, by purpose, counted where torch.distributed gets them."""
 
     def __init__(self):
         self.sent = Counter()
@@ -247,12 +262,13 @@ class Wire:
 
 
 class Inbox:
-    """Messages of known shapes from one rank. The irecv of the next one is always posted before this one is used,
-    so that it arrives while we compute. (Shapes must be known: gloo sends bytes, not sizes.)"""
+    """Messages of known shapes from one rank. The irecv of the next one is always posted before
+    this one is used, so that it arrives while we compute. (Shapes must be known: gloo sends bytes,
+    not sizes.)"""
 
     def __init__(self, shapes, src, group, dtype, device):
         self.shapes, self.src, self.group = iter(shapes), src, group
-        self.kind = dict(dtype=dtype, device=device)
+        self.kind = {"dtype": dtype, "device": device}
         self._post()
 
     def _post(self):
@@ -269,12 +285,14 @@ class Inbox:
 
 
 class Outbox:
-    """isends in flight. A tensor has to stay alive and unchanged until it is gone, so it is kept here.
+    """isends in flight: their tensors must stay alive and unchanged until they are gone.
 
-    `limit` bounds the memory. It must not be below M: the last stage's latents are taken M micro-steps later."""
+    `limit` bounds the memory. It must not be below M: the last stage's latents are taken M
+    micro-steps later."""
 
     def __init__(self, group, wire, what, limit):
-        self.group, self.wire, self.what, self.limit, self.flying = group, wire, what, limit, deque()
+        self.group, self.wire, self.what, self.limit = group, wire, what, limit
+        self.flying = deque()
 
     def send(self, x, dst):
         x = x.contiguous()
@@ -289,20 +307,21 @@ class Outbox:
 
 
 def post_all_gather(x, sizes, dim, axis):
-    """Everybody's x, which may differ in size along `dim` -> (works, parts). gloo's all_gather wants equal shapes."""
+    """Everybody's x, of `sizes` along `dim` -> (works, parts). all_gather wants equal shapes."""
     x = x.contiguous()
     shape = lambda n: [n if i == dim % x.dim() else s for i, s in enumerate(x.shape)]
     parts = [x if i == axis.index else x.new_empty(shape(n)) for i, n in enumerate(sizes)]
-    others = [i for i in range(axis.size) if i != axis.index]
-    ops = [dist.P2POp(dist.isend, x, group=axis.group, group_peer=i) for i in others]
-    ops += [dist.P2POp(dist.irecv, parts[i], group=axis.group, group_peer=i) for i in others]
+    others, group = [i for i in range(axis.size) if i != axis.index], axis.pairs or axis.group
+    ops = [dist.P2POp(dist.isend, x, group=group, group_peer=i) for i in others]
+    ops += [dist.P2POp(dist.irecv, parts[i], group=group, group_peer=i) for i in others]
     return (dist.batch_isend_irecv(ops) if ops else []), parts
 
 
-# ---- 3. Attention over ranks -----------------------------------------------------------------------
-# Each takes q, k, v (b, heads, n, head_dim) after positions and norms, and answers for the rows of q, as the model's own
-# attention would. Text needs nothing: in cross-attention every rank has all of it. (In models that put text and video into
-# one sequence it must be neither forgotten nor counted once per ring rank: a real simplification of this design.)
+# ---- 3. Attention over ranks ---------------------------------------------------------------------
+# Each takes q, k, v (b, heads, n, head_dim) after positions and norms, and answers for the rows of
+# q, as the model's own attention would. Text needs nothing: in cross-attention every rank has all
+# of it. (In models that put text and video into one sequence it must be neither forgotten nor
+# counted once per ring rank: a real simplification of this design.)
 
 attention = F.scaled_dot_product_attention
 
@@ -310,27 +329,28 @@ attention = F.scaled_dot_product_attention
 def attention_lse(q, k, v):
     """Attention over some of the keys, with what is needed to merge it with the rest:
     o = softmax(q k^T / sqrt(d)) v  and  lse = log sum exp(q k^T / sqrt(d)), (b, heads, n), fp32."""
-    if q.device.type == "cpu":                              # fused kernels have the lse at hand, and never build (n, n)
+    if q.device.type == "cpu":          # fused kernels have the lse at hand, and never build (n, n)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    s = (q @ k.mT).float() / math.sqrt(q.shape[-1])                                     # the definition
+    s = (q @ k.mT).float() / math.sqrt(q.shape[-1])                         # the definition
     return s.softmax(-1).to(v.dtype) @ v, s.logsumexp(-1)
 
 
 class Ring:
-    """Ring attention: queries stay, K and V travel round the ring in R - 1 hops, each behind the compute of the last.
+    """Ring attention: queries stay, K and V go round in R - 1 hops behind the compute.
 
-    Two partial softmaxes merge exactly, in fp32:   o += sigmoid(lse_i - lse) (o_i - o),   lse = logaddexp(lse, lse_i).
-    Not causal, so the ranks have equal work as they are and no zigzag order is needed. Both directions of a hop are posted
-    together: a blocking send before the receive would deadlock."""
+    Two partial softmaxes merge exactly, in fp32:
+        o += sigmoid(lse_i - lse) (o_i - o),   lse = logaddexp(lse, lse_i)
+    Not causal, so the ranks have equal work as they are and no zigzag order is needed. Both
+    directions of a hop are posted together: a blocking send before the receive would deadlock."""
 
     def __init__(self, axis, sizes, wire):
-        self.axis, self.sizes, self.wire = axis, sizes, wire          # sizes: K, V rows of each ring rank
+        self.axis, self.sizes, self.wire = axis, sizes, wire    # sizes: K, V rows of each ring rank
 
     def __call__(self, q, k, v):
         R, r, group = self.axis.size, self.axis.index, self.axis.group
-        kv = torch.stack((k, v))                                                        # (2, b, h, n_r, d)
+        kv = torch.stack((k, v))                                            # (2, b, h, n_r, d)
         o = lse = None
         for hop in range(R):
             works = []
@@ -341,7 +361,7 @@ class Ring:
                     dist.P2POp(dist.irecv, coming, group=group, group_peer=(r - 1) % R)])
                 self.wire.count("ring", kv)
             o_i, lse_i = attention_lse(q, *kv)
-            o_i, lse_i = o_i.float(), lse_i[..., None]                                  # (b, h, n, d), (b, h, n, 1)
+            o_i, lse_i = o_i.float(), lse_i[..., None]                  # (b, h, n, d), (b, h, n, 1)
             if o is None:
                 o, lse = o_i, lse_i
             else:
@@ -355,24 +375,29 @@ class Ring:
 
 
 class Ulysses:
-    """DeepSpeed-Ulysses: one all-to-all turns (my tokens, all heads) into (all tokens, my heads), another turns back.
+    """DeepSpeed-Ulysses: one all-to-all turns (my tokens, all heads) into (all tokens, my heads),
+    another turns back.
 
-    Q, K, V travel packed in one message. The heads go in `len(cores)` pieces, each with its own pair of all-to-alls, all
-    posted at once: piece 2 travels while piece 1 is computed. (On gloo a blocking exchange cost a third of the step.) Heads
-    and tokens need not divide. `cores[i]` is the attention inside, over all the tokens of these U ranks: plain, Ring or
-    StaleKV. Each output row is computed exactly as in one process: with plain attention inside, the clip is equal bit for bit."""
+    Q, K, V travel packed in one message. The heads go in `len(cores)` pieces, each with its own
+    pair of all-to-alls, all posted at once: piece 2 travels while piece 1 is computed. (On gloo a
+    blocking exchange cost a third of the step.) Heads and tokens need not divide. `cores[i]` is the
+    attention inside, over all the tokens of these U ranks: plain, Ring or StaleKV. Each output row
+    is computed exactly as in one process: with plain attention inside, the clip is equal bit for
+    bit."""
 
     def __init__(self, axis, cores, tokens, wire):
-        self.axis, self.cores, self.tokens, self.wire = axis, cores, tokens, wire       # tokens() -> share of each rank
+        self.axis, self.cores, self.wire = axis, cores, wire
+        self.tokens = tokens                                # () -> the tokens of each member now
 
     def _post(self, parts, counts):
-        """All-to-all of flat messages, parts[u] to member u, counts[u] numbers from it -> (work, received, sent)."""
+        """All-to-all: parts[u], flat, go to member u, and counts[u] numbers come from it."""
         sent = torch.cat([p for part in parts for p in part])
         sizes = [sum(p.numel() for p in part) for part in parts]
         got = sent.new_empty(sum(counts))
-        work = dist.all_to_all_single(got, sent, counts, sizes, group=self.axis.group, async_op=True)
+        work = dist.all_to_all_single(got, sent, counts, sizes, group=self.axis.group,
+                                      async_op=True)
         self.wire.sent["ulysses"] += (sent.numel() - sizes[self.axis.index]) * sent.element_size()
-        return work, got, sent                              # `sent` must live until the work is done
+        return work, got, sent                             # `sent` must live until the work is done
 
     def __call__(self, q, k, v):
         b, H, n, d = q.shape
@@ -381,7 +406,7 @@ class Ulysses:
         if heads[-1] == 0:
             raise ValueError(f"ulysses {U}: more ranks than the model's {H} attention heads")
         pieces = min(len(self.cores), heads[-1])
-        owned = spans(heads)                                # piece i of every member's heads: span[u][i]
+        owned = spans(heads)                           # piece i of every member's heads: span[u][i]
         span = [[slice(o.start + s.start, o.start + s.stop) for s in spans(split(h, pieces))]
                 for o, h in zip(owned, heads)]
         mine = split(heads[me], pieces)
@@ -393,42 +418,47 @@ class Ulysses:
             work.wait()
             got = got.split([3 * b * mine[i] * t * d for t in tokens])
             qkv = torch.cat([g.view(3, b, mine[i], t, d) for g, t in zip(got, tokens)], dim=3)
-            o = self.cores[i](*qkv)                                                     # (b, my heads, all tokens, d)
+            o = self.cores[i](*qkv)                                   # (b, my heads, all tokens, d)
             parts = [[o_u.reshape(-1)] for o_u in o.split(tokens, dim=2)]
-            back.append(self._post(parts, [b * split(heads[u], pieces)[i] * n * d for u in range(U)]))
+            back.append(self._post(parts,
+                                   [b * split(heads[u], pieces)[i] * n * d for u in range(U)]))
         out = torch.empty_like(q)
         for i, (work, got, _) in enumerate(back):
             work.wait()
-            for u, g in enumerate(got.split([b * split(heads[u], pieces)[i] * n * d for u in range(U)])):
+            for u, g in enumerate(got.split([b * split(heads[u], pieces)[i] * n * d
+                                             for u in range(U)])):
                 out[:, span[u][i]] = g.view(b, -1, n, d)
-        return out                                                                      # (b, all heads, my tokens, d)
+        return out                                                    # (b, all heads, my tokens, d)
 
 
 @dataclass
 class Now:
     """Where the schedule stands; the attentions look here."""
     step: int = 0
-    patch: int | None = None            # None: the whole sequence (warm-up, and every step without PipeFusion)
+    patch: int | None = None        # None: the whole sequence (warm-up, and without PipeFusion)
 
 
 class StaleKV:
-    """PipeFusion's attention [PF]: Q of one patch against K, V of all, of which the later ones are one step old.
+    """PipeFusion's attention [PF]: Q of one patch against K, V of all, of which the later ones are
+    one step old.
 
-    Warm-up: attend to everything, keep K, V. Then patch m writes its rows and attends to the whole cache: patches 0..m are
-    of this step, m+1..M-1 of the last, a fresh share of (M+1)/2M on average where DistriFusion has 1/M. The cache is made anew
-    for each sample: K, V of another prompt, or of another batch size after guidance was switched, never get in.
+    Warm-up: attend to everything, keep K, V. Then patch m writes its rows and attends to the whole
+    cache: patches 0..m are of this step, m+1..M-1 of the last, a fresh share of (M+1)/2M on average
+    where DistriFusion has 1/M. The cache is made anew for each sample: K, V of another prompt, or
+    of another batch size after guidance was switched, never get in.
 
-    K, V are kept after the Ulysses exchange (all rows, my heads: no extra traffic), or per Ring rank (my rows, all heads)."""
+    K, V are kept after the Ulysses exchange (all rows, my heads: no extra traffic), or per Ring
+    rank (my rows, all heads)."""
 
     def __init__(self, core, layout, r, now):
         self.core, self.layout, self.r, self.now = core, layout, r, now
         self.splice = layout.splice(r)
-        self.age = [None] * layout.M    # the step of the K, V in each slot: what the time line draws
+        self.age = [None] * layout.M   # the step of the K, V in each slot: what the time line draws
 
     def __call__(self, q, k, v):
         m = self.now.patch
         if m is None:
-            q, k, v = (a[:, :, self.splice.to(q.device)] for a in (q, k, v))            # patch-major, copies
+            q, k, v = (a[:, :, self.splice.to(q.device)] for a in (q, k, v))  # patch-major, copies
             self.k, self.v = k, v
             self.age = [self.now.step] * self.layout.M
             o = torch.empty_like(q)
@@ -441,8 +471,9 @@ class StaleKV:
 
 
 class DistriFusion:
-    """Baseline [DF]: every rank does its own patch, all at once; K, V of the others are one step old and travel behind
-    the compute of a whole step. exchange=False: they do not travel at all, which is what independent tiles are."""
+    """Baseline [DF]: every rank does its own patch, all at once; K, V of the others are one step
+    old and travel behind the compute of a whole step. exchange=False: they do not travel at all,
+    which is what independent tiles are."""
 
     def __init__(self, axis, sizes, now, warmup, wire, exchange=True):
         self.axis, self.sizes, self.now, self.warmup, self.wire = axis, sizes, now, warmup, wire
@@ -456,8 +487,8 @@ class DistriFusion:
         stale, self.flying = self.flying, None
         if fresh or self.exchange:
             self.flying = post_all_gather(kv, self.sizes, 3, self.axis)
-            self.wire.sent["distrifusion"] += kv.numel() * kv.element_size() * (self.axis.size - 1)
-        works, parts = self.flying if fresh else stale      # stale: posted at this layer one step ago, long since here
+            self.wire.sent["kv"] += kv.numel() * kv.element_size() * (self.axis.size - 1)
+        works, parts = self.flying if fresh else stale      # stale: posted in this layer a step ago
         for work in works:
             work.wait()
         parts = [kv if i == self.axis.index else p for i, p in enumerate(parts)]
@@ -469,39 +500,42 @@ class DistriFusion:
             work.wait()
 
 
-# ---- 4. The oracle: each mode in one process -------------------------------------------------------
+# ---- 4. The oracle: each mode in one process -----------------------------------------------------
 
 def both_branches(B, text, mask=None, null=None, null_mask=None):
-    """Prompt and null text as one batch (prompt rows first): the shorter is padded with tokens that the mask hides."""
+    """Prompt and null text as one batch (prompt rows first): the shorter is padded with tokens that
+    the mask hides."""
     if null is None:
         return text, mask
     null = null.expand(B, *null.shape[-2:])
     L = max(text.shape[1], null.shape[1])
+    pairs = (text, mask), (null, null_mask)
     if text.shape[1] != null.shape[1] or mask is not None or null_mask is not None:
-        ones = lambda P, m: (torch.ones(P.shape[:2], dtype=torch.bool, device=P.device) if m is None
-                             else m.expand(P.shape[:2]))
-        mask = torch.cat([F.pad(ones(P, m), (0, L - P.shape[1])) for P, m in ((text, mask), (null, null_mask))])
-    return torch.cat([F.pad(P, (0, 0, 0, L - P.shape[1])) for P in (text, null)]), mask
+        all_true = lambda P: torch.ones(P.shape[:2], dtype=torch.bool, device=P.device)
+        masks = [all_true(P) if m is None else m.expand(P.shape[:2]) for P, m in pairs]
+        mask = torch.cat([F.pad(m, (0, L - m.shape[1])) for m in masks])                # (2B, L)
+    return torch.cat([F.pad(P, (0, 0, 0, L - P.shape[1])) for P, _ in pairs]), mask     # (2B, L, D)
 
 
 def guide(v, guidance):
-    """v_null + guidance (v_prompt - v_null) of a batch that holds both (classifier-free guidance)."""
+    """Classifier-free guidance of a batch with both: v_null + guidance (v_prompt - v_null)."""
     prompt, null = v.chunk(2)
     return null + guidance * (prompt - null)
 
 
 @torch.no_grad()
-def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidance=1.0, steps=50, ts=None,
-            patches=1, warmup=1, patch_axis="t"):
-    """One clip in one process, patch by patch, with the K, V that the ranks of `mode` would see. -> x1 like x0.
+def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidance=1.0, steps=50,
+            ts=None, patches=1, warmup=1, patch_axis="t"):
+    """x1 like x0 in one process, patch by patch, with the K, V that the ranks of `mode` see.
 
         exact          all tokens at once: the clip that every exact mode must reproduce
-        pipefusion     patch m sees this step's K, V of patches 0..m and the last step's of the others      [PF]
-        distrifusion   every patch sees its own fresh K, V and the last step's of all others                [DF]
+        pipefusion     patch m sees this step's K, V of patches 0..m, the last step's of others [PF]
+        distrifusion   every patch sees its own fresh K, V and the last step's of all others    [DF]
         no_exchange    every patch sees itself alone
 
-    The number of stages does not occur: cutting the *blocks* among ranks changes who computes, not what. The real samplers
-    are tested against this function, bit for bit where the arithmetic is the same."""
+    The number of stages does not occur: cutting the *blocks* among ranks changes who computes, not
+    what. The real samplers are tested against this function, bit for bit where the arithmetic is
+    the same."""
     one_of("mode", mode, ("exact", "pipefusion", "distrifusion", "no_exchange"))
     ts = torch.linspace(0, 1, steps + 1) if ts is None else ts.float().cpu()
     guided, B, dtype = null is not None, x0.shape[0], next(model.parameters()).dtype
@@ -509,29 +543,30 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
     b = B * (2 if guided else 1)
     M = 1 if mode == "exact" else patches
     N = model.positions(x0.shape).shape[0]
-    order = token_order(model, x0.shape, patch_axis, x0.device) if M > 1 else torch.arange(N, device=x0.device)
+    order = (token_order(model, x0.shape, patch_axis, x0.device) if M > 1
+             else torch.arange(N, device=x0.device))
     pos = model.positions(x0.shape)[order]                                              # (N, D)
-    x = model.patchify(x0.float())[:, order]                                            # (B, N, P): the state of the ODE
+    x = model.patchify(x0.float())[:, order]                       # (B, N, P): the state of the ODE
     real = real_columns(model, x0.shape, order)
-    stale, fresh = {}, {}                                   # block number -> [K, V] of the last and of this step
+    stale, fresh = {}, {}                      # block number -> [K, V] of the last and of this step
 
     def attend(block, q, k, v):
         kv = torch.stack((k, v))
-        if part == slice(None):                             # whole sequence: keep K and V of all patches
+        if part == slice(None):                        # whole sequence: keep K and V of all patches
             stale[block] = kv
             fresh[block] = kv.clone()
             return attention(q, k, v)
-        if mode == "pipefusion":                            # one cache: earlier patches have already written to it
+        if mode == "pipefusion":             # one cache: earlier patches have already written to it
             stale[block][:, :, :, part] = kv
             return attention(q, *stale[block])
-        if mode == "distrifusion":                          # two caches: nobody sees this step's K, V of another patch
+        if mode == "distrifusion":       # two caches: nobody sees this step's K, V of another patch
             fresh[block][:, :, :, part] = kv
             seen = stale[block].clone()
             seen[:, :, :, part] = kv
             return attention(q, *seen)
         return attention(q, k, v)
 
-    with swapped_attention({block: lambda q, k, v, i=i: attend(i, q, k, v) for i, block in enumerate(model.blocks)}):
+    with swapped_attention({block: partial(attend, i) for i, block in enumerate(model.blocks)}):
         for i in range(len(ts) - 1):
             whole = mode == "exact" or i < warmup
             c = model.condition(ts[i].expand(b).to(x0.device))
@@ -541,22 +576,23 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
                     h = block(h, pos[part], c, text, mask)
                 v = model.head(h, c).float()                                            # (b, n, P)
                 v = guide(v, guidance) if guided else v
-                x[:, part] += (ts[i + 1] - ts[i]) * v * real[part]                      # Euler, on these tokens alone
-            stale, fresh = (fresh, stale) if mode == "distrifusion" and not whole else (stale, fresh)
+                x[:, part] += (ts[i + 1] - ts[i]) * v * real[part]      # Euler, of these tokens
+            if mode == "distrifusion" and not whole:
+                stale, fresh = fresh, stale
     back = torch.empty_like(x)
     back[:, order] = x
     return model.unpatchify(back, x0.shape)
 
 
 def real_columns(model, shape, rows):
-    """(n, P) of 1 where a token has data, or 1.0. Tokens of several latent streams carry columns that are not theirs:
-    embed must find zeros there, at every step."""
+    """(n, P) of 1 where a token has data, or 1.0. Tokens of several latent streams carry columns
+    that are not theirs: embed must find zeros there, at every step."""
     mask = model.token_mask(shape) if hasattr(model, "token_mask") else None
     return torch.ones(len(rows), 1, device=rows.device) if mask is None else mask[rows].float()
 
 
 class swapped_attention:
-    """Within this context each of these blocks attends with another callable; afterwards with its own again."""
+    """{block: callable}: within this context the blocks attend so, afterwards as before."""
 
     def __init__(self, attends):
         self.attends = attends
@@ -571,62 +607,71 @@ class swapped_attention:
             block.attend = attend
 
 
-# ---- 5. The sampler --------------------------------------------------------------------------------
+# ---- 5. The sampler ------------------------------------------------------------------------------
 
 class LostRank(RuntimeError):
     """Another rank died, or was silent for longer than the time-out."""
 
 
-class ParallelSampler:
-    """Samples with any model that has the seams (module docstring), over the ranks of a mesh from `make_mesh`.
+def is_loss(error):
+    """torch.distributed has no exception of its own for this on gloo, only words."""
+    words, text = ("gloo", "connection", "barrier", "timed out"), str(error).lower()
+    return isinstance(error, LostRank | dist.DistError) or any(w in text for w in words)
 
-    patches: M, 0 for as many as stages. warmup: W whole steps before the pipeline fills. patch_axis: bands of frames (t),
-    rows (h) or columns (w). baseline: "distrifusion" or "no_exchange", on the mesh's ring axis. pieces: of Ulysses. record:
-    keep `events`, one (stage, step, patch, start, end, age of each K, V slot) for each micro-step. After a sample, `wire.sent`
-    holds the bytes sent and `facts` what `traffic` needs to predict them.
+
+class ParallelSampler:
+    """Samples any model that has the seams (module docstring) over the ranks of `make_mesh(...)`.
+
+        patches      M; 0: as many as stages      warmup      W whole steps before the pipe fills
+        patch_axis   bands of frames (t), rows (h) or columns (w)           pieces      see Ulysses
+        baseline     "distrifusion" or "no_exchange", on the mesh's ring axis
+        record       keep `events`: (stage, step, patch, start, end, age of each K, V slot)
+    After a sample, `wire.sent` holds the bytes sent, and `facts` what `traffic` predicts them from.
     ValueError for settings that cannot work, on every rank; LostRank when another one is gone."""
 
-    def __init__(self, model, mesh=None, patches=0, warmup=1, patch_axis="t", baseline=None, pieces=2, record=False):
-        axes = {}
-        for name in AXES:
-            axes[name] = Axis()
-            if mesh is not None:
-                axes[name] = Axis(mesh[name].size(), mesh[name].get_local_rank(), mesh[name].get_group())
-        self.cfg, self.pp, self.ring, self.ulysses = (axes[name] for name in AXES)
-        self.degrees = {name: axes[name].size for name in AXES}
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.model, self.mesh, self.warmup, self.patch_axis, self.baseline = model, mesh, warmup, patch_axis, baseline
-        self.pieces, self.record = pieces, record
+    def __init__(self, model, mesh=None, patches=0, warmup=1, patch_axis="t", baseline=None,
+                 pieces=2, record=False):
+        one = lambda m: Axis(m.size(), m.get_local_rank(), m.get_group())
+        axes = [Axis() if mesh is None else one(mesh[name]) for name in AXES]
+        self.cfg, self.pp, self.ring, self.ulysses = axes
+        self.degrees = {name: axis.size for name, axis in zip(AXES, axes)}
+        joined = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self.model, self.warmup, self.patch_axis = model, warmup, patch_axis
+        self.baseline, self.pieces, self.record = baseline, pieces, record
         depth, config = len(model.blocks), getattr(model, "cfg", None)
         check_degrees(self.world, **self.degrees, patches=patches, warmup=warmup, depth=depth,
                       heads=getattr(config, "heads", None))
         one_of("patch-axis", patch_axis, ("t", "h", "w"))
         if getattr(config, "conditioning", None) == "in_context":
-            raise ValueError("conditioning in_context: its time token is no video token, parallel sampling cannot place it")
+            raise ValueError("conditioning in_context: its time token is no video token, parallel "
+                             "sampling cannot place it")
         if baseline is not None:
             one_of("baseline", baseline, ("distrifusion", "no_exchange"))
             if self.pp.size > 1 or self.ulysses.size > 1:
-                raise ValueError(f"baseline {baseline}: takes the ring axis alone, not pp {self.pp.size} or ulysses "
-                                 f"{self.ulysses.size}")
+                raise ValueError(f"baseline {baseline}: needs pp 1 and ulysses 1")
         self.M = (patches or self.pp.size) if self.pp.size > 1 else 1
         self.mine = spans(split(depth, self.pp.size))[self.pp.index]        # my stage's blocks
         self.first, self.last = self.pp.index == 0, self.pp.index == self.pp.size - 1
-        # The way back, last stage -> first, has groups of its own: with two stages both directions would otherwise share
-        # one NCCL stream, and each would wait for the other's receive.
-        self.back = None
+        # Groups of a pipeline's own, there and back. With one for both, two stages would share an
+        # NCCL stream in both directions and wait for each other's receive; and the mesh's own may
+        # be the world, whose collectives TORCH_DISTRIBUTED_DEBUG=DETAIL counts with messages.
+        self.there = self.back = None
         if self.pp.size > 1:
             for line in rearrange(mesh.mesh, "c p r u -> (c r u) p").tolist():
-                group = dist.new_group(line)
-                self.back = group if self.rank in line else self.back
+                groups = dist.new_group(line), dist.new_group(line)
+                self.there, self.back = groups if self.rank in line else (self.there, self.back)
         self.wire, self.events, self.facts = Wire(), [], {}
-        self._agree(weights=self._fingerprint(), settings=(self.degrees, self.M, warmup, patch_axis, baseline))
+        self._agree(weights=self._fingerprint(),
+                    settings=(self.degrees, self.M, warmup, patch_axis, baseline))
 
-    # -- before: all ranks hold the same things --------------------------------------------------------------------
+    # -- before: all ranks hold the same things ----------------------------------------------------
 
     def _fingerprint(self):
-        """A sum for each plain weight here: a rank that loaded or drew other weights would turn the clip to noise."""
-        plain = lambda p: not p.is_meta and type(p) is nn.Parameter                     # FSDP's shards differ, rightly
-        return {name: p.detach().double().sum().item() for name, p in self.model.named_parameters() if plain(p)}
+        """A sum for each weight here: a rank with other weights would turn the clip to noise."""
+        plain = lambda p: not p.is_meta and type(p) is nn.Parameter  # FSDP's shards differ, rightly
+        weights = self.model.named_parameters()
+        return {name: p.detach().double().sum().item() for name, p in weights if plain(p)}
 
     def _agree(self, **mine):
         if self.world == 1:
@@ -636,8 +681,9 @@ class ParallelSampler:
         for name in mine:
             for rank, theirs in enumerate(everyone):
                 a, b = everyone[0][name], theirs[name]
-                if name == "weights":                       # a stage has only some; the others' sums must agree
-                    ok = all(math.isclose(a[k], b[k], rel_tol=1e-6, abs_tol=1e-6) for k in a.keys() & b.keys())
+                if name == "weights":           # a stage has only some; the others' sums must agree
+                    ok = all(math.isclose(a[k], b[k], rel_tol=1e-6, abs_tol=1e-6)
+                             for k in a.keys() & b.keys())
                 else:
                     ok = a == b
                 if not ok:
@@ -646,30 +692,34 @@ class ParallelSampler:
     def _from_rank0(self, x):
         if x is None or self.world == 1:
             return x
-        sent = x.to(torch.uint8) if x.dtype == torch.bool else x.clone(memory_format=torch.contiguous_format)
+        sent = x.to(torch.uint8) if x.dtype == torch.bool else x.clone().contiguous()
         dist.broadcast(sent, 0)
         return sent.to(x.dtype)
 
-    # -- the sample ------------------------------------------------------------------------------------------------
+    # -- the sample --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, x0, text, mask=None, null=None, null_mask=None, guidance=1.0, steps=50, ts=None, progress=False):
-        """x0 (B, ...), text (B, L, D_text), mask (B, L); null (B or 1, L', D_text) turns guidance on. -> x1 like x0, on
-        every rank. ts (S+1,) is a schedule from 0 to 1; without it `steps` equal steps. progress: a bar, on rank 0."""
+    def sample(self, x0, text, mask=None, null=None, null_mask=None, guidance=1.0, steps=50,
+               ts=None, progress=False):
+        """x0 (B, ...), text (B, L, D_text), mask (B, L); null (B or 1, L', D_text) turns guidance
+        on. -> x1 like x0, on every rank. ts (S+1,) is a schedule from 0 to 1; without it `steps`
+        equal steps. progress: a bar, on rank 0."""
         ts = torch.linspace(0, 1, steps + 1) if ts is None else ts.float().cpu()
         guided, self.step = null is not None, 0
-        check_degrees(self.world, **self.degrees, warmup=self.warmup, guided=guided, steps=len(ts) - 1)
+        check_degrees(self.world, **self.degrees, warmup=self.warmup, guided=guided,
+                      steps=len(ts) - 1)
         shapes = [None if a is None else tuple(a.shape) for a in (x0, text, mask, null, null_mask)]
         try:
             self._agree(shapes=shapes, guidance=guidance, ts=ts.tolist())
-            x0, text, mask, null, null_mask = map(self._from_rank0, (x0.float(), text, mask, null, null_mask))
+            x0, text, mask, null, null_mask = map(self._from_rank0,
+                                                  (x0.float(), text, mask, null, null_mask))
             return self._sample(x0, text, mask, null, null_mask, guidance, ts, progress)
         except RuntimeError as error:
-            lost = "gloo" in str(error).lower() or isinstance(error, dist.DistError)
-            if not lost:
+            if not is_loss(error):
                 raise
             reason = str(error).strip().splitlines()[0][:160]
-            raise LostRank(f"rank {self.rank}: lost contact with another rank in step {self.step} ({reason})") from error
+            raise LostRank(f"rank {self.rank}: lost contact with another rank in step {self.step} "
+                           f"({reason})") from error
 
     def _sample(self, x0, text, mask, null, null_mask, guidance, ts, progress):
         model, now, wire = self.model, Now(), Wire()
@@ -682,7 +732,7 @@ class ParallelSampler:
         rows = layout.rows(*me)                             # my tokens, for the whole sample
         pos = model.positions(x0.shape)[rows]                                           # (n, D)
         real = real_columns(model, x0.shape, rows)
-        x = model.patchify(x0)[:, rows].clone()                                         # (B, n, P) fp32
+        x = model.patchify(x0)[:, rows].clone()                             # (B, n, P) fp32
 
         # Text: both branches in one batch, or with cfg 2 this rank's branch.
         text, mask = both_branches(B, text, mask, null, null_mask)
@@ -694,30 +744,36 @@ class ParallelSampler:
         condition = lambda i: model.condition(ts[i].expand(b).to(x0.device))
 
         # One token through one block tells width, dtype and heads of whatever model this is.
-        blocks, probe = list(model.blocks[self.mine]), {}
-        with swapped_attention({blocks[0]: lambda q, k, v: (probe.update(heads=q.shape[1]), attention(q, k, v))[1]}):
+        blocks, heads = list(model.blocks[self.mine]), []
+
+        def look(q, k, v):
+            heads.append(q.shape[1])
+            return attention(q, k, v)
+        with swapped_attention({blocks[0]: look}):
             h = model.embed(torch.cat([x[:, :1]] * (b // B)).to(dtype))
             h = blocks[0](h, pos[:1], condition(0), text, mask)
         D, hidden_dtype = h.shape[-1], h.dtype
-        check_degrees(self.world, **self.degrees, heads=probe["heads"])
-        self.facts = dict(N=N, D=D, L=len(model.blocks), P=x.shape[-1], B=B, branches=1 + guided, S=S, W=self.warmup,
-                          M=self.M, size=h.element_size(), heads=probe["heads"])
+        check_degrees(self.world, **self.degrees, heads=heads[0])
+        self.facts = {"N": N, "D": D, "L": len(model.blocks), "P": x.shape[-1], "B": B,
+                      "branches": 1 + guided, "S": S, "W": self.warmup, "M": self.M,
+                      "size": h.element_size(), "heads": heads[0]}
 
         attends = {block: self._attend(layout, now, wire) for block in blocks}
         items = [(i, None) for i in range(S if self.pp.size == 1 else self.warmup)]
         items += [(i, m) for i in range(len(items), S) for m in range(self.M)]
 
-        # Mail. Stage p gets hidden tokens from stage p - 1 for every item; the first stage gets the tokens that
-        # the last has stepped, for every item but those of the last step.
+        # Mail. Stage p gets hidden tokens from stage p - 1 for every item; the first stage gets the
+        # tokens that the last has stepped, for every item but those of the last step.
         n = lambda m: layout.size(m, *me)
         hidden = latent = out_hidden = out_latent = None
         if not self.first:
-            hidden = Inbox([(b, n(m), D) for _, m in items], self.pp.index - 1, self.pp.group, hidden_dtype, x.device)
+            hidden = Inbox([(b, n(m), D) for _, m in items], self.pp.index - 1, self.there,
+                           hidden_dtype, x.device)
         if self.first and not self.last:
-            latent = Inbox([(B, n(m), x.shape[-1]) for i, m in items if i < S - 1], self.pp.size - 1, self.back,
-                           x.dtype, x.device)
+            latent = Inbox([(B, n(m), x.shape[-1]) for i, m in items if i < S - 1],
+                           self.pp.size - 1, self.back, x.dtype, x.device)
         if not self.last:
-            out_hidden = Outbox(self.pp.group, wire, "hidden", 2 * self.M + self.pp.size)
+            out_hidden = Outbox(self.there, wire, "hidden", 2 * self.M + self.pp.size)
         elif not self.first:
             out_latent = Outbox(self.back, wire, "latent", 2 * self.M + self.pp.size)
 
@@ -733,8 +789,8 @@ class ParallelSampler:
                 if c_step != i:
                     c, c_step = condition(i), i
                 if self.first:
-                    # Step i - 1 of these tokens comes back from the last stage: whole after a warm-up step (taken with
-                    # the first patch), else patch by patch.
+                    # Step i - 1 of these tokens comes back from the last stage: whole after a
+                    # warm-up step (taken with the first patch), else patch by patch.
                     if latent and i > 0 and (m in (None, 0) or i > self.warmup):
                         x[:, layout.local(m if i > self.warmup else None, *me)] = latent.get()
                     start = time.perf_counter()
@@ -752,14 +808,15 @@ class ParallelSampler:
                     if self.cfg.size == 2:
                         v = self._gather_branches(v, wire)                              # (2B, n, P)
                     v = guide(v, guidance) if guided else v
-                    x[:, part] += (ts[i + 1] - ts[i]) * v * real[part]                  # Euler, on these tokens alone
+                    x[:, part] += (ts[i + 1] - ts[i]) * v * real[part]  # Euler, of these tokens
                     end = time.perf_counter()
                     if out_latent and i < S - 1:
-                        out_latent.send(x[:, part].clone(), 0)      # a copy: x moves on before it is gone
+                        out_latent.send(x[:, part], 0)  # rows that change only after it was used
                 if self.record:
                     inner = attends[blocks[0]]
                     inner = inner.cores[0] if isinstance(inner, Ulysses) else inner
-                    self.events.append((self.pp.index, i, m, start, end, tuple(getattr(inner, "age", ()))))
+                    self.events.append((self.pp.index, i, m, start, end,
+                                        tuple(getattr(inner, "age", ()))))
                 if bar is not None and m in (None, self.M - 1):
                     bar.update()
         for box in (out_hidden, out_latent):
@@ -774,15 +831,17 @@ class ParallelSampler:
         return model.unpatchify(self._assemble(x, rows, N), x0.shape)
 
     def _attend(self, layout, now, wire):
-        """The attention of one block: Ulysses( StaleKV( Ring or plain ) ), without the parts whose degree is 1."""
+        """A block's attention: Ulysses( StaleKV( Ring or plain ) ), less what has degree 1."""
         shards = [layout.shard(r) for r in range(layout.R)]
         if self.baseline:
-            return DistriFusion(self.ring, shards, now, self.warmup, wire, self.baseline == "distrifusion")
+            return DistriFusion(self.ring, shards, now, self.warmup, wire,
+                                self.baseline == "distrifusion")
         core = Ring(self.ring, shards, wire) if self.ring.size > 1 else attention
         cached = lambda: StaleKV(core, layout, self.ring.index, now) if self.pp.size > 1 else core
         if self.ulysses.size == 1:
             return cached()
-        tokens = lambda: [layout.size(now.patch, self.ring.index, u) for u in range(self.ulysses.size)]
+        tokens = lambda: [layout.size(now.patch, self.ring.index, u)
+                          for u in range(self.ulysses.size)]
         return Ulysses(self.ulysses, [cached() for _ in range(self.pieces)], tokens, wire)
 
     def _gather_branches(self, v, wire):
@@ -793,8 +852,9 @@ class ParallelSampler:
         return torch.cat(both)
 
     def _assemble(self, x, rows, N):
-        """Everybody's final tokens -> all tokens on every rank, (B, N, P): once a sample, since Euler itself is token-wise
-        and needs no gather. Each writes its rows into zeros, and the sum over ranks is exact."""
+        """Everybody's final tokens -> all tokens on every rank, (B, N, P): once a sample, since
+        Euler itself is token-wise and needs no gather. Each writes its rows into zeros, and the sum
+        over ranks is exact."""
         full = x.new_zeros(x.shape[0], N, x.shape[2])
         if self.last and self.cfg.index == 0:
             full[:, rows] = x
@@ -803,7 +863,7 @@ class ParallelSampler:
         return full
 
 
-# ---- 6. Weights over ranks -------------------------------------------------------------------------
+# ---- 6. Weights over ranks -----------------------------------------------------------------------
 
 class Elsewhere(nn.Module):
     """Stands for a block that another stage has: no weights, and no way to run it by mistake."""
@@ -822,9 +882,10 @@ def keep_stage(model, pp, index):
 
 
 def load_stage(model, state, pp, index):
-    """A model built on the meta device (no memory yet) and a state dict -> this stage's part, with weights.
+    """A model on the meta device (no memory yet) and a state dict -> this stage's part, loaded.
 
-    With `torch.load(file, mmap=True, weights_only=True)` the blocks of the other stages are never read from disk."""
+    With `torch.load(file, mmap=True, weights_only=True)` the blocks of the other stages are never
+    read from disk."""
     wanted = keep_stage(model, pp, index).state_dict().keys()
     missing = [k for k in wanted if k not in state]
     if missing:
@@ -834,8 +895,9 @@ def load_stage(model, state, pp, index):
 
 
 def shard_weights(model, mesh):
-    """FSDP2 over the ranks that share tokens, not blocks (ring x ulysses): each keeps a slice of every block, and gathers
-    a block while it runs. Only blocks: the rest is used outside of `forward`, where FSDP's hooks do not see it."""
+    """FSDP2 over the ranks that share tokens, not blocks (ring x ulysses): each keeps a slice of
+    every block, and gathers a block while it runs. Only blocks: the rest is used outside of
+    `forward`, where FSDP's hooks do not see it."""
     from torch.distributed.fsdp import fully_shard
     ranks = mesh["ring", "ulysses"]._flatten("sequence")
     for block in model.blocks:
@@ -844,25 +906,29 @@ def shard_weights(model, mesh):
     return model
 
 
-# ---- 7. Decoding over ranks ------------------------------------------------------------------------
+# ---- 7. Decoding over ranks ----------------------------------------------------------------------
 
 class Halo(TorchFunctionMode):
-    """Runs a convolutional decoder on a band of rows as if it had the whole picture. The decoder is not touched: this
-    mode sees torch's functions on their way and changes those that look across rows.
+    """Runs a convolutional decoder on a band of rows as if it had the whole picture. The decoder is
+    not touched: this mode sees torch's functions on their way and changes what looks across rows.
 
-        padding above and below    the neighbour's rows instead; the picture's own edge keeps its real padding
+        padding above and below    the neighbour's rows; the picture's own edge keeps its padding
         group norm                 mean and variance over all bands
-        attention over space       K and V of all bands; attention over time is local and stays as it is
-    Layouts: pictures (frames, C, H, W) or (B, C, T, H, W), attention (sequences, heads, tokens, d) with tokens row by row.
-    What cannot be split (strides across rows, smooth interpolation) is a ValueError, not a wrong picture."""
+        attention over space       K and V of all bands; attention over time stays as it is
+    Layouts: pictures (frames, C, H, W) or (B, C, T, H, W), attention (sequences, heads, tokens, d)
+    with tokens row by row. What cannot be split (strides across rows, smooth interpolation) is a
+    ValueError, not a wrong picture."""
 
     def __init__(self, axis, rows, width, wire=None):
         super().__init__()
-        self.axis, self.rows, self.width, self.wire = axis, rows, width, wire or Wire()  # latent rows of each band
+        self.axis, self.wire = axis, wire or Wire()
+        self.rows, self.width = rows, width                 # latent rows of each band; columns
         self.replace = {
-            F.conv2d: self.conv, F.conv3d: self.conv, F.pad: self.pad, F.group_norm: self.group_norm,
+            F.conv2d: self.conv, F.conv3d: self.conv, F.pad: self.pad,
+            F.group_norm: self.group_norm,
             F.scaled_dot_product_attention: self.attend, F.interpolate: self.interpolate,
-            F.conv_transpose2d: self.refuse, F.conv_transpose3d: self.refuse, F.instance_norm: self.refuse}
+            F.conv_transpose2d: self.refuse, F.conv_transpose3d: self.refuse,
+            F.instance_norm: self.refuse}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self.replace:
@@ -870,21 +936,24 @@ class Halo(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def refuse(self, func, *args, **kwargs):
-        raise ValueError(f"decode halo: {func.__name__} looks across rows and is not supported, use --decode one")
+        raise ValueError(f"decode halo: {func.__name__} looks across rows in a way that is not "
+                         "supported, use --decode one")
 
     def extend(self, x, top, bottom, edge):
-        """x (..., h, w) with `top` rows of the neighbour above and `bottom` of the one below. edge(x, top, bottom): the
-        padding at the picture's own edge."""
+        """x (..., h, w) with `top` rows of the neighbour above and `bottom` of the one below.
+        edge(x, top, bottom): the padding at the picture's own edge."""
         i, last = self.axis.index, self.axis.size - 1
         if min(self.rows) * x.shape[-2] // self.rows[i] < max(top, bottom):
-            raise ValueError(f"decode halo: bands of {min(self.rows)} latent rows are too thin, use fewer ranks")
+            raise ValueError(f"decode halo: bands of {min(self.rows)} latent rows are too "
+                             "thin, use fewer ranks")
         row = lambda n: x.new_empty(*x.shape[:-2], n, x.shape[-1])
         above, below, ops = row(top if i > 0 else 0), row(bottom if i < last else 0), []
-        for peer, mine, theirs in ((i - 1, x[..., :bottom, :], above), (i + 1, x[..., x.shape[-2] - top:, :], below)):
+        for peer, mine, theirs in ((i - 1, x[..., :bottom, :], above),
+                                   (i + 1, x[..., x.shape[-2] - top:, :], below)):
             if 0 <= peer <= last:
                 mine = mine.contiguous()
                 self.wire.count("halo", mine)
-                ops += [dist.P2POp(op, a, group=self.axis.group, group_peer=peer)
+                ops += [dist.P2POp(op, a, group=self.axis.pairs, group_peer=peer)
                         for op, a in ((dist.isend, mine), (dist.irecv, theirs)) if a.numel()]
         for work in dist.batch_isend_irecv(ops) if ops else []:
             work.wait()
@@ -915,7 +984,7 @@ class Halo(TorchFunctionMode):
         return func(self.extend(x, top, bottom, edge), pad, mode, value)
 
     def group_norm(self, func, x, num_groups, weight=None, bias=None, eps=1e-5):
-        if x.dim() < 4:                                     # one pixel's frames: nothing of another band
+        if x.dim() < 4:                                # one pixel's frames: nothing of another band
             return func(x, num_groups, weight, bias, eps)
         groups = x.float().reshape(x.shape[0], num_groups, -1)
         var, mean = (a.double() for a in torch.var_mean(groups, dim=-1, correction=0))
@@ -934,8 +1003,8 @@ class Halo(TorchFunctionMode):
         n, pixels = k.shape[-2], self.rows[self.axis.index] * self.width
         space, elsewhere = n % pixels == 0, q.shape[0] % pixels == 0
         if space == elsewhere:
-            raise ValueError(f"decode halo: attention of {q.shape[0]} sequences of {n} tokens: over space or over time? "
-                             "use --decode one")
+            raise ValueError(f"decode halo: attention of {q.shape[0]} sequences of {n} tokens: "
+                             "over space or over time? use --decode one")
         if space:
             sizes = [n // self.rows[self.axis.index] * r for r in self.rows]
             works, parts = post_all_gather(torch.stack((k, v)), sizes, -2, self.axis)
@@ -954,18 +1023,28 @@ class Halo(TorchFunctionMode):
         return func(x, *args, **kwargs)
 
 
+@lru_cache(maxsize=1)
+def pairs_of(world):
+    return dist.new_group()
+
+
 def everyone():
     """The whole world as one axis: decoding needs no mesh."""
-    return Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD) if dist.is_initialized() else Axis()
+    if not dist.is_initialized():
+        return Axis()
+    world = dist.group.WORLD
+    return Axis(dist.get_world_size(), dist.get_rank(), world, pairs_of(world))
 
 
 @torch.no_grad()
-def halo_decode(decode, z, axis=None):
-    """decode(z) by all ranks, each on a band of rows of z (B, C, T, H, W), the same z on all. -> the clip on rank 0 of the
-    axis, equal to decode(z) up to rounding; None on the others. Memory for activations falls with the number of ranks."""
-    axis = axis or everyone()
+def halo_decode(decode, z):
+    """decode(z) by all ranks, each on a band of rows of z (B, C, T, H, W), the same z on all. ->
+    the clip on rank 0, equal to decode(z) up to rounding; None on the others. Memory
+    for activations falls with the number of ranks."""
+    axis = everyone()
     if z.dim() != 5 or z.shape[3] < axis.size:
-        raise ValueError(f"decode halo: latent {tuple(z.shape)} has no {axis.size} bands of rows, use --decode one")
+        raise ValueError(f"decode halo: latent {tuple(z.shape)} has no {axis.size} bands of rows, "
+                         "use --decode one")
     if axis.size == 1:
         return decode(z)
     rows = split(z.shape[3], axis.size)
@@ -973,35 +1052,38 @@ def halo_decode(decode, z, axis=None):
         y = decode(z[:, :, :, spans(rows)[axis.index]])
     per_row = y.shape[3] // rows[axis.index]
     if axis.index > 0:
-        dist.isend(y.contiguous(), group=axis.group, group_dst=0).wait()
+        dist.isend(y.contiguous(), group=axis.pairs, group_dst=0).wait()
         return None
     parts = [y] + [y.new_empty(*y.shape[:3], per_row * r, y.shape[4]) for r in rows[1:]]
-    for work in [dist.irecv(p, group=axis.group, group_src=i) for i, p in enumerate(parts) if i > 0]:
+    coming = [dist.irecv(parts[i], group=axis.pairs, group_src=i) for i in range(1, axis.size)]
+    for work in coming:
         work.wait()
     return torch.cat(parts, dim=3)
 
 
 @torch.no_grad()
-def tiled_decode(decode, z, tile=4, overlap=2, axis=None):
-    """Movie Gen's decoding in tiles along time [MG s3.1.1]: `tile` latent frames, `overlap` of them shared and blended
-    linearly; tile i goes to rank i mod ranks. -> the clip on rank 0; None on the others. The same clip at every number of
-    ranks, but not that of one pass: each tile knows only its own frames. No exchange at all: for slow links and long clips."""
-    axis = axis or everyone()
+def tiled_decode(decode, z, tile=4, overlap=2):
+    """Movie Gen's decoding in tiles along time [MG s3.1.1]: `tile` latent frames, `overlap` of them
+    shared and blended linearly; tile i goes to rank i mod ranks. -> the clip on rank 0; None on the
+    others. The same clip at every number of ranks, but not that of one pass: each tile knows only
+    its own frames. No exchange at all: for slow links and long clips."""
+    axis = everyone()
     if z.dim() != 5 or not 0 <= overlap < tile:
-        raise ValueError(f"decode tiles: latent {tuple(z.shape)}, tile {tile}, overlap {overlap}: needs (B, C, T, H, W) and "
-                         "overlap < tile")
+        raise ValueError(f"decode tiles: latent {tuple(z.shape)}, tile {tile}, overlap {overlap}: "
+                         "needs (B, C, T, H, W) and overlap < tile")
     T = z.shape[2]
     starts = list(range(0, max(T - overlap, 1), tile - overlap))
     mine = {s: decode(z[:, :, s:s + tile]) for s in starts[axis.index::axis.size]}
     if axis.index > 0:
         for y in mine.values():
-            dist.isend(y.contiguous(), group=axis.group, group_dst=0).wait()
+            dist.isend(y.contiguous(), group=axis.pairs, group_dst=0).wait()
         return None
-    f = mine[0].shape[2] // min(tile, T)                                        # video frames of a latent frame
+    f = mine[0].shape[2] // min(tile, T)                            # video frames of a latent frame
     for i, s in enumerate(starts):
         if i % axis.size:
-            mine[s] = mine[0].new_empty(*mine[0].shape[:2], f * min(tile, T - s), *mine[0].shape[3:])
-            dist.irecv(mine[s], group=axis.group, group_src=i % axis.size).wait()
+            mine[s] = mine[0].new_empty(*mine[0].shape[:2], f * min(tile, T - s),
+                                        *mine[0].shape[3:])
+            dist.irecv(mine[s], group=axis.pairs, group_src=i % axis.size).wait()
     clip = mine[0].new_zeros(*mine[0].shape[:2], f * T, *mine[0].shape[3:])
     for s in starts:
         y, n = mine[s], f * overlap
@@ -1010,21 +1092,24 @@ def tiled_decode(decode, z, tile=4, overlap=2, axis=None):
             ramp[:n] = (torch.arange(n, device=y.device) + 0.5) / max(n, 1)
         ramp = ramp.view(1, 1, -1, 1, 1)
         window = clip[:, :, f * s:f * s + y.shape[2]]
-        window.copy_(window * (1 - ramp) + y * ramp)        # what earlier tiles left, faded out as this one fades in
+        window.copy_(window * (1 - ramp) + y * ramp)    # earlier tiles fade out here
     return clip
 
 
-# ---- 8. What it costs ------------------------------------------------------------------------------
+# ---- 8. What it costs ----------------------------------------------------------------------------
 
-def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, cfg=1, pp=1, ring=1, ulysses=1, **_):
-    """Bytes that one rank sends during S steps, by purpose, for equal shares [XD table 1, made exact].
+def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, cfg=1, pp=1, ring=1, ulysses=1,
+            **_):
+    """Bytes that one rank sends during S steps, by purpose, for equal shares [XD table 1, made
+    exact].
 
         ulysses   4 b n D (U-1)/U L/pp     Q, K, V out and O back; n = N/UR, b rows of a batch
-        ring      2 b n D (R-1) L/pp       K, V on R - 1 hops; in PipeFusion the whole cache at each of the M micro-steps
+        ring      2 b n D (R-1) L/pp       K, V, R - 1 hops; in PipeFusion the whole cache, M times
         cfg       B n P                    the output, once a step, fp32
-        hidden    b n D                    a stage to the next. No L: PipeFusion's traffic does not grow with depth
-        latent    B n P                    the last stage back to the first, fp32, but for the last step
-    A rank of the last stage has cfg and latent, one of any other has hidden. size: bytes of an activation."""
+        hidden    b n D                    a stage to the next. No L: it does not grow with depth
+        latent    B n P                    the last stage to the first, fp32, but for the last step
+    A rank of the last stage has cfg and latent, one of any other has hidden. size: bytes of an
+    activation."""
     b, n, layers = B * branches / cfg, N / (ring * ulysses), math.ceil(L / pp)
     rounds = W + (S - W) * M if pp > 1 else S
     sent = {
@@ -1038,37 +1123,40 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, cfg=1, pp=1, rin
 
 
 def cost(model, N, S, W, M, link, flops, B=1, size=2, **degrees):
-    """(seconds per clip, bytes a step of the busiest rank, bytes of memory a rank) of one mesh, from formulas alone.
+    """(seconds per clip, bytes a step of the busiest rank, bytes of memory a rank) of one mesh,
+    from formulas alone.
 
-    One step is 2 (params N + 2 N^2 D L) FLOPs a row, shared without loss. Ulysses and CFG wait for their bytes; Ring hides
-    them behind the attention, PipeFusion behind the micro-step; a pipeline needs pp - 1 micro-steps to fill."""
+    One step is 2 (params N + 2 N^2 D L) FLOPs a row, shared without loss. Ulysses and CFG wait for
+    their bytes; Ring hides them behind the attention, PipeFusion behind the micro-step; a pipeline
+    needs pp - 1 micro-steps to fill."""
     cfg, pp, ring, ulysses = (degrees[a] for a in AXES)
     D, L, b = model.dim, model.depth, 2 * B / cfg
     params = L * model.block + model.rest
-    attend = 4 * N**2 * D * L * 2 * B / flops                                   # seconds of a step on one device
+    attend = 4 * N**2 * D * L * 2 * B / flops                      # seconds of a step on one device
     whole = attend + 2 * params * N * 2 * B / flops
-    one = traffic(N, D, L, model.width, B, 2, 1, 1, 1, size, **degrees)         # bytes of one whole step
+    one = traffic(N, D, L, model.width, B, 2, 1, 1, 1, size, **degrees)    # bytes of one whole step
     wait = (one.get("ulysses", 0) + one.get("cfg", 0)) / link
     wait += max(0, one.get("ring", 0) / link - attend / (cfg * pp * ring * ulysses))
-    step = whole / (cfg * ring * ulysses) + pp * wait                           # serial stages, as in the warm-up
+    step = whole / (cfg * ring * ulysses) + pp * wait             # serial stages, as in the warm-up
     if pp == 1:
         seconds, M = S * step, 1
     else:
         ring_wait = max(0, one.get("ring", 0) * M / link - attend / (cfg * pp * ring * ulysses))
-        micro = (whole / (cfg * pp * ring * ulysses) + (one.get("ulysses", 0) + one.get("cfg", 0)) / link + ring_wait) / M
+        exchange = (one.get("ulysses", 0) + one.get("cfg", 0)) / link
+        micro = (whole / (cfg * pp * ring * ulysses) + exchange + ring_wait) / M
         micro = max(micro, one["hidden"] / M / link)
         seconds = W * (step + pp * one["hidden"] / link) + ((S - W) * M + pp - 1) * micro
     layers, n = math.ceil(L / pp), N / (ring * ulysses) / M
     cache = 2 * b * (N / ring) * (D / ulysses) * layers * size if pp > 1 else 0
-    memory = (layers * model.block + model.rest) * size + cache + b * n * (8 * D + 3 * model.ffn) * size
+    busy = b * n * (8 * D + 3 * model.ffn) * size                               # one block at work
+    memory = (layers * model.block + model.rest) * size + cache + busy
     total = traffic(N, D, L, model.width, B, 2, S, W, M, size, **degrees)
     stages = (("ulysses", "ring", "hidden"), ("ulysses", "ring", "cfg", "latent"))
     return seconds, max(sum(total.get(k, 0) for k in ks) for ks in stages) / S, memory
 
 
 def plan(model, N, world, S=50, W=1, link=50e9, flops=400e12, memory=80e9, guided=True):
-    """Every mesh of `world` ranks with its cost, best first -> list of dicts. One that does not fit into `memory` bytes
-    comes after all that do."""
+    """Every mesh of `world` ranks with its cost, best first; what exceeds `memory` comes last."""
     base = cost(model, N, S, W, 1, link, flops, cfg=1, pp=1, ring=1, ulysses=1)[0]
     rows = []
     for cfg in (1, 2)[:1 + guided]:
@@ -1080,22 +1168,26 @@ def plan(model, N, world, S=50, W=1, link=50e9, flops=400e12, memory=80e9, guide
                 for M in [1] if pp == 1 else [pp, 2 * pp]:
                     if M * ring * ulysses > N or (pp > 1 and W > S):
                         continue
-                    degrees = dict(cfg=cfg, pp=pp, ring=ring, ulysses=ulysses)
+                    degrees = {"cfg": cfg, "pp": pp, "ring": ring, "ulysses": ulysses}
                     seconds, sent, used = cost(model, N, S, W, M, link, flops, **degrees)
                     ideal = cost(model, N, S, W, M, 1e30, flops, **degrees)[0]
-                    rows.append(dict(degrees, patches=M, sent=sent, memory=used, fits=used <= memory, seconds=seconds,
+                    rows.append(dict(degrees, patches=M, sent=sent, memory=used,
+                                     fits=used <= memory, seconds=seconds,
                                      ideal=base / ideal, speedup=base / seconds))
-    return sorted(rows, key=lambda r: (not r["fits"], r["seconds"], r["pp"] * r["ring"] * r["ulysses"]))
+    simplest = lambda r: r["pp"] * r["ring"] * r["ulysses"]
+    return sorted(rows, key=lambda r: (not r["fits"], r["seconds"], simplest(r)))
 
 
 def print_plan(rows, memory, limit=16):
     """The cost table of `--plan`, and the mesh that `--mode auto` takes."""
-    print("  cfg  pp ring ulysses patches |  MB sent/step  memory GB |  ideal speed-up   with this link   s/clip")
+    print("  cfg  pp ring ulysses patches | MB sent/step memory GB | ideal speed  this link s/clip")
     for i, r in enumerate(rows[:limit]):
-        print(f"  {r['cfg']:3d} {r['pp']:3d} {r['ring']:4d} {r['ulysses']:7d} {r['patches'] if r['pp'] > 1 else '-':>7} | "
-              f"{r['sent'] / 1e6:13.1f} {r['memory'] / 1e9:10.1f} | {r['ideal']:15.2f} {r['speedup']:16.2f} "
-              f"{r['seconds']:8.2f}{'' if r['fits'] else '   does not fit into %g GB' % (memory / 1e9)}"
-              f"{'   <- chosen' if i == 0 else ''}")
+        M = r["patches"] if r["pp"] > 1 else "-"
+        note = "" if r["fits"] else f"   does not fit into {memory / 1e9:g} GB"
+        note += "   <- chosen" if i == 0 else ""
+        print(f"  {r['cfg']:3d} {r['pp']:3d} {r['ring']:4d} {r['ulysses']:7d} {M:>7} | "
+              f"{r['sent'] / 1e6:12.1f} {r['memory'] / 1e9:9.1f} | "
+              f"{r['ideal']:10.2f}x {r['speedup']:9.2f}x {r['seconds']:7.1f}{note}")
     if len(rows) > limit:
         print(f"  ... and {len(rows) - limit} slower ones")
     best = rows[0]
@@ -1103,7 +1195,7 @@ def print_plan(rows, memory, limit=16):
           + (f" --patches {best['patches']}" if best["pp"] > 1 else ""))
 
 
-# ---- 9. A run and its check ------------------------------------------------------------------------
+# ---- 9. A run and its check ----------------------------------------------------------------------
 
 def all_sent(sampler):
     """{purpose: bytes of the busiest rank} of the last sample, on every rank."""
@@ -1121,20 +1213,21 @@ def name_of(degrees, M=1, baseline=None):
 
 
 def measure(sampler, *args, **kwargs):
-    """Sample once -> (x1, a row of the table: mode, seconds, kB a step by purpose, the formula's). Bytes are compared as
-    whole numbers; "~" where shares are unequal and the busiest rank sends more than the formula's equal share."""
+    """Sample once -> (x1, a row of the table: mode, seconds, kB a step by purpose, the formula's).
+    Bytes are compared as whole numbers; "~" where shares are unequal and the busiest rank sends
+    more than the formula's equal share."""
     start = time.perf_counter()
     x1 = sampler.sample(*args, **kwargs)
     seconds, sent, f = time.perf_counter() - start, all_sent(sampler), sampler.facts
     expected = traffic(**f, **sampler.degrees)
     if sampler.baseline == "distrifusion":
-        expected = {"distrifusion": expected["ring"]}       # the same K and V, but a step late
+        expected = {"kv": expected["ring"]}                 # the same K and V, but a step late
     elif sampler.baseline:
-        expected = {"distrifusion": expected["ring"] * f["W"] / f["S"]}
+        expected = {"kv": expected["ring"] * f["W"] / f["S"]}   # in the warm-up only
     R, U, pp = (sampler.degrees[a] for a in ("ring", "ulysses", "pp"))
     equal = f["N"] % (f["M"] * R * U) == 0 and f["heads"] % U == 0 and f["L"] % pp == 0
-    return x1, dict(mode=name_of(sampler.degrees, sampler.M, sampler.baseline), seconds=seconds, sent=sent,
-                    expected=expected, equal=equal, steps=f["S"])
+    return x1, {"mode": name_of(sampler.degrees, sampler.M, sampler.baseline), "seconds": seconds,
+                "sent": sent, "expected": expected, "equal": equal, "steps": f["S"]}
 
 
 def difference(a, b):
@@ -1148,27 +1241,28 @@ def bytes_agree(row):
     return all(close) if row["equal"] else row["sent"].keys() == row["expected"].keys()
 
 
-def print_row(row, reference, diff, extra=""):
-    per_step = lambda d: f"{sum(d.values()) / row['steps'] / 1e3:9.1f}"
-    kinds = "+".join(row["sent"]) or "-"
-    print(f"  {row['mode']:24s} {diff:9.1e} vs {reference:10s} {per_step(row['sent'])} "
-          f"{'=' if bytes_agree(row) and row['equal'] else '~' if bytes_agree(row) else '!'}{per_step(row['expected'])}"
-          f"  {kinds:28s} {row['seconds']:6.2f}{extra}", flush=True)
+def print_row(row, reference, diff):
+    """Marks: = the bytes are the formula's, ~ the shares are unequal, ! the bytes are wrong."""
+    mark = "!" if not bytes_agree(row) else "=" if row["equal"] else "~"
+    sent, expected = (sum(row[k].values()) / row["steps"] / 1e3 for k in ("sent", "expected"))
+    print(f"  {row['mode']:22s} {diff:10.1e} vs {reference:9s} {sent:9.1f} {mark} {expected:7.1f}"
+          f"  {'+'.join(row['sent']) or '-':24s} {row['seconds']:6.2f}", flush=True)
 
 
-TABLE_HEAD = f"  {'mode':24s} {'difference':>9s}   {'':10s}   kB/step    formula  {'sent for':28s}  seconds"
+TABLE_HEAD = (f"  {'mode':22s} difference {'':12s}   kB/step   formula  {'sent for':24s} seconds")
 
 
 def launch(fn, world, *args, timeout=120, strict=True):
-    """Fork `world` ranks on this machine, joined by gloo over a file, and run fn(*args) on each. -> their results.
+    """Fork `world` ranks here, joined by gloo over a file, run fn(*args) on each -> their results.
 
-    Forking takes 0.1 s (torchrun takes 8) and inherits args without copies; it asks for one thread a rank, because a
-    child that starts OpenMP after its parent used it hangs. The first rank that fails ends all, with its error; strict=False
-    gives None for a rank that died."""
+    Forking takes 0.1 s (torchrun takes 8) and inherits args without copies; it asks for one thread
+    a rank, because a child that starts OpenMP after its parent used it hangs. The first rank that
+    fails ends all, with its error; strict=False gives None for a rank that died."""
     if torch.get_num_threads() != 1:
         raise ValueError("launch: call torch.set_num_threads(1) before any computation")
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [mp.get_context("fork").Process(target=_rank_main, args=(fn, args, r, world, folder, timeout))
+        ranks = [mp.get_context("fork").Process(target=_rank_main,
+                                                args=(fn, args, r, world, folder, timeout))
                  for r in range(world)]
         for p in ranks:
             p.start()
@@ -1176,7 +1270,7 @@ def launch(fn, world, *args, timeout=120, strict=True):
         try:
             while any(p.is_alive() for p in ranks) and time.monotonic() < deadline:
                 if strict and any(p.exitcode not in (None, 0) for p in ranks):
-                    time.sleep(0.5)                         # time for the others to say what they saw
+                    time.sleep(0.5)                       # time for the others to say what they saw
                     break
                 time.sleep(0.01)
             late = [r for r, p in enumerate(ranks) if p.is_alive() and time.monotonic() >= deadline]
@@ -1185,33 +1279,35 @@ def launch(fn, world, *args, timeout=120, strict=True):
                 if p.is_alive():
                     p.kill()
                 p.join()
-        errors = [Path(folder, f"{r}.err").read_text() for r in range(world) if Path(folder, f"{r}.err").exists()]
+        errors = [Path(folder, f"{r}.err").read_text() for r in range(world)
+                  if Path(folder, f"{r}.err").exists()]
         if late:
             raise RuntimeError(f"launch: ranks {late} did not end within {timeout} s")
         if strict and any(p.exitcode for p in ranks):
-            raise RuntimeError(errors[0] if errors else f"launch: exit codes {[p.exitcode for p in ranks]}")
-        results = [Path(folder, f"{r}.pt") for r in range(world)]
-        return [torch.load(f, weights_only=False) if f.exists() else None for f in results]   # our own children's files
+            raise RuntimeError(errors[0] if errors
+                               else f"launch: exit codes {[p.exitcode for p in ranks]}")
+        results = [Path(folder, f"{r}.pt") for r in range(world)]           # our own children's
+        return [torch.load(f, weights_only=False) if f.exists() else None for f in results]
 
 
 def _rank_main(fn, args, rank, world, folder, timeout):
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-                                timeout=timedelta(seconds=timeout))
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                                world_size=world, timeout=timedelta(seconds=timeout))
         result = fn(*args)
         torch.save(result, f"{folder}/{rank}.tmp")
         os.replace(f"{folder}/{rank}.tmp", f"{folder}/{rank}.pt")
-        dist.barrier()                                      # nobody leaves while another still talks to it
+        dist.barrier()                               # nobody leaves while another still talks to it
         code = 0
     except BaseException:
         Path(folder, f"{rank}.err").write_text(traceback.format_exc())
         code = 1
     sys.stdout.flush()
-    os._exit(code)                                          # not through the parent's exit handlers, of which this is a fork
+    os._exit(code)                 # not through the parent's exit handlers, of which this is a fork
 
 
-# ---- 10. Demo --------------------------------------------------------------------------------------
+# ---- 10. Demo ------------------------------------------------------------------------------------
 
 class TinyBlock(nn.Module):
     def __init__(self, D, heads):
@@ -1239,7 +1335,7 @@ class TinyDiT(nn.Module):
 
     def __init__(self, channels=2, grid=(8, 8, 8), patch=(1, 2, 4), D=64, depth=4, heads=4):
         super().__init__()
-        self.channels, self.patch, self.grid = channels, patch, tuple(n // p for n, p in zip(grid, patch))
+        self.patch, self.grid = patch, tuple(n // p for n, p in zip(grid, patch))
         P = channels * math.prod(patch)
         self.embed = nn.Linear(P, D)
         self.table = nn.Parameter(torch.randn(*self.grid, D) * 0.5)
@@ -1253,8 +1349,8 @@ class TinyDiT(nn.Module):
 
     def unpatchify(self, tokens, shape):
         p, q, r = self.patch
-        return rearrange(tokens, "B (T H W) (C p q r) -> B C (T p) (H q) (W r)", p=p, q=q, r=r, T=shape[2] // p,
-                         H=shape[3] // q)
+        return rearrange(tokens, "B (T H W) (C p q r) -> B C (T p) (H q) (W r)", p=p, q=q, r=r,
+                         T=shape[2] // p, H=shape[3] // q)
 
     def positions(self, shape):
         T, H, W = (n // p for n, p in zip(shape[2:], self.patch))
@@ -1262,7 +1358,8 @@ class TinyDiT(nn.Module):
 
     def condition(self, t):
         angle = t[:, None] * 8 * torch.arange(16, device=t.device) ** 1.3
-        return rearrange(self.time(torch.cat([angle.cos(), angle.sin()], 1)), "B (k D) -> B k D", k=4)
+        c = self.time(torch.cat([angle.cos(), angle.sin()], 1))
+        return rearrange(c, "B (k D) -> B k D", k=4)
 
     def head(self, h, c):
         return self.out(F.layer_norm(h, h.shape[-1:]))
@@ -1275,19 +1372,20 @@ class TinyDiT(nn.Module):
 
 
 def moving_blobs(n, generator, grid=(8, 8, 8)):
-    """Latent clips of a blob that moves left, right, up or down -> x1 (n, 2, T, H, W), direction (n,)."""
+    """Latent clips of a blob that moves left, right, up, down -> x1 (n, 2, T, H, W), way (n,)."""
     T, H, W = grid
     way = torch.randint(4, (n,), generator=generator)
-    v = torch.tensor([[0, -1], [0, 1], [-1, 0], [1, 0]])[way] * 4 / T                   # (n, 2), cells a frame
-    at = torch.rand(n, 2, generator=generator) * 3 + 2 - v.clamp(max=0) * T / 2 - v.clamp(min=0) * T / 4
+    v = torch.tensor([[0, -1], [0, 1], [-1, 0], [1, 0]])[way] * 4 / T       # (n, 2), cells a frame
+    at = torch.rand(n, 2, generator=generator) * 3 + 2
+    at = at - v.clamp(max=0) * T / 2 - v.clamp(min=0) * T / 4
     at = at[:, :, None] + v[:, :, None] * torch.arange(T)                               # (n, 2, T)
     y, x = torch.arange(H).view(1, 1, H, 1), torch.arange(W).view(1, 1, 1, W)
     blob = torch.exp(-((y - at[:, 0, :, None, None]) ** 2 + (x - at[:, 1, :, None, None]) ** 2) / 3)
     return torch.stack([3 * blob - 0.6, 1.5 * (x - 3.5) / 3.5 * blob], 1), way
 
 
-def train_tiny(steps=200, seed=0, grid=(8, 8, 8), batch=16, **kwargs):
-    """A TinyDiT that has learned the blobs (flow matching, a few seconds), and text: 5 rows of two tokens, the last null."""
+def train_tiny(steps=120, seed=0, grid=(8, 8, 8), batch=16, **kwargs):
+    """A TinyDiT that learned the blobs by flow matching, and its text: 5 x 2 tokens, null last."""
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     model = TinyDiT(grid=grid, **kwargs)
@@ -1307,12 +1405,14 @@ def train_tiny(steps=200, seed=0, grid=(8, 8, 8), batch=16, **kwargs):
 
 
 class TinyDecoder(nn.Module):
-    """A 2.5D decoder in small: 2D and temporal convolutions, norms of each frame, attention over space, 2x upsampling."""
+    """A 2.5D decoder in small: 2D and temporal convolutions, norms of each frame, attention over
+    space, 2x upsampling."""
 
     def __init__(self, C=2, width=16):
         super().__init__()
         conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1, padding_mode="replicate")
-        self.enter, self.qkv, self.mid, self.leave = conv(C, width), nn.Linear(width, 3 * width), conv(width, width), conv(width, 3)
+        self.enter, self.mid, self.leave = conv(C, width), conv(width, width), conv(width, 3)
+        self.qkv = nn.Linear(width, 3 * width)
         self.time = nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0))
         self.norm1, self.norm2 = nn.GroupNorm(4, width), nn.GroupNorm(4, width)
 
@@ -1323,14 +1423,17 @@ class TinyDecoder(nn.Module):
         h = h + rearrange(F.scaled_dot_product_attention(q, k, v), "F 1 (H W) C -> F C H W", H=H)
         h = self.time(rearrange(h, "(B T) C H W -> B C T H W", B=B))
         h = F.interpolate(rearrange(h, "B C T H W -> (B T) C H W"), scale_factor=2.0)
-        return rearrange(self.leave(F.silu(self.norm2(self.mid(h)))), "(B T) C H W -> B C T H W", B=B)
+        h = self.leave(F.silu(self.norm2(self.mid(h))))
+        return rearrange(h, "(B T) C H W -> B C T H W", B=B)
 
 
 DEMO_MODES = {                                              # world -> degrees and settings
-    2: [dict(cfg=2), dict(ulysses=2), dict(ring=2), dict(pp=2, patches=2), dict(pp=2, patches=5)],
-    4: [dict(ulysses=4), dict(ring=4), dict(ring=2, ulysses=2), dict(cfg=2, ulysses=2), dict(cfg=2, ring=2),
-        dict(pp=4, patches=4), dict(pp=4, patches=8), dict(cfg=2, pp=2, patches=4), dict(pp=2, ulysses=2, patches=4),
-        dict(pp=2, ring=2, patches=4), dict(ring=4, baseline="distrifusion"), dict(ring=4, baseline="no_exchange")],
+    2: [{"cfg": 2}, {"ulysses": 2}, {"ring": 2}, {"pp": 2, "patches": 2}, {"pp": 2, "patches": 5}],
+    4: [{"ulysses": 4}, {"ring": 4}, {"ring": 2, "ulysses": 2},
+        {"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2},
+        {"pp": 4, "patches": 4}, {"pp": 4, "patches": 8}, {"cfg": 2, "pp": 2, "patches": 4},
+        {"pp": 2, "ulysses": 2, "patches": 4}, {"pp": 2, "ring": 2, "patches": 4},
+        {"ring": 4, "baseline": "distrifusion"}, {"ring": 4, "baseline": "no_exchange"}],
 }
 
 
@@ -1342,11 +1445,12 @@ def oracle_of(mode):
 
 
 def demo_rank(model, decoder, modes, inputs, z):
-    """What each forked rank of the demo does: every mode once, then the decoders -> rows on rank 0."""
+    """What each forked rank of the demo does: every mode once, then the two decoders."""
     rows = []
     for mode in modes:
         mesh = make_mesh(**{k: v for k, v in mode.items() if k in AXES})
-        sampler = ParallelSampler(model, mesh, mode.get("patches", 0), baseline=mode.get("baseline"))
+        sampler = ParallelSampler(model, mesh, mode.get("patches", 0),
+                                  baseline=mode.get("baseline"))
         x1, row = measure(sampler, **inputs)
         rows.append((mode, x1, row))
     return rows, halo_decode(decoder, z), tiled_decode(decoder, z)
@@ -1360,8 +1464,9 @@ def timeline_rank(model, inputs, pp, patches):
 
 
 def draw_timeline(events, M, path):
-    """Above: what each stage did when. Below: how old the K, V were that the first stage attended to. From recorded
-    events of real processes (one clock for all of them), nothing is drawn by hand."""
+    """Above: what each stage did when. Below: how old the K, V were that the first stage attended
+    to. From recorded events of real processes (one clock for all of them), nothing is drawn by
+    hand."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1370,30 +1475,39 @@ def draw_timeline(events, M, path):
     zero, pp = min(e[3] for e in flat), len(events)
     steps = max(e[1] for e in flat) + 1
     colors = plt.get_cmap("viridis")([0.15 + 0.75 * i / max(steps - 1, 1) for i in range(steps)])
-    fig, (top, below) = plt.subplots(2, 1, figsize=(11, 2.2 + 0.5 * pp + 0.32 * M), layout="constrained",
-                                     gridspec_kw=dict(height_ratios=[0.6 * pp + 0.4, 0.34 * M + 0.5]))
+    fig, (top, below) = plt.subplots(2, 1, figsize=(11, 2.2 + 0.5 * pp + 0.32 * M),
+                                     layout="constrained",
+                                     gridspec_kw={"height_ratios": [0.6 * pp + 0.4,
+                                                                     0.34 * M + 0.5]})
     for stage, step, patch, start, end, _ in flat:
         x, width = 1e3 * (start - zero), 1e3 * (end - start)
         top.barh(stage, width, left=x, color=colors[step], edgecolor="white", height=0.8)
-        top.text(x + width / 2, stage, "all" if patch is None else f"p{patch}", ha="center", va="center", fontsize=7,
-                 color="white" if step < steps / 2 else "black")
+        top.text(x + width / 2, stage, "all" if patch is None else f"p{patch}", ha="center",
+                 va="center", fontsize=7, color="white" if step < steps / 2 else "black")
     top.set(yticks=range(pp), yticklabels=[f"stage {p}" for p in range(pp)], xlabel="milliseconds",
-            title="PipeFusion as it ran: a box is one stage at work on one patch (white gaps: waiting)")
+            title="PipeFusion as it ran: a box is one stage at work on one patch (gaps: waiting)")
     top.invert_yaxis()
-    top.legend(handles=[Patch(color=colors[i], label=f"step {i}" + (" (warm-up)" if i == 0 else "")) for i in range(steps)],
-               ncols=steps, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28 if pp < 3 else -0.2), frameon=False)
+    top.legend(handles=[Patch(color=colors[i],
+                              label=f"step {i}" + (" (warm-up)" if i == 0 else ""))
+                              for i in range(steps)],
+               ncols=steps, fontsize=7, loc="upper center",
+               bbox_to_anchor=(0.5, -0.28 if pp < 3 else -0.2), frameon=False)
     micro = events[0]
     for x, (_, step, patch, _, _, age) in enumerate(micro):
         for m, a in enumerate(age):
             own = patch is None or patch == m
-            below.add_patch(plt.Rectangle((x, m), 1, 1, facecolor=colors[a], edgecolor="black" if own else "white",
+            below.add_patch(plt.Rectangle((x, m), 1, 1, facecolor=colors[a],
+                                          edgecolor="black" if own else "white",
                                           linewidth=1.5 if own else 0.5, zorder=3 if own else 2))
             if a < step:
-                below.text(x + 0.5, m + 0.5, "stale", ha="center", va="center", fontsize=6, color="white", zorder=4)
-    below.set(xlim=(0, len(micro)), ylim=(M, 0), yticks=[m + 0.5 for m in range(M)], yticklabels=[f"K, V of p{m}" for m in range(M)],
+                below.text(x + 0.5, m + 0.5, "stale", ha="center", va="center", fontsize=6,
+                           color="white", zorder=4)
+    below.set(xlim=(0, len(micro)), ylim=(M, 0), yticks=[m + 0.5 for m in range(M)],
+              yticklabels=[f"K, V of p{m}" for m in range(M)],
               xticks=[x + 0.5 for x in range(len(micro))],
-              xticklabels=[f"{e[1]}\n{'all' if e[2] is None else 'p%d' % e[2]}" for e in micro],
-              title="What stage 0 attends to at each micro-step: colour = the step its K, V are of, outlined = written now")
+              xticklabels=[f"{e[1]}\n" + ("all" if e[2] is None else f"p{e[2]}") for e in micro],
+              title="What stage 0 attends to at each micro-step: colour = the step of K, V, "
+                    "outlined = written now")
     below.set_xlabel("step and patch")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
@@ -1412,7 +1526,7 @@ def demo(out="out/sample_parallel"):
     print("training a tiny video DiT on moving blobs ...", flush=True)
     model, text = train_tiny()
     x0 = torch.randn(1, 2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
-    inputs = dict(x0=x0, text=text[:1], null=text[4:], guidance=2.0, steps=8)
+    inputs = {"x0": x0, "text": text[:1], "null": text[4:], "guidance": 2.0, "steps": 8}
     print(f"  64 tokens, 4 blocks of width 64, {time.perf_counter() - begin:.0f} s\n")
 
     decoder = TinyDecoder().eval()
@@ -1420,7 +1534,8 @@ def demo(out="out/sample_parallel"):
     with torch.no_grad():
         clip = decoder(z)
         naive = torch.cat([decoder(band) for band in z.chunk(4, dim=3)], dim=3)
-    print("every mode, 8 steps with guidance, against the same algorithm in one process (bytes: busiest rank, all kinds)")
+    print("every mode, 8 steps with guidance, against the same algorithm in one process "
+          "(bytes: of the busiest rank)")
     print(TABLE_HEAD)
     results = []
     for world, modes in DEMO_MODES.items():
@@ -1439,45 +1554,52 @@ def demo(out="out/sample_parallel"):
     claim("Ulysses and PipeFusion (with Ulysses, too) equal one process bit for bit",
           f"{sum(r[3] for r in bitwise)} modes", f"{len(bitwise)}", all(r[3] for r in bitwise))
     worst = max(r[1] for r in rounded)
-    claim("Ring, USP, CFG-parallel and every hybrid equal one process, relative", f"{worst:.1e}", "1e-5", worst < 1e-5)
-    claim("all ranks hold the same clip", f"{sum(r[4] for r in results)} modes", len(results), all(r[4] for r in results))
+    claim("Ring, USP, CFG-parallel and every hybrid equal one process, relative", f"{worst:.1e}",
+          "1e-5", worst < 1e-5)
+    claim("all ranks hold the same clip", f"{sum(r[4] for r in results)} modes", len(results),
+          all(r[4] for r in results))
     ok = [bytes_agree(r[2]) for r in results]
-    claim("bytes sent equal the formula exactly, but for odd shares", f"{sum(ok)} modes", len(ok), all(ok))
+    claim("bytes sent equal the formula exactly, but for odd shares", f"{sum(ok)} modes", len(ok),
+          all(ok))
 
     wrong = launch(wrong_splice_rank, 4, model, inputs)[0]
     right = emulate("pipefusion", model, **inputs, patches=4)
     splice = difference(wrong, right)
     claim("the wrong K, V splice order is seen", f"{splice:.2%} off", "> 0.1%", splice > 1e-3)
     halo_diff, naive_diff = difference(halo, clip), difference(naive, clip)
-    claim("halo decode by 4 ranks equals one, relative", f"{halo_diff:.1e} (independent tiles: {naive_diff:.1e})",
+    claim("halo decode by 4 ranks equals one, relative",
+          f"{halo_diff:.1e} (independent tiles: {naive_diff:.1e})",
           "1e-5 (1e-2)", halo_diff < 1e-5 < 1e-2 < naive_diff)
     claim("time tiles over 4 ranks equal the same tiles on one", f"{tiled:.1e}", "0", tiled == 0)
 
-    print("\nwhat staleness costs: error relative to the exact clip of the same steps (L2; 4 clips, W = 1, bands of frames)")
+    print("\nwhat staleness costs: error relative to the exact clip of the same steps "
+          "(L2; 4 clips, W = 1, bands of frames)")
     g = torch.Generator().manual_seed(2)
-    many = dict(x0=torch.randn(4, 2, 8, 8, 8, generator=g), text=text[:4], null=text[4:], guidance=2.0)
+    many = {"x0": torch.randn(4, 2, 8, 8, 8, generator=g), "text": text[:4], "null": text[4:],
+            "guidance": 2.0}
     l2 = lambda a, b: ((a - b).norm() / b.norm()).item()
     limit = emulate("exact", model, **many, steps=64)
     errors = {}
-    print(f"  {'steps':>5s} {'Euler itself':>13s} {'PipeFusion M 2':>15s} {'M 4':>6s} {'DistriFusion 2':>15s} {'4':>6s} "
-          f"{'no exchange 4':>14s}")
+    columns = ("Euler itself", "PipeFusion 2", "4", "DistriFusion 2", "4", "no exchange 4")
+    print("  steps " + " ".join(f"{c:>{max(len(c), 7)}s}" for c in columns) + "   (patches)")
     for S in (8, 16, 32):
         exact = emulate("exact", model, **many, steps=S)
-        errors[S] = [l2(exact, limit)] + [l2(emulate(mode, model, **many, steps=S, patches=M), exact) for mode, M in
-                                          (("pipefusion", 2), ("pipefusion", 4), ("distrifusion", 2),
-                                           ("distrifusion", 4), ("no_exchange", 4))]
-        e = errors[S]
-        print(f"  {S:5d} {e[0]:13.3f} {e[1]:15.3f} {e[2]:6.3f} {e[3]:15.3f} {e[4]:6.3f} {e[5]:14.3f}", flush=True)
-    claim("PipeFusion's error falls with the steps (M 2, 8 -> 32)", f"{errors[32][1]:.3f}", f"{errors[8][1]:.3f}",
-          errors[32][1] < errors[8][1])
-    claim("and is below DistriFusion's at equal patches (32 steps, M 2)", f"{errors[32][1]:.3f}", f"{errors[32][3]:.3f}",
-          errors[32][1] < errors[32][3])
+        errors[S] = [l2(exact, limit)]
+        for mode, M in (("pipefusion", 2), ("pipefusion", 4), ("distrifusion", 2),
+                        ("distrifusion", 4), ("no_exchange", 4)):
+            errors[S].append(l2(emulate(mode, model, **many, steps=S, patches=M), exact))
+        cells = (f"{e:{max(len(c), 7)}.3f}" for c, e in zip(columns, errors[S]))
+        print(f"  {S:5d} " + " ".join(cells), flush=True)
+    claim("PipeFusion's error falls with the steps (M 2, 8 -> 32)", f"{errors[32][1]:.3f}",
+          f"{errors[8][1]:.3f}", errors[32][1] < errors[8][1])
+    claim("and is below DistriFusion's at equal patches (32 steps, M 2)", f"{errors[32][1]:.3f}",
+          f"{errors[32][3]:.3f}", errors[32][1] < errors[32][3])
 
     events = launch(timeline_rank, 2, *timeline_model(), 2, 4)
     path = Path(out) / "timeline.png"
     draw_timeline(events, 4, path)
     seconds = time.perf_counter() - begin
-    print(f"\n{path}: which stage worked on which patch of which step, what was fresh and what was stale")
+    print(f"\n{path}: which stage worked on which patch of which step, what was fresh, what stale")
     print(f"{sum(claims)} of {len(claims)} claims hold, {seconds:.0f} s")
     return all(claims)
 
@@ -1486,20 +1608,22 @@ def timeline_model():
     """Large enough that a micro-step takes longer than starting it; its weights do not matter."""
     torch.manual_seed(0)
     model = TinyDiT(grid=(8, 16, 16), D=96, depth=8).eval()
-    return model, dict(x0=torch.randn(1, 2, 8, 16, 16), text=torch.randn(1, 2, 96), null=torch.randn(1, 2, 96))
+    return model, {"x0": torch.randn(1, 2, 8, 16, 16), "text": torch.randn(1, 2, 96),
+                   "null": torch.randn(1, 2, 96)}
 
 
 def wrong_splice_rank(model, inputs):
-    """The bug on purpose: the cache keeps the order in which the warm-up's all-to-all delivered the tokens."""
+    """The bug on purpose: the cache keeps the order of the warm-up's all-to-all."""
     Layout.splice = lambda self, r: torch.arange(self.shard(r))
     return ParallelSampler(model, make_mesh(pp=2, ulysses=2), 4).sample(**inputs)
 
 
-# ---- 11. Command line ------------------------------------------------------------------------------
-# torchrun takes a flag that is a prefix of one of its own for its own (--n, --m, --r, --log are "ambiguous"), so none here is.
+# ---- 11. Command line ----------------------------------------------------------------------------
+# torchrun takes a flag that is a prefix of one of its own for its own (--n, --m, --r, --log are
+# "ambiguous"), so none here is.
 
 def fail(message):
-    """One line, once, and exit status 2. The other ranks wait a moment: torchrun ends all when the first one exits."""
+    """One line, once, exit status 2. Other ranks wait: torchrun ends all at the first exit."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"sample_parallel.py: {message}", file=sys.stderr, flush=True)
     else:
@@ -1513,40 +1637,56 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
-    p = Parser(description="Sample a trained run with many ranks (torchrun), or without --workdir show every mode on a tiny model.",
-               epilog="cfg x pp x ring x ulysses must be the number of ranks, torchrun's --nproc_per_node times --nnodes.",
-               allow_abbrev=False)
+    p = Parser(allow_abbrev=False, description="Sample a trained run with many ranks (torchrun); "
+               "without --workdir, show every mode on a tiny model.",
+               epilog="cfg x pp x ring x ulysses must be the number of ranks.")
     a = p.add_argument
     a("--workdir", help="folder of a run of train.py")
     a("--prompt", action="append", default=[], help="a caption; may be given several times")
     a("--prompt-file", help="a text file with one prompt a line")
     a("--mode", default="mesh", choices=("mesh", "auto", "distrifusion", "no_exchange"),
-      help="mesh: as the degrees say; auto: the mesh that --plan would choose; the others: the baselines, over all ranks")
-    a("--cfg", type=int, default=1, metavar="1|2", help="2: prompt and null text on two groups of ranks")
+      help="mesh: as the degrees say; auto: what --plan would choose; baselines over all ranks")
+    a("--cfg", type=int, default=1, metavar="1|2",
+      help="2: prompt and null text on two groups of ranks")
     a("--pp", type=int, default=1, metavar="N", help="PipeFusion stages")
-    a("--patches", type=int, default=0, metavar="M", help="PipeFusion patches (default: as many as stages)")
-    a("--warmup", type=int, default=1, metavar="W", help="whole steps before the pipeline fills (default 1)")
-    a("--patch-axis", default="t", choices=("t", "h", "w"), help="patches are bands of frames, rows or columns")
+    a("--patches", type=int, default=0, metavar="M",
+      help="PipeFusion patches (default: as many as stages)")
+    a("--warmup", type=int, default=1, metavar="W",
+      help="whole steps before the pipeline fills (default 1)")
+    a("--patch-axis", default="t", choices=("t", "h", "w"),
+      help="patches are bands of frames, rows or columns")
     a("--ring", type=int, default=1, metavar="R", help="ring attention ranks")
     a("--ulysses", type=int, default=1, metavar="U", help="Ulysses ranks")
-    a("--shard", action="store_true", help="FSDP2: slices of each block over the ring x ulysses ranks")
+    a("--shard", action="store_true",
+      help="FSDP2: slices of each block over the ring x ulysses ranks")
     a("--steps", type=int, help="of the solver (default: the run's; --plan: 50)")
-    a("--schedule", choices=("linear", "linear_quadratic"), help="times of the steps, by flow.py (default: the run's)")
+    a("--schedule", choices=("linear", "linear_quadratic", "shifted"),
+      help="times of the steps, by flow.py (default: the run's)")
     a("--guidance", type=float, help="classifier-free guidance scale (default: the run's)")
-    a("--seed", type=int, default=0, help="the same seed gives the same clip with every number of ranks")
-    a("--out", default=None, help="clip.mp4 or .gif; several prompts: clip-0.mp4, clip-1.mp4 ... (default: out/sample_parallel/clip.mp4)")
+    a("--seed", type=int, default=0,
+      help="the same seed gives the same clip with every number of ranks")
+    a("--out", default=None,
+      help="FILE.mp4 or .gif, with several prompts FILE-0.mp4 ... (out/sample_parallel/clip.mp4)")
     a("--decode", default="auto", choices=("auto", "one", "halo", "tiles"),
-      help="one: rank 0; halo: bands of rows, the same clip; tiles: along time, blended; auto: halo where there are rows for all")
-    a("--check", action="store_true", help="sample in one process too: largest difference, bytes against the formula; exit 1 if it is off")
+      help="one: rank 0; halo: bands of rows, the same clip; tiles: along time, blended; "
+           "auto: halo where there are rows for all ranks")
+    a("--check", action="store_true",
+      help="sample in one process too, print difference and bytes; exit 1 if one is off")
     a("--device", default="cpu", help="cpu (gloo) or cuda (NCCL, one GPU a rank)")
-    a("--timeout", type=float, default=600, metavar="SECONDS", help="how long a rank waits for a silent one (default 600)")
-    a("--plan", action="store_true", help="print what every mesh of --gpus would cost, and choose one")
+    a("--timeout", type=float, default=600, metavar="SECONDS",
+      help="how long a rank waits for a silent one (default 600)")
+    a("--plan", action="store_true",
+      help="print what every mesh of --gpus would cost, and choose one")
     a("--size", default="30b", choices=tuple(PRESETS), help="--plan: the model")
-    a("--resolution", default="256x768x768", metavar="TxHxW", help="--plan: the video (default 256x768x768)")
+    a("--resolution", default="256x768x768", metavar="TxHxW",
+      help="--plan: the video (default 256x768x768)")
     a("--gpus", type=int, default=8, help="--plan: how many")
-    a("--link", type=float, default=50.0, metavar="GB/S", help="--plan, --mode auto: what one rank sends a second (default 50)")
-    a("--tflops", type=float, default=400.0, help="--plan, --mode auto: what one rank reaches (default 400)")
-    a("--memory", type=float, default=80.0, metavar="GB", help="--plan, --mode auto: of one rank (default 80)")
+    a("--link", type=float, default=50.0, metavar="GB/S",
+      help="--plan, --mode auto: what one rank sends a second (default 50)")
+    a("--tflops", type=float, default=400.0,
+      help="--plan, --mode auto: what one rank reaches (default 400)")
+    a("--memory", type=float, default=80.0, metavar="GB",
+      help="--plan, --mode auto: of one rank (default 80)")
     args = p.parse_args(argv)
     for name in ("steps", "gpus", "link", "tflops", "memory", "timeout"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
@@ -1563,20 +1703,26 @@ def plan_command(args):
     model, args.steps = PRESETS[args.size], args.steps or 50
     N = math.ceil(T / model.frames) * math.ceil(H / model.pixels) * math.ceil(W / model.pixels)
     params = model.depth * model.block + model.rest
-    print(f"{args.size}: {params / 1e9:.2f} B parameters, {T}x{H}x{W} = {N:,} tokens, {args.steps} steps with guidance, bf16, "
+    print(f"{args.size}: {params / 1e9:.2f} B parameters, {T}x{H}x{W} = {N:,} tokens, "
+          f"{args.steps} steps with guidance, bf16, "
           f"{args.gpus} ranks, {args.link:g} GB/s, {args.tflops:g} TFLOP/s, W = {args.warmup}")
-    rows = plan(model, N, args.gpus, args.steps, args.warmup, args.link * 1e9, args.tflops * 1e12, args.memory * 1e9)
+    rows = plan(model, N, args.gpus, args.steps, args.warmup, args.link * 1e9, args.tflops * 1e12,
+                args.memory * 1e9)
     if not rows:
-        raise ValueError(f"gpus {args.gpus}: no mesh of so many ranks for {model.depth} blocks, {model.heads} heads, {N} tokens")
+        raise ValueError(f"gpus {args.gpus}: no mesh of so many ranks for {model.depth} blocks, "
+                         f"{model.heads} heads, {N} tokens")
     print_plan(rows, args.memory * 1e9)
-    print("(from formulas: compute shared without loss, Ring and PipeFusion hidden behind it where it lasts as long)")
+    print("(formulas, not measurements: compute is shared without loss, and hides what Ring and "
+          "PipeFusion send for as long as it lasts)")
 
 
 def prompts_of(args):
     prompts = list(args.prompt)
     if args.prompt_file:
         try:
-            prompts += [line.strip() for line in Path(args.prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts += [line.strip()
+                        for line in Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+                        if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompt-file {args.prompt_file}: {error}") from None
     if not prompts:
@@ -1602,7 +1748,8 @@ def sample_run(args):
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     degrees = {a: getattr(args, a) for a in AXES}
     if args.mode != "mesh" and any(d > 1 for d in degrees.values()):
-        raise ValueError(f"--mode {args.mode}: chooses the degrees itself, --cfg, --pp, --ring and --ulysses go without it")
+        raise ValueError(f"--mode {args.mode}: chooses the degrees itself; leave out --cfg, --pp, "
+                         "--ring and --ulysses")
     if args.mode in ("distrifusion", "no_exchange"):
         degrees["ring"] = world
     if args.mode != "auto":
@@ -1612,8 +1759,10 @@ def sample_run(args):
         raise ValueError(f"--out {args.out}: must end in .mp4 or .gif")
     if args.shard and degrees["ring"] * degrees["ulysses"] == 1:
         raise ValueError("--shard: needs ring x ulysses of 2 or more ranks to share the weights")
-    import flow
-    import train
+    try:
+        import train
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--workdir: needs {error.name}.py beside this file") from None
     device = args.device
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1621,41 +1770,48 @@ def sample_run(args):
     model, shape, settings = run.dit, tuple(run.latent_shape), run.config["sample"]
     args.steps = args.steps or settings["steps"]
     guidance = settings["guidance"] if args.guidance is None else args.guidance
-    ts = flow.schedule(args.schedule or settings["schedule"], args.steps)
+    ts = run.schedule(args.steps, args.schedule)
     patches = args.patches
-    check_degrees(world, **degrees, patches=patches, warmup=args.warmup, steps=args.steps, depth=len(model.blocks),
-                  heads=model.cfg.heads) if args.mode != "auto" else None
-    if args.mode == "auto":
+    if args.mode != "auto":
+        check_degrees(world, **degrees, patches=patches, warmup=args.warmup, steps=args.steps,
+                      depth=len(model.blocks), heads=model.cfg.heads)
+    else:
         size, N = live_size(model, shape)
-        rows = plan(size, N, world, args.steps, args.warmup, args.link * 1e9, args.tflops * 1e12, args.memory * 1e9)
+        rows = plan(size, N, world, args.steps, args.warmup, args.link * 1e9, args.tflops * 1e12,
+                    args.memory * 1e9)
         if not rows:
-            raise ValueError(f"--mode auto: no mesh of {world} ranks for {size.depth} blocks and {size.heads} heads")
+            raise ValueError(f"--mode auto: no mesh of {world} ranks for {size.depth} blocks and "
+                             f"{size.heads} heads")
         degrees, patches = {a: rows[0][a] for a in AXES}, rows[0]["patches"]
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=args.timeout))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                timeout=timedelta(seconds=args.timeout))
     mesh = make_mesh(**degrees, device=device)
     if rank == 0:
-        print(f"{world} rank{'s' if world > 1 else ''}: {name_of(degrees, patches or degrees['pp'])}")
-        if mesh is not None:                                # who shares what: the commonest first question
+        print(f"ranks {world}: {name_of(degrees, patches or degrees['pp'])}")
+        if mesh is not None:                         # who shares what: the commonest first question
             for c, branch in enumerate(mesh.mesh.tolist()):
                 for s, stage in enumerate(branch):
-                    print(f"  cfg {c}  stage {s}: " + " | ".join("ring %d: ranks %s" % (r, us) for r, us in enumerate(stage)))
+                    shares = (f"ring {r}: ranks {ranks}" for r, ranks in enumerate(stage))
+                    print(f"  cfg {c}  stage {s}: " + " | ".join(shares))
     baseline = args.mode if args.mode in ("distrifusion", "no_exchange") else None
     sampler = ParallelSampler(model, mesh, patches, args.warmup, args.patch_axis, baseline)
     reference = None
-    if args.check and rank == 0:                            # a copy: the sampler's own loses blocks, or gets sharded
+    if args.check and rank == 0:           # a copy: the sampler's own loses blocks, or gets sharded
         import copy
         reference = copy.deepcopy(model)
     if degrees["pp"] > 1:
         keep_stage(model, degrees["pp"], sampler.pp.index)
     if args.shard:
         shard_weights(model, mesh)
-    halo = args.decode == "halo" or (args.decode == "auto" and world > 1 and len(shape) == 4 and shape[2] >= world)
+    halo = args.decode == "halo" or (args.decode == "auto" and world > 1 and len(shape) == 4
+                                     and shape[2] >= world)
     ok = True
     for j, prompt in enumerate(prompts):
         text, mask, null, null_mask = run.prompts([prompt])
         x0 = run.noise([args.seed + j])                     # drawn whole, before anything is split
-        inputs = dict(x0=x0, text=text, mask=mask, null=null, null_mask=null_mask, guidance=guidance, ts=ts)
+        inputs = {"x0": x0, "text": text, "mask": mask, "null": null, "null_mask": null_mask,
+                  "guidance": guidance, "ts": ts}
         z, row = measure(sampler, **inputs, progress=True)
         if halo:
             clip = halo_decode(run.decode, z)
@@ -1663,42 +1819,47 @@ def sample_run(args):
             clip = tiled_decode(run.decode, z)
         else:
             clip = run.decode(z) if rank == 0 else None
-        if rank == 0:                                       # rows that only pad the latent to whole tokens of the TAE
-            clip = clip[..., :run.config["clips"]["size"], :]
         if rank == 0:
+            clip = clip[..., :run.config["clips"]["size"], :]           # without the TAE's padding
             path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{j}")
             path.parent.mkdir(parents=True, exist_ok=True)
             train.write_video(path, clip[0].float().cpu(), run.fps)
             print(f"{path}: {prompt}   ({row['seconds']:.1f} s)", flush=True)
         if reference is not None:
-            ok &= check(sampler, reference, inputs, z, row, clip, run.decode, args, prompt if len(prompts) > 1 else "")
+            ok &= check(sampler, reference, inputs, z, row, clip, run.decode, args,
+                        prompt if len(prompts) > 1 else "")
     verdict = [ok]
     if world > 1:
-        dist.broadcast_object_list(verdict, 0)              # the others wait here while rank 0 checks
+        dist.broadcast_object_list(verdict, 0)            # the others wait here while rank 0 checks
         dist.destroy_process_group()
     return 0 if verdict[0] else 1
 
 
 def check(sampler, model, inputs, z, row, clip, decode, args, prompt=""):
-    """One process against the ranks' clip, printed. -> whether it is the same up to rounding (bf16: 2 % of the largest)."""
+    """Prints the ranks' clip against one process -> whether they are equal up to rounding."""
     mode, patches = "exact", 1
     if sampler.pp.size > 1:
         mode, patches = "pipefusion", sampler.M
     elif sampler.baseline:
         mode, patches = sampler.baseline, sampler.ring.size
-    want = emulate(mode, model, **inputs, patches=patches, warmup=args.warmup, patch_axis=args.patch_axis)
-    diff, tolerance = difference(z, want), 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    want = emulate(mode, model, **inputs, patches=patches, warmup=args.warmup,
+                   patch_axis=args.patch_axis)
+    diff = difference(z, want)
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
     print(f"{prompt}\n{TABLE_HEAD}" if prompt else TABLE_HEAD)
     print_row(row, "exact" if mode == "exact" else "emulation", diff)
     for kind in sorted(row["sent"].keys() | row["expected"].keys()):
-        print(f"    {kind:22s} {'':23s} {row['sent'].get(kind, 0) / row['steps'] / 1e3:9.1f}  {row['expected'].get(kind, 0) / row['steps'] / 1e3:9.1f}")
+        sent, expected = (row[k].get(kind, 0) / row["steps"] / 1e3 for k in ("sent", "expected"))
+        print(f"    {kind:45s} {sent:9.1f}   {expected:7.1f}")
     if mode != "exact":
         exact = emulate("exact", model, **inputs)
-        print(f"  stale error of {mode}, relative to the exact clip: {(z - exact).norm() / exact.norm():.3f} (L2)")
+        stale = (z - exact).norm() / exact.norm()
+        print(f"  error of {mode} against the exact clip, L2: {stale:.3f} (what staleness costs)")
     if args.decode != "tiles" and sampler.world > 1:
         print(f"  decode: {difference(clip, decode(z)):.1e} from rank 0 alone")
     ok = diff < tolerance and bytes_agree(row)
-    print(f"{'PASS' if ok else 'FAIL'} {row['mode']} against one process: {diff:.1e} vs {tolerance:.0e}", flush=True)
+    verdict = "PASS" if ok else "FAIL"
+    print(f"{verdict} {row['mode']} equals one process: {diff:.1e} vs {tolerance:.0e}", flush=True)
     return ok
 
 
@@ -1713,15 +1874,18 @@ def main(argv=None):
         if args.prompt or args.prompt_file or args.check:
             raise ValueError("--workdir: needed with --prompt, --prompt-file and --check")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("--workdir: needed under torchrun (the demo forks ranks of its own: python sample_parallel.py)")
+            raise ValueError("--workdir: needed under torchrun (the demo forks ranks of its own)")
         return 0 if demo() else 1
     except (ValueError, FileNotFoundError) as error:
         fail(str(error).strip().splitlines()[0])
-    except RuntimeError as error:                           # LostRank, or gloo's own words during start and decoding
-        if not (isinstance(error, LostRank) or "gloo" in str(error).lower() or isinstance(error, dist.DistError)):
+    except BrokenPipeError:                                 # `| head` has seen enough
+        os._exit(0)
+    except RuntimeError as error:          # LostRank, or gloo's own words during start and decoding
+        if not is_loss(error):
             raise
-        print(f"sample_parallel.py: {str(error).strip().splitlines()[0][:240]}", file=sys.stderr, flush=True)
-        os._exit(1)                                         # not through a process group that waits for the dead
+        print(f"sample_parallel.py: {str(error).strip().splitlines()[0][:240]}", file=sys.stderr,
+              flush=True)
+        os._exit(1)                            # not through a process group that waits for the dead
 
 
 if __name__ == "__main__":

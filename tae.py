@@ -92,7 +92,7 @@ PRESETS = {
     # 4x4x4: a clip of 16 x 32 x 32 becomes (8, 4, 8, 8)
     "toy": TAEConfig(
         channels=64, mult=(1, 1, 1), space=(1, 1), time=(2, 2), stem=4, res_blocks=(0, 1, 1),
-        extra=0, latent_channels=8, l1=0.0, l2=4.0, kl=2e-4,
+        extra=0, latent_channels=8, l1=0.0, l2=4.0, kl=5e-3,
     ),
     # 8x8x8 from here on
     "small": TAEConfig(channels=64, mult=(1, 2, 4, 4), res_blocks=(1, 1, 1, 1), kl=1e-5),
@@ -117,7 +117,7 @@ DIRECTIONS = {  # steps (x, y), y down; in the order of their angle
     "right": (1, 0), "down right": (1, 1), "down": (0, 1), "down left": (-1, 1),
     "left": (-1, 0), "up left": (-1, -1), "up": (0, -1), "up right": (1, -1),
 }
-SPEEDS = {"slow": 0.5, "fast": 1.1}  # pixels per frame in a picture 32 pixels high
+SPEEDS = {"slow": 0.5, "fast": 1.0}  # pixels per frame in a picture 32 pixels high
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 WORDS = tuple(
     "AM AT BE BY DO GO HI IN IT ME MY NO OK ON OX SO TO UP US WE ANT BAT BED BOX BUS CAB COW CUP "
@@ -138,7 +138,7 @@ class Thing:
     direction: str
     speed: str
     word: str = ""  # the text of a sign
-    radius: float = 0.16  # of the circle with the same area; unused by signs
+    radius: float = 0.17  # of the circle with the same area; unused by signs
     x: float = 0.5  # centre in the first frame
     y: float = 0.5
 
@@ -204,9 +204,9 @@ def bitmap(shape: str, word: str, radius: int) -> Tensor:
 
 
 def bitmap_of(thing: Thing, H: int) -> tuple[str, str, int]:
-    """Arguments of `bitmap` for a thing in a picture H pixels high. Single letters are larger:
-    capitals of 10 pixels, not 8, at H = 32."""
-    cap = (10 if len(thing.word) == 1 else 8) / 32
+    """Arguments of `bitmap` for a thing in a picture H pixels high. Short words are larger: at
+    H = 32 capitals of 14, 10 and 8 pixels."""
+    cap = {1: 14, 2: 10}.get(len(thing.word), 8) / 32
     size = cap if thing.shape == "sign" else thing.radius
     return thing.shape, thing.word, round(size * H * SUPERSAMPLE)
 
@@ -268,7 +268,7 @@ def sample_world(
         if tries % 50 == 0:  # nothing fits beside what is there
             drawn.clear()
         sign = rng.random() < signs
-        length = rng.choices((1, 2, 3), (0.6, 0.2, 0.2))[0]
+        length = rng.choices((1, 2, 3), (0.7, 0.15, 0.15))[0]
         words = LETTERS if length == 1 else [w for w in WORDS + HELDOUT_WORDS if len(w) == length]
         thing = Thing(
             color=rng.choice([c for c in COLORS if c not in [d.color for d in drawn]]),
@@ -276,7 +276,7 @@ def sample_world(
             direction=rng.choice(list(DIRECTIONS)),
             speed="slow" if sign else rng.choice(list(SPEEDS)),  # a long word has no room
             word=rng.choice(words) if sign else "",
-            radius=rng.uniform(0.13, 0.18),
+            radius=rng.uniform(0.15, 0.19),
         )
         if heldout is None or is_heldout(thing) == heldout:
             thing = place(thing, rng, frames)

@@ -105,6 +105,7 @@ class TrainConfig:
         1  # tae: objects in a training clip of the toy world; an empty background teaches nothing
     )
     window: int = 16  # tae: frames of a training clip
+    finish: float = 0.0  # tae: the last part of the steps, on whole clips without a crowd
     drop: float = 0.1  # dit: condition dropout
     align: float = 0.0  # dit: weight of the loss that aligns the toy MetaCLIP with the picture
 
@@ -145,12 +146,17 @@ class Config:
 SCALES: dict[str, Callable[[], Config]] = {
     # 2 CPU cores, minutes: 16 x 32 x 32 clips, latent (8, 4, 8, 8), 16 tokens
     "toy": lambda: Config(
+        patch=(4, 2, 2),  # a token is 8 x 8 pixels for the whole clip
         tae=replace(autoencoder.PRESETS["toy"]),
-        train_tae=TrainConfig(steps=2500, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8),
+        train_tae=TrainConfig(
+            steps=3000, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8, finish=0.2
+        ),
         text=replace(text_cond.PRESETS["toy"]),
         dit=replace(backbone.PRESETS["toy"]),
-        train_dit=TrainConfig(steps=2000, batch=64, lr=1e-3, warmup=100, ema=0.995, align=0.1),
+        train_dit=TrainConfig(steps=2000, batch=64, lr=2e-3, warmup=100, ema=0.995, align=0.1),
+        flow=FlowConfig(std=1.3, shift=2.0),  # where and whither is decided near the noise
         sdot=SDOTConfig(solver="pot"),
+        sample=SampleConfig(schedule="shifted"),
     ),
     # one GPU, hours: 16 x 64 x 64 clips with two objects, 8 x 8 x 8, latent (16, 2, 8, 8)
     "small": lambda: Config(
@@ -299,7 +305,7 @@ def templates(H: int) -> tuple[Tensor, list[tuple[str, str]]]:
         things = [
             autoencoder.Thing("white", s, "right", "slow", radius=r / 200, x=0.4, y=0.5)
             for s in autoencoder.SHAPES
-            for r in range(24, 40, 2)
+            for r in range(26, 42, 2)
         ] + [
             autoencoder.Thing("white", "sign", "right", "slow", w, x=0.38, y=0.5)
             for w in (*autoencoder.LETTERS, *autoencoder.WORDS, *autoencoder.HELDOUT_WORDS)
@@ -453,18 +459,16 @@ class ToyClips:
         world = autoencoder.sample_world(rng, things, frames=c.frames, overlap=split == "tae")
         return autoencoder.render([world], c.frames, c.size)[0], caption(world)
 
-    def name(self, split: str, i: int) -> str:
-        return f"toy/{split}/{i}"
 
-
+CROPS = 4
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".gif")
 
 
 class VideoFolder:
     """Captioned videos: .mp4 .avi .mkv .webm .gif, each with a caption in a .txt beside it or in
     metadata.csv (`file_name,text`). A clip is a random window: T frames at a random start and
-    frame interval, resized so that the short side fits, cropped at random. The last fifth of each
-    video is held out of training.
+    frame interval, shrunk so that the short side is 1 to 1.5 times the size of a clip, cropped at
+    random. The last fifth of each video is held out of training.
 
     Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not
     grow with the number, the length or the resolution of the videos. Unreadable files are named
@@ -472,7 +476,7 @@ class VideoFolder:
     """
 
     def __init__(self, cfg: Config, quiet: bool = False):
-        self.cfg, self.root = cfg, Path(cfg.data)
+        self.cfg, self.root, self.window = cfg, Path(cfg.data), ("", None)
         say = (lambda *_: None) if quiet else (lambda line: print(line, file=sys.stderr))
         if not self.root.is_dir():
             raise UserError(f"--data {cfg.data}: no such folder")
@@ -514,23 +518,30 @@ class VideoFolder:
             )
 
     def clip(self, split: str, i: int) -> tuple[Tensor, str]:
-        """(3, T, H, W) in [-1, 1] and its caption; window i of a split is drawn from (seed, split,
-        i)."""
-        rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
+        """(3, T, H, W) in [-1, 1] and its caption, drawn from (seed, split, i). CROPS consecutive
+        clips are crops of one window, because decoding is what costs."""
+        key = f"{split}/{self.cfg.seed}/{i // CROPS}"
+        if self.window[0] != key:
+            self.window = key, self._window(split, i // CROPS, random.Random(key))
+        x, size = self.window[1], self.cfg.clips.size                               # (T, h, w, 3)
+        rng = random.Random(f"{split}/{self.cfg.seed}/{i}/crop")
+        top, left = (rng.randint(0, n - size) for n in x.shape[1:3])
+        x = x[:, top : top + size, left : left + size]
+        return rearrange(x, "t h w c -> c t h w").float() / 127.5 - 1, self._video(i)[1]
+
+    def _video(self, i: int) -> tuple[Path, str, int, float]:
+        return self.videos[i // CROPS % len(self.videos)]
+
+    def _window(self, split: str, w: int, rng: random.Random) -> Tensor:
         c = self.cfg.clips
-        path, text, frames, rate = self.videos[i % len(self.videos)]
+        path, _, frames, rate = self._video(w * CROPS)
         lo, hi = (int(0.8 * frames), frames) if split == "heldout" else (0, int(0.8 * frames))
         if hi - lo < c.frames:  # too short to hold anything out
             lo, hi = 0, frames
         interval = rng.randint(1, max(1, min(c.max_interval, (hi - lo) // c.frames)))
         start = rng.randint(lo, max(lo, hi - interval * (c.frames - 1) - 1))
-        x = read_window(path, start, interval, c.frames, c.size, rate)  # (T, H, W, 3) uint8
-        top, left = (rng.randint(0, n - c.size) for n in x.shape[1:3])
-        x = x[:, top : top + c.size, left : left + c.size]
-        return rearrange(x, "t h w c -> c t h w").float() / 127.5 - 1, text
-
-    def name(self, split: str, i: int) -> str:
-        return f"{self.videos[i % len(self.videos)][0].name}/{split}/{i}"
+        short_side = round(c.size * rng.uniform(1.0, 1.5))
+        return read_window(path, start, interval, c.frames, short_side, rate)
 
 
 def read_captions(root: Path, files: list[Path]) -> dict[str, str]:
@@ -1059,30 +1070,28 @@ def train_tae(run: Run, clips) -> None:
     torch.manual_seed(cfg.seed)
 
     def losses(video: bool, batch: int):
-        mine = shard(batch)
+        mine, steps = shard(batch), t.steps if video else t.image_steps
+        finish = round(steps * (1 - t.finish)) if video else steps  # from here on: whole clips
+        per_step = batch if video else -(-batch // 4)  # an image batch takes 4 frames of each clip
+        rows = range(mine.start, mine.stop) if video else range(per_step)
+
+        def clips_from(first: int):
+            for split, low, high in (("tae", 0, finish), ("train", finish, steps)):
+                if first < high:
+                    todo = [[s * per_step + i for i in rows] for s in range(max(first, low), high)]
+                    yield from batches(clips, split, todo)
 
         def source(first: int):
-            steps = t.steps if video else t.image_steps
-            spread = (
-                1 if video else -(-batch // 4)
-            )  # image batches take 4 frames of a clip: decoding is not free
-            rows = [
-                [s * batch + i for i in range(mine.start, mine.stop)] for s in range(first, steps)
-            ]
-            if not video:
-                rows = [[s * spread + i for i in range(spread)] for s in range(first, steps)]
-            split = "tae" if not cfg.data else "train"
-            for step, (x, _) in enumerate(batches(clips, split, rows), first):
+            for step, (x, _) in enumerate(clips_from(first), first):
                 g = generator(cfg.seed, "tae", video, step)
+                T = 1 if autoencoder.is_image_step(step) else t.window
+                T = x.shape[2] if step >= finish else T
                 if not video:
                     frames = rearrange(x, "b c t h w -> (b t) c 1 h w")
                     x = frames[torch.randperm(len(frames), generator=g)[:batch][mine]]
-                elif autoencoder.is_image_step(step):
-                    at = torch.randint(x.shape[2], (), generator=g).item()
-                    x = x[:, :, at : at + 1]
                 else:
-                    at = torch.randint(x.shape[2] - t.window + 1, (), generator=g).item()
-                    x = x[:, :, at : at + t.window]
+                    at = torch.randint(x.shape[2] - T + 1, (), generator=g).item()
+                    x = x[:, :, at : at + T]
                 g = generator(cfg.seed, "tae", video, step, rank())
                 x = x.to(run.device)
 
@@ -1372,6 +1381,11 @@ class Loaded:
         c = self.cfg.clips
         return self.tae.decode(self.tae.denormalize(z), c.frames, (c.size, c.size)).clamp(-1, 1)
 
+    def schedule(self, steps: int | None = None, name: str | None = None) -> Tensor:
+        """The times (steps + 1,) to visit, 0 to 1; as configured, where not said."""
+        s = self.cfg.sample
+        return flow.schedule(name or s.schedule, steps or s.steps, shift=self.cfg.flow.shift)
+
     @torch.no_grad()
     def generate(self, prompts: list[str], seeds: list[int] | None = None) -> Tensor:
         """New clips (B, 3, T, H, W) in [-1, 1] for prompts: Euler with classifier-free guidance,
@@ -1382,8 +1396,8 @@ class Loaded:
             lambda x, t: self.dit(x, t, P, mask), lambda x, t: self.dit(x, t, P0, mask0), s.guidance
         )
         x0 = self.noise(seeds if seeds is not None else list(range(len(prompts))))
-        ts = flow.schedule(s.schedule, s.steps, shift=self.cfg.flow.shift)
-        return self.decode(flow.sample(v_fn, x0, ts, solver=s.solver, cfg=self.cfg.flow))
+        z = flow.sample(v_fn, x0, self.schedule(), solver=s.solver, cfg=self.cfg.flow)
+        return self.decode(z)
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
@@ -1826,6 +1840,8 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
                 setattr(cfg, key, value)
         except ValueError as error:  # a stage's own check
             raise UserError(f"--{name} {' '.join(text)}: {error}") from None
+    if cfg.data and given["clips.count"] is None:
+        cfg.clips.count = min(cfg.clips.count, 1024)  # windows of real videos cost a decoding each
     if args.data is not None and not args.data:
         raise UserError("--data '': no such folder")
     try:
