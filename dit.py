@@ -100,6 +100,8 @@ class Stream:
 
 @dataclass
 class DiTConfig:
+    """Sizes and switches of the backbone."""
+
     streams: tuple = (Stream(),)
     dim: int = 192
     depth: int = 6
@@ -152,6 +154,7 @@ PRESETS = {
 # would add nothing to a residual stream of size 1. float64 stays float64, for the tests.
 
 def fp32(x):
+    """Half precision to fp32; fp32 and fp64 stay."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

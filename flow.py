@@ -66,6 +66,8 @@ def one_of(name: str, value, choices) -> None:
 
 @dataclass
 class FlowConfig:
+    """The objective: path, target, and the law of the times."""
+
     sigma_min: float = 1e-5    # noise left at t = 1 [MG s3.1.2]; invisible, keeps densities proper
     time: str = "auto"         # law of t in training: logit_normal | uniform | auto, which is
                                #   logit_normal for flow [MG s3.1.2], uniform for diffusion (DDPM)

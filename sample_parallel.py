@@ -1025,6 +1025,7 @@ class Halo(TorchFunctionMode):
 
 @lru_cache(maxsize=1)
 def pairs_of(world):
+    """A process group of its own for point-to-point traffic."""
     return dist.new_group()
 
 
@@ -1206,6 +1207,7 @@ def all_sent(sampler):
 
 
 def name_of(degrees, M=1, baseline=None):
+    """A mode as people write it: `cfg 2 x pp 2 x M 4`."""
     if baseline:
         return f"{baseline} {degrees['ring']}"
     parts = [f"{a} {degrees[a]}" for a in AXES if degrees[a] > 1]
@@ -1236,6 +1238,7 @@ def difference(a, b):
 
 
 def bytes_agree(row):
+    """Whether the counted bytes are the formula's; with unequal shares, whether the kinds are."""
     keys = row["sent"].keys() | row["expected"].keys()
     close = [row["sent"].get(k, 0) == row["expected"].get(k, 0) for k in keys]
     return all(close) if row["equal"] else row["sent"].keys() == row["expected"].keys()
@@ -1310,6 +1313,8 @@ def _rank_main(fn, args, rank, world, folder, timeout):
 # ---- 10. Demo ------------------------------------------------------------------------------------
 
 class TinyBlock(nn.Module):
+    """A transformer block with the seam `attend`."""
+
     def __init__(self, D, heads):
         super().__init__()
         self.heads, self.attend = heads, attention
@@ -1457,6 +1462,7 @@ def demo_rank(model, decoder, modes, inputs, z):
 
 
 def timeline_rank(model, inputs, pp, patches):
+    """One rank of the recorded run: its events."""
     sampler = ParallelSampler(model, make_mesh(pp=pp), patches, record=True)
     sampler.sample(**dict(inputs, steps=4))                 # once for the allocator and the sockets
     sampler.sample(**dict(inputs, steps=4))
@@ -1637,6 +1643,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
+    """The command line, checked."""
     p = Parser(allow_abbrev=False, description="Sample a trained run with many ranks (torchrun); "
                "without --workdir, show every mode on a tiny model.",
                epilog="cfg x pp x ring x ulysses must be the number of ranks.")
@@ -1695,6 +1702,7 @@ def parse(argv=None):
 
 
 def plan_command(args):
+    """--plan: the cost table."""
     try:
         T, H, W = (int(n) for n in args.resolution.lower().split("x"))
         assert min(T, H, W) > 0
@@ -1717,6 +1725,7 @@ def plan_command(args):
 
 
 def prompts_of(args):
+    """The prompts of --prompt and --prompt-file, in order."""
     prompts = list(args.prompt)
     if args.prompt_file:
         try:

@@ -68,6 +68,8 @@ def one_of(name: str, value, choices) -> None:
 # ---- 1. Configuration ----------------------------------------------------------------------------
 @dataclass
 class SDOTConfig:
+    """How the dual weights are found and used."""
+
     solver: str = "stream"     # stream: section 4 (GPU, ranks, resume) | pot: POT's ot.semidiscrete
     optimiser: str = "auto"    # sgd: at the statistical limit for spread-out data | adam: 1.5 times
                                #   its error, but survives tight clusters of latents and d < 8 |

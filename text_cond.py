@@ -72,6 +72,8 @@ def one_of(name, value, choices):
 
 @dataclass
 class TextConfig:
+    """Which encoders, and how wide."""
+
     mode: str = "toy"           # toy: small ones, trained with the backbone | pretrained: frozen
     dim: int = 192              # D, the width of P
     max_words: int = 512        # tokens of each encoder, end token included; longer is cut
@@ -176,6 +178,7 @@ def word_id(word):
 
 
 def toy_ids(name, text):
+    """The ids that the toy encoder `name` reads of a text."""
     if name == "bytes":
         return byte_ids(text)
     ids = [word_id(w) for w in words_of(text)]

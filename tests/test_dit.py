@@ -556,7 +556,7 @@ def test_a_model_from_the_meta_device_is_initialised_like_any_other():
     assert torch.equal(model(x, t, text, mask), torch.zeros_like(x))
     like = make()
     for (n, a), b in zip(model.named_parameters(), like.parameters()):
-        assert abs(a.std() - b.std()) < 0.05 and a.isfinite().all(), n
+        assert abs(a.std() - b.std()) < 0.05 + 0.15 * b.std() and a.isfinite().all(), n
 
 
 def test_a_config_survives_json():
