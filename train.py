@@ -207,6 +207,9 @@ def finish_config(cfg: Config) -> Config:
                 raise UserError(f"--{section}.{name} {getattr(t, name)}: must be 1 or more")
         if t.steps < 0 or t.image_steps < 0:
             raise UserError(f"--{section}.steps {t.steps}: must be 0 or more")
+        for name in ("finish", "drop", "decay", "ema"):
+            if not 0 <= getattr(t, name) <= 1:
+                raise UserError(f"--{section}.{name} {getattr(t, name)}: must be from 0 to 1")
         if not t.lr > 0:
             raise UserError(f"--{section}.lr {t.lr}: must be above 0")
     if c.things > len(autoencoder.COLORS):
@@ -216,6 +219,10 @@ def finish_config(cfg: Config) -> Config:
     if cfg.train_tae.window > c.frames:
         cfg.train_tae.window = c.frames
     one_of("--coupling", cfg.coupling, COUPLINGS)
+    for name in ("steps", "batch", "prompts"):
+        if getattr(cfg.sample, name) < 1:
+            raise UserError(f"--sample.{name} {getattr(cfg.sample, name)}: must be 1 or more")
+    one_of("--sample.solver", cfg.sample.solver, (*flow.SOLVERS, "dopri5"))
     one_of("--sample.schedule", cfg.sample.schedule, ("linear", "linear_quadratic", "shifted"))
     latent = (
         model.latent_channels,

@@ -273,12 +273,16 @@ BAD = [
     (["--dit.qk_norm", "maybe"], "--dit.qk_norm maybe: not true or false"),
     (["--sample.schedule", "cosine"], "--sample.schedule cosine: not one of"),
     (["--sample.solver", "rk9"], "--sample.solver rk9: not one of"),
+    (["--sample.steps", "0"], "--sample.steps 0: must be 1 or more"),
+    (["--train_tae.finish", "2"], "--train_tae.finish 2.0: must be from 0 to 1"),
+    (["--train_dit.drop", "1.5"], "--train_dit.drop 1.5: must be from 0 to 1"),
     (["--sdot.solver", "lp"], "--sdot.solver lp"),
 ]
 
 
 @pytest.mark.parametrize("flags,line", BAD, ids=[" ".join(f) for f, _ in BAD])
-def test_bad_flags_are_one_line(flags, line, tmp_path, capfd):
+def test_bad_flags_are_one_line(flags, line, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(train, "train_tae", lambda *_: pytest.fail("it started to train"))
     try:
         status = train.main(["--workdir", str(tmp_path / "run"), *flags])
     except SystemExit as stop:
