@@ -1156,17 +1156,13 @@ def encode_latents(run: Run, clips) -> None:
     folder, M = run.folder / "latents", run.cfg.clips.count
     if (folder / "index.json").exists():
         index = json.loads((folder / "index.json").read_text())
-        todo = [
-            n
-            for n, value in index["shards"].items()
-            if not (folder / n).exists() or crc(folder / n) != value
-        ]
+        whole = lambda n, value: (folder / n).exists() and crc(folder / n) == value
+        todo = [n for n, value in index["shards"].items() if not whole(n, value)]
         if not todo:
             return
         if rank() == 0:
-            print(
-                f"{folder}: damaged or missing, encoded again: {', '.join(todo)}", file=sys.stderr
-            )
+            names = ", ".join(todo)
+            print(f"{folder}: damaged or missing, encoded again: {names}", file=sys.stderr)
     else:
         folder.mkdir(exist_ok=True)
         todo = [f"shard_{s:05d}.safetensors" for s in range(-(-M // SHARD))]
@@ -1179,13 +1175,7 @@ def encode_latents(run: Run, clips) -> None:
             load_file(folder / name)  # whole: an earlier start of this run wrote it
         except (SafetensorError, OSError):
             mine.append(name)
-    bar = tqdm(
-        total=len(mine) * SHARD,
-        desc="latents",
-        unit="clip",
-        disable=rank() != 0,
-        dynamic_ncols=True,
-    )
+    bar = tqdm(total=len(mine) * SHARD, desc="latents", unit="clip", disable=rank() != 0)
     for name in mine:
         low = int(name[6:11]) * SHARD
         rows = list(range(low, min(low + SHARD, M)))
@@ -1654,19 +1644,13 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
     def table(d: dict, prefix: str = "") -> str:
         out = ""
         for k, v in d.items():
-            out += (
-                table(v, f"{prefix}{k}.")
-                if isinstance(v, dict)
-                else (
-                    f"<tr><td>{escape(prefix + k)}</td><td>{v:.4g}</td></tr>"
-                    if isinstance(v, float)
-                    else f"<tr><td>{escape(prefix + k)}</td><td>{escape(str(v))}</td></tr>"
-                )
-            )
+            shown = f"{v:.4g}" if isinstance(v, float) else escape(str(v))
+            row = f"<div>{escape(prefix + k)} <b>{shown}</b></div>"
+            out += table(v, f"{prefix}{k}.") if isinstance(v, dict) else row
         return out
 
     def card(row: dict) -> str:
-        verdict = "".join(
+        verdict = " ".join(
             f'<span class="{"yes" if ok else "no"}">{k}</span>'
             for k, ok in row.get("verdict", {}).items()
         )
@@ -1691,7 +1675,7 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
     title = escape(f"filmstrip: {folder.name}")
     (folder / "index.html").write_text(f"""<!doctype html><meta charset="utf-8">
 <title>{title}</title><style>{STYLE}</style>
-<h1>{title}</h1><table>{table(report)}</table>
+<h1>{title}</h1><div class=figures>{table(report)}</div>
 <h2>Loss</h2><img class=curves src="curves.png">
 <h2>Held-out clips: original and reconstruction</h2><div class=pairs>{pairs}</div>
 {sections}
@@ -1700,14 +1684,15 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1120px; padding: 0 1em }
-td { padding: 1px 1em 1px 0; font-variant-numeric: tabular-nums }
+.figures { columns: 3; column-gap: 3em }
+.figures div { display: flex; justify-content: space-between; border-bottom: 1px solid #ddd }
 .grid { display: flex; flex-wrap: wrap; gap: 12px }
 .pairs img { height: 128px; margin: 4px }
 figure { margin: 0; width: 128px }
 figcaption { font-size: 11px; line-height: 1.3 }
 img { image-rendering: pixelated }
 .curves { max-width: 100%; image-rendering: auto }
-.yes, .no { padding: 0 3px; margin-right: 2px; border-radius: 2px; font-size: 10px }
+.yes, .no { padding: 0 3px; border-radius: 2px; font-size: 10px; display: inline-block }
 .yes { background: #d7f0d7 }
 .no { background: #f6cfcf; text-decoration: line-through }
 """
@@ -1915,14 +1900,9 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
         ):
             if n % world_size():
                 raise UserError(f"{flag} {n}: not a multiple of the {world_size()} ranks")
-    elif (
-        device.type == "cpu"
-        and os.environ.get("TORCHELASTIC_RUN_ID")
-        and os.environ.get("OMP_NUM_THREADS") == "1"
-    ):
-        torch.set_num_threads(
-            os.cpu_count() or 1
-        )  # torchrun sets one thread a rank; a single rank may have them all
+    elif "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        # some versions of torchrun allow each rank one thread; a single rank may have them all
+        torch.set_num_threads(os.cpu_count() or 1)
     clips = clips_of(cfg, quiet=rank() != 0)
     run = open_run(cfg, args.workdir, device)
     stages = {
