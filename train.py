@@ -655,7 +655,8 @@ class _Split(torch.utils.data.Dataset):
 def batches(clips, split: str, indices: list[list[int]]) -> Iterator[tuple[Tensor, list[str]]]:
     """(B, 3, T, H, W) and captions for each list of indices, in order. Videos are decoded by
     worker processes."""
-    workers = clips.cfg.clips.workers if isinstance(clips, VideoFolder) else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(clips.cfg.clips.workers, cores) if isinstance(clips, VideoFolder) else 0
 
     def collate(rows):
         return torch.stack([r[0] for r in rows]), [r[1] for r in rows]
@@ -740,6 +741,7 @@ def write_json(path: Path, value) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """safetensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
     save_file(
         {k: v.detach().cpu().contiguous() for k, v in tensors.items()},

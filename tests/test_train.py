@@ -127,6 +127,15 @@ def test_latents_are_what_the_autoencoder_says(finished):
     assert z.mean((0, 2, 3, 4)).abs().max() < 0.1 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.1
 
 
+def test_a_stage_shorter_than_its_first_checkpoint(copy, finished):
+    forget(copy, "dit", "samples", "report.json")
+    config = json.loads((copy / "config.json").read_text())
+    config["train_dit"]["every"] = 1000
+    (copy / "config.json").write_text(json.dumps(config))
+    assert run(copy, "--train_dit.every", "1000") == 0
+    assert figures(copy) == figures(finished)
+
+
 def test_load_run_generates_the_same_clip_again(finished):
     loaded = train.load_run(finished)
     prompts = ["a red circle moving left", 'a white sign saying "CAT" moving up']
