@@ -388,7 +388,7 @@ class TextConditioner(nn.Module):
             # For `align`, CLIP's two projections to a common space and its learned scale.
             self.text_to_common = nn.Linear(w, 64)
             self.latent_to_common = nn.Linear(256, 64)
-            self.scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+            self.scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # (1,): FSDP shards no scalar
         else:
             widths = {name: width_of(name, getattr(cfg, name)) for name in ENCODERS}
         self.project = nn.ModuleDict({

@@ -977,6 +977,8 @@ def optimize(
     if dist.is_initialized():
         from torch.distributed.fsdp import fully_shard
 
+        for p in model.parameters():  # channels_last weights are not contiguous, which it asks for
+            p.data = p.data.contiguous()
         fully_shard(model)
     names = dict(model.named_parameters())
     lookup = lambda name: "table" in name or "embedding" in name
