@@ -681,7 +681,7 @@ def write_video(path: str | Path, clip: Tensor, fps: int = 8, zoom: int = 1) -> 
     if path.suffix == ".gif":
         from PIL import Image
 
-        images = [Image.fromarray(f).quantize(64) for f in frames]
+        images = [Image.fromarray(f).quantize(255) for f in frames]
         images[0].save(
             path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
         )
@@ -1634,7 +1634,7 @@ def contact_sheet(
             draw.multiline_text(
                 (x, y + side + 2), "\n".join(textwrap.wrap(title, 22)[:3]), "black", font, spacing=1
             )
-        sheets.append(sheet.quantize(96, dither=Image.Dither.NONE))
+        sheets.append(sheet.quantize(255, dither=Image.Dither.NONE))
     sheets[0].save(
         path, save_all=True, append_images=sheets[1:], duration=round(1000 / fps), loop=0
     )
