@@ -647,11 +647,8 @@ def inflate(image_tae: TAE, variant: str = "2.5d") -> TAE:
 
 
 def _is_time_stride(tae: TAE, key: str) -> bool:
-    return (
-        isinstance(tae.get_submodule(key.rpartition(".")[0]), TimeDown | TimeUp)
-        if "levels" in key
-        else False
-    )
+    module = key.rpartition(".")[0]
+    return "levels" in key and isinstance(tae.get_submodule(module), TimeDown | TimeUp)
 
 
 # ---- 6. Losses and measures ----------------------------------------------------------------------

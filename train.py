@@ -1460,7 +1460,8 @@ def make_report(run: Run, clips) -> dict:
     if rank() != 0:
         return {}
     began, cfg, folder = time.monotonic(), run.cfg, run.folder
-    tae, loaded = load_tae(run), load_run(folder, run.device)
+    loaded = load_run(folder, run.device)
+    tae = loaded.tae
     report: dict = {
         "scale": cfg.scale,
         "seed": cfg.seed,
@@ -1842,8 +1843,6 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         raise UserError("--data '': no such folder")
     try:
         cfg = finish_config(cfg)
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(str(error)) from None
     args.workdir = Path(args.workdir or f"runs/{args.scale}")
