@@ -105,6 +105,7 @@ class TrainConfig:
         1  # tae: objects in a training clip of the toy world; an empty background teaches nothing
     )
     window: int = 16  # tae: frames of a training clip
+    motion: int = 1  # tae: motion curriculum, up to so many times as fast in the end; 1 is off
     finish: float = 0.0  # tae: the last part of the steps, on whole clips without a crowd
     drop: float = 0.1  # dit: condition dropout
     align: float = 0.0  # dit: weight of the loss that aligns the toy MetaCLIP with the picture
@@ -133,7 +134,12 @@ class Config:
     coupling: str = "sdot"
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
     clips: ClipConfig = field(default_factory=ClipConfig)
+    autoencoder: str = "2.5d"  # --tae: 2.5d | 3d (both: `tae`) | vidtwin (`vidtwin`)
+    patch_structure: tuple[int, ...] = (8, 1, 1)  # the same of VidTwin's two latents: all "frames"
+    patch_dynamics: tuple[int, ...] = (1, 4, 2)  # of the structure; 4 frames of 2 rows or columns
     tae: autoencoder.TAEConfig = field(default_factory=autoencoder.TAEConfig)
+    vidtwin: autoencoder.VidTwinConfig = field(default_factory=autoencoder.VidTwinConfig)
+    loss: autoencoder.LossConfig = field(default_factory=autoencoder.LossConfig)  # of the tae stage
     train_tae: TrainConfig = field(default_factory=TrainConfig)
     text: text_cond.TextConfig = field(default_factory=text_cond.TextConfig)
     dit: backbone.DiTConfig = field(default_factory=backbone.DiTConfig)
@@ -142,12 +148,19 @@ class Config:
     sdot: SDOTConfig = field(default_factory=SDOTConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
+    @property
+    def autoencoder_config(self) -> autoencoder.TAEConfig | autoencoder.VidTwinConfig:
+        """Sizes of the autoencoder that `autoencoder` names."""
+        return self.vidtwin if self.autoencoder == "vidtwin" else self.tae
+
 
 SCALES: dict[str, Callable[[], Config]] = {
     # 2 CPU cores, minutes: 16 x 32 x 32 clips, latent (8, 4, 8, 8), 16 tokens
     "toy": lambda: Config(
         patch=(4, 2, 2),  # a token is 8 x 8 pixels for the whole clip
         tae=replace(autoencoder.PRESETS["toy"]),
+        vidtwin=replace(autoencoder.VIDTWIN_PRESETS["toy"]),
+        loss=replace(autoencoder.LOSSES["toy"]),
         train_tae=TrainConfig(
             steps=3000, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8, finish=0.2
         ),
@@ -165,6 +178,8 @@ SCALES: dict[str, Callable[[], Config]] = {
         patch=(1, 2, 2),
         clips=ClipConfig(size=64, things=2, count=50_000),
         tae=replace(autoencoder.PRESETS["small"]),
+        vidtwin=replace(autoencoder.VIDTWIN_PRESETS["small"]),
+        loss=replace(autoencoder.LOSSES["small"]),
         train_tae=TrainConfig(
             steps=40_000,
             batch=32,
@@ -183,9 +198,13 @@ SCALES: dict[str, Callable[[], Config]] = {
     ),
 }
 COUPLINGS = ("independent", "minibatch", "sdot", "sdot-global")
+VARIANTS = ("2.5d", "3d", "vidtwin")
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 # Fields that follow from others, and are therefore no flags.
-DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant"}
+DERIVED = {
+    "dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames", "vidtwin.size",
+    "autoencoder",
+}
 
 
 def one_of(flag: str, value: str, choices) -> None:
@@ -196,13 +215,13 @@ def one_of(flag: str, value: str, choices) -> None:
 
 def finish_config(cfg: Config) -> Config:
     """Fill the fields that follow from others, and check what no single stage can."""
-    c, model = cfg.clips, cfg.tae
+    c = cfg.clips
     for name in ("frames", "size", "fps", "things", "count", "max_interval"):
         if getattr(c, name) < 1:
             raise UserError(f"--clips.{name} {getattr(c, name)}: must be 1 or more")
     for section in ("train_tae", "train_dit"):
         t = getattr(cfg, section)
-        for name in ("batch", "every", "image_batch", "crowd", "window"):
+        for name in ("batch", "every", "image_batch", "crowd", "window", "motion"):
             if getattr(t, name) < 1:
                 raise UserError(f"--{section}.{name} {getattr(t, name)}: must be 1 or more")
         if t.steps < 0 or t.image_steps < 0:
@@ -224,18 +243,28 @@ def finish_config(cfg: Config) -> Config:
             raise UserError(f"--sample.{name} {getattr(cfg.sample, name)}: must be 1 or more")
     one_of("--sample.solver", cfg.sample.solver, (*flow.SOLVERS, "dopri5"))
     one_of("--sample.schedule", cfg.sample.schedule, ("linear", "linear_quadratic", "shifted"))
-    latent = (
-        model.latent_channels,
-        -(-c.frames // model.time_factor),
-        *[-(-c.size // model.space_factor)] * 2,
-    )
-    if len(cfg.patch) != 3 or any(n % p for n, p in zip(latent[1:], cfg.patch)):
-        raise UserError(
-            f"--patch {' '.join(map(str, cfg.patch))}: does not divide the latent {latent[1:]}"
-        )
+    one_of("--tae", cfg.autoencoder, VARIANTS)
+    patches = {"patch": cfg.patch}
+    if cfg.autoencoder == "vidtwin":
+        cfg.vidtwin = replace(cfg.vidtwin, frames=c.frames, size=c.size)
+        cfg.train_tae.window, cfg.train_tae.image_steps = c.frames, 0  # whole clips, no images
+        patches = {"patch_structure": cfg.patch_structure, "patch_dynamics": cfg.patch_dynamics}
+    else:
+        cfg.tae = replace(cfg.tae, variant=cfg.autoencoder)
+    with torch.device("meta"):
+        model = autoencoder.autoencoder(cfg.autoencoder_config)
+    streams = model.streams(c.frames, c.size, c.size)
+    for (name, patch), (_, *size) in zip(patches.items(), streams):
+        if len(patch) != 3 or any(p < 1 or n % p for n, p in zip(size, patch)):
+            raise UserError(
+                f"--{name} {' '.join(map(str, patch))}: does not divide the latent {tuple(size)}"
+            )
     cfg.dit = replace(
         cfg.dit,
-        streams=(backbone.Stream(latent[0], tuple(cfg.patch), latent[1:]),),
+        streams=tuple(
+            backbone.Stream(C, tuple(patch), tuple(size))
+            for patch, (C, *size) in zip(patches.values(), streams)
+        ),
         text_dim=cfg.dit.dim,
     )
     cfg.text = replace(cfg.text, dim=cfg.dit.dim)
@@ -458,13 +487,16 @@ class ToyClips:
     def __init__(self, cfg: Config):
         self.cfg = cfg
 
-    def clip(self, split: str, i: int) -> tuple[Tensor, str]:
-        """(3, T, H, W) in [-1, 1] and its caption. Splits: `tae` (crowded), `train`, `heldout`."""
-        c = self.cfg.clips
+    def clip(self, split: str, i: int, done: float | None = None) -> tuple[Tensor, str]:
+        """(3, T, H, W) in [-1, 1] and its caption. Splits: `tae` (crowded), `train`, `heldout`.
+        done: share of the training that is past, for the motion curriculum; None leaves it out."""
+        c, most = self.cfg.clips, self.cfg.train_tae.motion
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
         things = max(c.things, self.cfg.train_tae.crowd) if split == "tae" else c.things
         world = autoencoder.sample_world(rng, things, frames=c.frames, overlap=split == "tae")
-        return autoencoder.render([world], c.frames, c.size)[0], caption(world)
+        faster = done is not None and most > 1
+        interval = autoencoder.motion_interval(rng, done, most) if faster else 1.0
+        return autoencoder.render([world], c.frames, c.size, interval=interval)[0], caption(world)
 
 
 CROPS = 4
@@ -524,12 +556,12 @@ class VideoFolder:
                 f"--data {cfg.data}: none of its {len(files)} videos can be read and has a caption"
             )
 
-    def clip(self, split: str, i: int) -> tuple[Tensor, str]:
+    def clip(self, split: str, i: int, done: float | None = None) -> tuple[Tensor, str]:
         """(3, T, H, W) in [-1, 1] and its caption, drawn from (seed, split, i). CROPS consecutive
-        clips are crops of one window, because decoding is what costs."""
+        clips are crops of one window, because decoding is what costs. done: as in ToyClips."""
         key = f"{split}/{self.cfg.seed}/{i // CROPS}"
         if self.window[0] != key:
-            self.window = key, self._window(split, i // CROPS, random.Random(key))
+            self.window = key, self._window(split, i // CROPS, random.Random(key), done)
         x, size = self.window[1], self.cfg.clips.size                               # (T, h, w, 3)
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}/crop")
         top, left = (rng.randint(0, n - size) for n in x.shape[1:3])
@@ -539,13 +571,15 @@ class VideoFolder:
     def _video(self, i: int) -> tuple[Path, str, int, float]:
         return self.videos[i // CROPS % len(self.videos)]
 
-    def _window(self, split: str, w: int, rng: random.Random) -> Tensor:
-        c = self.cfg.clips
+    def _window(self, split: str, w: int, rng: random.Random, done: float | None) -> Tensor:
+        c, most = self.cfg.clips, self.cfg.clips.max_interval
+        if done is not None and self.cfg.train_tae.motion > 1:
+            most = int(autoencoder.motion_interval(rng, done, self.cfg.train_tae.motion))
         path, _, frames, rate = self._video(w * CROPS)
         lo, hi = (int(0.8 * frames), frames) if split == "heldout" else (0, int(0.8 * frames))
         if hi - lo < c.frames:  # too short to hold anything out
             lo, hi = 0, frames
-        interval = rng.randint(1, max(1, min(c.max_interval, (hi - lo) // c.frames)))
+        interval = rng.randint(1, max(1, min(most, (hi - lo) // c.frames)))
         start = rng.randint(lo, max(lo, hi - interval * (c.frames - 1) - 1))
         short_side = round(c.size * rng.uniform(1.0, 1.5))
         return read_window(path, start, interval, c.frames, short_side, rate)
@@ -648,13 +682,13 @@ class _Split(torch.utils.data.Dataset):
     def __init__(self, clips, split: str):
         self.clips, self.split = clips, split
 
-    def __getitem__(self, i: int):
-        return self.clips.clip(self.split, i)
+    def __getitem__(self, i: int | tuple[int, float]):
+        return self.clips.clip(self.split, *(i if isinstance(i, tuple) else (i,)))
 
 
-def batches(clips, split: str, indices: list[list[int]]) -> Iterator[tuple[Tensor, list[str]]]:
-    """(B, 3, T, H, W) and captions for each list of indices, in order. Videos are decoded by
-    worker processes."""
+def batches(clips, split: str, indices: list[list]) -> Iterator[tuple[Tensor, list[str]]]:
+    """(B, 3, T, H, W) and captions for each list of clips, in order: a clip is its index, or index
+    and share of the training that is past. Videos are decoded by worker processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(clips.cfg.clips.workers, cores) if isinstance(clips, VideoFolder) else 0
 
@@ -1079,6 +1113,10 @@ def train_tae(run: Run, clips) -> None:
             + ", ".join(f"{k} {v:.3f}" for k, v in agreement.items())
         )
     torch.manual_seed(cfg.seed)
+    try:
+        perceptual = autoencoder.vgg_perceptual() if cfg.loss.perceptual else None
+    except ValueError as error:
+        raise UserError(f"--loss.perceptual {cfg.loss.perceptual:g}: {error}") from None
 
     def losses(video: bool, batch: int):
         mine, steps = shard(batch), t.steps if video else t.image_steps
@@ -1089,13 +1127,17 @@ def train_tae(run: Run, clips) -> None:
         def clips_from(first: int):
             for split, low, high in (("tae", 0, finish), ("train", finish, steps)):
                 if first < high:
-                    todo = [[s * per_step + i for i in rows] for s in range(max(first, low), high)]
+                    todo = [
+                        [(s * per_step + i, s / steps if split == "tae" else None) for i in rows]
+                        for s in range(max(first, low), high)
+                    ]
                     yield from batches(clips, split, todo)
 
         def source(first: int):
             for step, (x, _) in enumerate(clips_from(first), first):
                 g = generator(cfg.seed, "tae", video, step)
-                T = 1 if autoencoder.is_image_step(step) else t.window
+                image = autoencoder.is_image_step(step) and cfg.autoencoder != "vidtwin"
+                T = 1 if image else t.window
                 T = x.shape[2] if step >= finish else T
                 if not video:
                     frames = rearrange(x, "b c t h w -> (b t) c 1 h w")
@@ -1106,47 +1148,50 @@ def train_tae(run: Run, clips) -> None:
                 g = generator(cfg.seed, "tae", video, step, rank())
                 x = x.to(run.device)
 
-                def closure(model, x=x, g=g):
-                    recon, posterior = model(x, g)
-                    return autoencoder.tae_loss(cfg.tae, x, recon, posterior)
-
-                yield closure
+                yield lambda model, x=x, g=g, step=step: model(x, step, g)
 
         return source
 
-    if not image_file.exists():
-        image = autoencoder.TAE(replace(cfg.tae, variant="2d")).to(run.device)
-        state = optimize(
-            run,
-            "tae/image",
-            folder / "image",
-            image,
-            t,
-            t.image_steps,
-            losses(False, t.image_batch),
-        )
-        if rank() == 0:
-            save_tensors(image_file, state)
-        barrier()
-    image = autoencoder.TAE(replace(cfg.tae, variant="2d"))
-    image.load_state_dict(load_tensors(image_file), strict=False)
-    tae = autoencoder.inflate(image, cfg.tae.variant).to(run.device)
-    state = optimize(run, "tae/video", folder, tae, t, t.steps, losses(True, t.batch))
+    if cfg.autoencoder == "vidtwin":
+        torch.manual_seed(cfg.seed + 1)
+        tae = autoencoder.VidTwin(cfg.vidtwin).to(run.device)
+    else:
+        image = autoencoder.TAE(replace(cfg.tae, variant="2d"))
+        if not image_file.exists():
+            plain = replace(cfg.loss, opl=0.0, gan=0.0)  # what refines comes when time is learnt
+            model = autoencoder.Objective(image, plain, perceptual).to(run.device)
+            source = losses(False, t.image_batch)
+            state = optimize(run, "tae/image", folder / "image", model, t, t.image_steps, source)
+            if rank() == 0:
+                save_tensors(image_file, only(state, "tae."))
+            barrier()
+            image = autoencoder.TAE(replace(cfg.tae, variant="2d"))
+        image.load_state_dict(load_tensors(image_file), strict=False)
+        torch.manual_seed(cfg.seed + 1)  # the same start, were images trained just now or not
+        tae = autoencoder.inflate(image, cfg.tae.variant).to(run.device)
+    model = autoencoder.Objective(tae, cfg.loss, perceptual).to(run.device)
+    state = optimize(run, "tae/video", folder, model, t, t.steps, losses(True, t.batch))
     if rank() == 0:
-        tae = autoencoder.TAE(cfg.tae).to(run.device).eval()
-        tae.load_state_dict({k: v.to(run.device) for k, v in state.items()}, strict=False)
+        tae = autoencoder.autoencoder(cfg.autoencoder_config).eval()
+        tae.load_state_dict(only(state, "tae."), strict=False)
+        tae, stats = tae.to(run.device), autoencoder.LatentStats(tae)
         with torch.no_grad():
-            sample = batches(clips, "train", [list(range(i, i + 32)) for i in range(0, 256, 32)])
-            tae.lat_mean[:], tae.lat_std[:] = autoencoder.latent_stats(
-                tae.encode(x.to(run.device)) for x, _ in sample
-            )
+            rows = [list(range(i, i + 32)) for i in range(0, 256, 32)]
+            for x, _ in batches(clips, "train", rows):
+                stats.update(tae.encode(x.to(run.device)))
+        tae.lat_mean[:], tae.lat_std[:] = stats.result()
         save_tensors(final, tae.state_dict())
     barrier()
 
 
-def load_tae(run: Run) -> autoencoder.TAE:
+def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def load_tae(run: Run) -> autoencoder.Autoencoder:
     """The trained autoencoder, frozen."""
-    tae = autoencoder.TAE(run.cfg.tae)
+    tae = autoencoder.autoencoder(run.cfg.autoencoder_config)
     tae.load_state_dict(load_tensors(run.folder / "tae" / "tae.safetensors"))
     return tae.to(run.device).eval().requires_grad_(False)
 
@@ -1305,7 +1350,7 @@ def train_dit(run: Run) -> None:
     if final.exists():
         return
     latents, tae = load_latents(run), load_tae(run).cpu()
-    mean, scale = tae.normalize(latents.mean), tae.lat_std.view(-1, 1, 1, 1)
+    mean, scale = tae.normalize(latents.mean), tae.spread(tae.lat_std)
     M, mine, coupling = len(mean), shard(t.batch), None
     if cfg.coupling.startswith("sdot"):
         coupling = sdot.Coupling.load(run.folder / "coupling.pt", mean)
@@ -1348,7 +1393,7 @@ class Loaded:
     """A trained run, ready to use: tae, text, dit (averaged weights), all in eval mode."""
 
     cfg: Config
-    tae: autoencoder.TAE
+    tae: autoencoder.Autoencoder
     text: text_cond.TextConditioner
     dit: backbone.DiT
     device: torch.device
@@ -1784,6 +1829,9 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         help="run up to and with this stage",
     )
     parser.add_argument(
+        "--tae", metavar="|".join(VARIANTS), help="the autoencoder (default 2.5d)"
+    )
+    parser.add_argument(
         "--coupling", metavar="|".join(COUPLINGS), help="which noise meets which clip"
     )
     parser.add_argument(
@@ -1813,7 +1861,7 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here")
     cfg = SCALES[args.scale]()
-    given = {k: v for k, v in vars(args).items() if "." in k or k == "patch"}
+    given = {k: v for k, v in vars(args).items() if "." in k or k.startswith("patch")}
     for short, long in (("steps", "train_dit.steps"), ("batch", "train_dit.batch")):
         if getattr(args, short) is not None:
             given[long] = [getattr(args, short)]
@@ -1821,6 +1869,9 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     for name in ("data", "coupling", "seed"):
         if getattr(args, name) is not None:
             given[name] = [getattr(args, name)]
+    if args.tae is not None:
+        one_of("--tae", args.tae, VARIANTS)
+        cfg.autoencoder = args.tae
     if args.text is not None:
         one_of("--text", args.text, ("toy", "pretrained"))
         cfg.text = replace(cfg.text, mode=args.text)
