@@ -1333,7 +1333,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     k = torch.exp(-((torch.arange(11) - 5) ** 2) / (2 * 1.5**2))
     window = (torch.outer(k, k) / k.sum() ** 2)[None, None].to(x.device, torch.float64)
     a, b = (rearrange(v.double().clamp(-1, 1) / 2 + 0.5, "b c t h w -> (b c t) 1 h w")
-            for v in (x, y))                # float64: a variance here is a difference of two squares
+            for v in (x, y))                # float64: a variance is a difference of two squares
     blur = lambda v: F.conv2d(v, window)
     ma, mb = blur(a), blur(b)
     va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb

@@ -262,6 +262,11 @@ BAD = [
     (["--scale", "huge"], "--scale huge: not one of toy, small"),
     (["--stage", "dits"], "--stage dits: not one of tae, latents"),
     (["--coupling", "ot"], "--coupling ot: not one of independent"),
+    (["--tae", "vidtwn"], "--tae vidtwn: not one of 2.5d, 3d, vidtwin"),
+    (["--tae", "vidtwin", "--patch_dynamics", "1", "3", "2"], "--patch_dynamics 1 3 2: does not"),
+    (["--tae", "vidtwin", "--vidtwin.patch", "5"], "patch 5: does not divide the size 32"),
+    (["--tae.mult", "1", "2"], "one stride less than there are levels"),
+    (["--train_tae.motion", "0"], "--train_tae.motion 0: must be 1 or more"),
     (["--text", "clip"], "--text clip: not one of toy, pretrained"),
     (["--device", "tpu"], "--device tpu: not one of"),
     (["--data", "/nowhere"], "--data /nowhere: no such folder"),
@@ -510,6 +515,37 @@ def test_two_ranks_run_all_stages(tmp_path):
     done = torchrun(tmp_path / "all", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "all" / "report.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant,streams", [("3d", 1), ("vidtwin", 2)])
+def test_the_other_autoencoders_run_all_stages(tmp_path, variant, streams):
+    folder = tmp_path / variant
+    assert run(folder, "--tae", variant, "--train_tae.motion", "4", "--loss.opl", "0.5") == 0
+    loaded = train.load_run(folder)
+    assert len(loaded.cfg.dit.streams) == streams
+    assert (folder / "tae" / "image.safetensors").exists() == (variant == "3d")
+    clips = loaded.generate(["a red circle moving left"])
+    assert clips.shape == (1, 3, 16, 32, 32) and clips.std() > 0
+    latents = train.load_latents(train.Run(folder, loaded.cfg, torch.device("cpu")))
+    z = loaded.tae.normalize(latents.mean)
+    for part in loaded.tae.split(z):                    # each stream, each channel: unit scale
+        assert (part.std((0, 2, 3, 4)) - 1).abs().max() < 0.5
+
+
+@pytest.mark.slow
+def test_two_ranks_train_an_autoencoder_with_an_adversary(tmp_path):
+    """Sharded, with a discriminator that starts late: the loss curve of one rank."""
+    losses = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        done = torchrun(folder, ranks, "--stage", "tae", "--loss.gan", "0.1",
+                        "--loss.gan_start", "3", "--loss.kl", "0", "--loss.opl", "0.1")
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = train.read_metrics(folder / "metrics.csv")
+        losses[ranks] = torch.tensor([r["loss"] for r in rows])
+    # each rank draws its own posterior noise and weighs its own adversary, so: close, not equal
+    assert len(losses[1]) == 10 and torch.allclose(losses[1], losses[2], rtol=0.05)
 
 
 @pytest.mark.slow
