@@ -134,7 +134,7 @@ class Config:
     coupling: str = "sdot"
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
     clips: ClipConfig = field(default_factory=ClipConfig)
-    autoencoder: str = "2.5d"  # --tae: 2.5d | 3d (both: `tae`) | vidtwin (`vidtwin`)
+    variant: str = "2.5d"  # --tae: 2.5d | 3d (both: `tae`) | vidtwin (`vidtwin`)
     patch_structure: tuple[int, ...] = (8, 1, 1)  # the same of VidTwin's two latents: all "frames"
     patch_dynamics: tuple[int, ...] = (1, 4, 2)  # of the structure; 4 frames of 2 rows or columns
     tae: autoencoder.TAEConfig = field(default_factory=autoencoder.TAEConfig)
@@ -150,8 +150,8 @@ class Config:
 
     @property
     def autoencoder_config(self) -> autoencoder.TAEConfig | autoencoder.VidTwinConfig:
-        """Sizes of the autoencoder that `autoencoder` names."""
-        return self.vidtwin if self.autoencoder == "vidtwin" else self.tae
+        """Sizes of the autoencoder that `variant` names."""
+        return self.vidtwin if self.variant == "vidtwin" else self.tae
 
 
 SCALES: dict[str, Callable[[], Config]] = {
@@ -203,7 +203,7 @@ STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 # Fields that follow from others, and are therefore no flags.
 DERIVED = {
     "dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames", "vidtwin.size",
-    "autoencoder",
+    "variant",
 }
 
 
@@ -243,14 +243,14 @@ def finish_config(cfg: Config) -> Config:
             raise UserError(f"--sample.{name} {getattr(cfg.sample, name)}: must be 1 or more")
     one_of("--sample.solver", cfg.sample.solver, (*flow.SOLVERS, "dopri5"))
     one_of("--sample.schedule", cfg.sample.schedule, ("linear", "linear_quadratic", "shifted"))
-    one_of("--tae", cfg.autoencoder, VARIANTS)
+    one_of("--tae", cfg.variant, VARIANTS)
     patches = {"patch": cfg.patch}
-    if cfg.autoencoder == "vidtwin":
+    if cfg.variant == "vidtwin":
         cfg.vidtwin = replace(cfg.vidtwin, frames=c.frames, size=c.size)
         cfg.train_tae.window, cfg.train_tae.image_steps = c.frames, 0  # whole clips, no images
         patches = {"patch_structure": cfg.patch_structure, "patch_dynamics": cfg.patch_dynamics}
     else:
-        cfg.tae = replace(cfg.tae, variant=cfg.autoencoder)
+        cfg.tae = replace(cfg.tae, variant=cfg.variant)
     with torch.device("meta"):
         model = autoencoder.autoencoder(cfg.autoencoder_config)
     streams = model.streams(c.frames, c.size, c.size)
@@ -1136,7 +1136,7 @@ def train_tae(run: Run, clips) -> None:
         def source(first: int):
             for step, (x, _) in enumerate(clips_from(first), first):
                 g = generator(cfg.seed, "tae", video, step)
-                image = autoencoder.is_image_step(step) and cfg.autoencoder != "vidtwin"
+                image = autoencoder.is_image_step(step) and cfg.variant != "vidtwin"
                 T = 1 if image else t.window
                 T = x.shape[2] if step >= finish else T
                 if not video:
@@ -1152,7 +1152,7 @@ def train_tae(run: Run, clips) -> None:
 
         return source
 
-    if cfg.autoencoder == "vidtwin":
+    if cfg.variant == "vidtwin":
         torch.manual_seed(cfg.seed + 1)
         tae = autoencoder.VidTwin(cfg.vidtwin).to(run.device)
     else:
@@ -1871,7 +1871,7 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
             given[name] = [getattr(args, name)]
     if args.tae is not None:
         one_of("--tae", args.tae, VARIANTS)
-        cfg.autoencoder = args.tae
+        cfg.variant = args.tae
     if args.text is not None:
         one_of("--text", args.text, ("toy", "pretrained"))
         cfg.text = replace(cfg.text, mode=args.text)
