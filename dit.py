@@ -139,7 +139,7 @@ class DiTConfig:
 # 256 frames at 768 px, through a TAE of 8x8x8: 32 x 96 x 96, and 32 x 48 x 48 = 73,728 tokens.
 PAPER = Stream(16, (1, 2, 2), (32, 96, 96))
 PRESETS = {
-    "toy":   DiTConfig((Stream(8, (1, 4, 4), (4, 8, 8)),), 192, 6, 6),      # 16 tokens
+    "toy":   DiTConfig((Stream(8, (1, 4, 4), (4, 8, 8)),), 256, 4, 8),      # 16 tokens
     "small": DiTConfig((Stream(16, (1, 2, 2), (8, 32, 32)),), 384, 12, 6),
     "1b":    DiTConfig((PAPER,), 1536, 24, 16, checkpointing=True),         # the paper's sizes;
     "5b":    DiTConfig((PAPER,), 3072, 32, 24, checkpointing=True),         # its ablations use 5B

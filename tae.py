@@ -172,9 +172,10 @@ LOSSES = {
 
 # ---- 2. The toy world ----------------------------------------------------------------------------
 # Captioned motion that needs no download: coloured shapes, and signs that carry a word, move at a
-# constant velocity in front of a dark background. Everything is drawn at 4 times the resolution and
-# box-filtered, so that motion is smooth below one pixel. train.py turns a World into a caption, and
-# measures from pixels alone what a generated clip shows.
+# constant velocity in front of a dark background. What moves alone passes near the middle of the
+# picture: a model of minutes has to learn what to draw and whither it goes, hardly where. Everything
+# is drawn at 4 times the resolution and box-filtered, so that motion is smooth below one pixel.
+# train.py turns a World into a caption, and measures from pixels what a generated clip shows.
 
 COLORS = {
     "red": (0.95, 0.15, 0.15), "green": (0.15, 0.85, 0.25), "blue": (0.20, 0.35, 1.00),
@@ -195,6 +196,7 @@ WORDS = tuple(
     "NET NOT NUT OAT ONE OUT SAT SEA SON TAN TEN THE TOE TON TOO USE".split()
 )
 HELDOUT_WORDS = tuple("AH LA OH ON ALE CAT HAT HUE SET SUN TEA".split())  # never trained on
+WANDER = {"sign": 1 / 32, "shape": 3 / 32}  # how far from the middle the path of a lone thing passes
 SUPERSAMPLE = 4
 
 
@@ -275,8 +277,8 @@ def bitmap(shape: str, word: str, radius: int) -> Tensor:
 
 def bitmap_of(thing: Thing, H: int) -> tuple[str, str, int]:
     """Arguments of `bitmap` for a thing in a picture H pixels high. Short words are larger: at
-    H = 32 capitals of 14, 10 and 8 pixels."""
-    cap = {1: 14, 2: 10}.get(len(thing.word), 8) / 32
+    H = 32 capitals of 16, 11 and 8 pixels."""
+    cap = {1: 16, 2: 11}.get(len(thing.word), 8) / 32
     size = cap if thing.shape == "sign" else thing.radius
     return thing.shape, thing.word, round(size * H * SUPERSAMPLE)
 
@@ -305,13 +307,14 @@ def extent(thing: Thing) -> tuple[float, float]:
     return w / 32 / SUPERSAMPLE, h / 32 / SUPERSAMPLE
 
 
-def place(thing: Thing, rng: random.Random, frames: int = 16) -> Thing:
-    """The same thing, starting at a random point from which its whole path stays in the picture."""
+def place(thing: Thing, rng: random.Random, frames: int = 16, wander: float = 1.0) -> Thing:
+    """The same thing, starting at a random point from which its whole path stays in the picture,
+    and the middle of that path within `wander` of the middle of the picture."""
     start = []
     for v, size in zip(velocity(thing), extent(thing)):
         travel = v * (frames - 1)
-        lo, hi = size / 2 - min(travel, 0), 1 - size / 2 - max(travel, 0)
-        start.append(rng.uniform(lo, hi) if lo < hi else (lo + hi) / 2)
+        middle, room = (1 - travel) / 2, (1 - size - abs(travel)) / 2
+        start.append(middle + rng.uniform(-1, 1) * max(0.0, min(room, wander)))
     return replace(thing, x=start[0], y=start[1])
 
 
@@ -326,7 +329,7 @@ def apart(a: Thing, b: Thing, frames: int) -> bool:
 
 
 def sample_world(
-    rng: random.Random, things: int = 1, signs: float = 0.5, heldout: bool | None = False,
+    rng: random.Random, things: int = 1, signs: float = 0.4, heldout: bool | None = False,
     frames: int = 16, overlap: bool = False,
 ) -> World:
     """Draw a world. heldout: False for training, True for combinations that training never shows,
@@ -346,10 +349,11 @@ def sample_world(
             direction=rng.choice(list(DIRECTIONS)),
             speed="slow" if sign else rng.choice(list(SPEEDS)),  # a long word has no room
             word=rng.choice(words) if sign else "",
-            radius=rng.uniform(0.15, 0.19),
+            radius=rng.uniform(0.17, 0.19),
         )
         if heldout is None or is_heldout(thing) == heldout:
-            thing = place(thing, rng, frames)
+            wander = WANDER["sign" if sign else "shape"] if things == 1 else 1.0
+            thing = place(thing, rng, frames, wander)
             if overlap or all(apart(thing, d, frames) for d in drawn):
                 drawn.append(thing)
     return World(tuple(drawn), background=rng.uniform(0.0, 0.15))

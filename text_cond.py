@@ -105,7 +105,7 @@ class TextConfig:
 
 
 PRESETS = {
-    "toy":   TextConfig("toy", 192),
+    "toy":   TextConfig("toy", 256),
     "small": TextConfig("toy", 384),
     "1b":    TextConfig("pretrained", 1536),
     "5b":    TextConfig("pretrained", 3072),

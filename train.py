@@ -162,14 +162,15 @@ SCALES: dict[str, Callable[[], Config]] = {
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["toy"]),
         loss=replace(autoencoder.LOSSES["toy"]),
         train_tae=TrainConfig(
-            steps=3000, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8, finish=0.2
+            steps=2600, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8, finish=0.2
         ),
         text=replace(text_cond.PRESETS["toy"]),
         dit=replace(backbone.PRESETS["toy"]),
-        train_dit=TrainConfig(steps=2000, batch=64, lr=2e-3, warmup=100, ema=0.995, align=0.1),
+        clips=ClipConfig(count=18432),
+        train_dit=TrainConfig(steps=3200, batch=64, lr=2e-3, warmup=100, ema=0.995, align=0.1),
         flow=FlowConfig(std=1.3, shift=2.0),  # where and whither is decided near the noise
         sdot=SDOTConfig(solver="pot"),
-        sample=SampleConfig(schedule="shifted"),
+        sample=SampleConfig(schedule="shifted", guidance=5.0),
     ),
     # one GPU, hours: 16 x 64 x 64 clips with two objects, 8 x 8 x 8, latent (16, 2, 8, 8)
     "small": lambda: Config(
