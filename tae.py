@@ -47,7 +47,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -162,7 +162,7 @@ VIDTWIN_PRESETS = {     # toy and small: as many values as the presets above, ha
                          query_layers=2, query_heads=4, query_ffn=64, structure_channels=8),
     "small": VidTwinConfig(size=64, patch=8, width=256, depth=6, heads=8, queries=8,
                            query_layers=4, query_ffn=256, structure_channels=8),
-    "paper": VidTwinConfig(),                                               # 311.9 M
+    "paper": VidTwinConfig(),                                               # 312.1 M
 }
 LOSSES = {
     "toy": LossConfig(l1=0.0, l2=4.0, kl=5e-3),
@@ -173,7 +173,7 @@ LOSSES = {
 # ---- 2. The toy world ----------------------------------------------------------------------------
 # Captioned motion that needs no download: coloured shapes, and signs that carry a word, move at a
 # constant velocity in front of a dark background. What moves alone passes near the middle of the
-# picture: a model of minutes has to learn what to draw and whither it goes, hardly where. Everything
+# picture: a model of minutes learns what to draw and whither it goes, and hardly where. Everything
 # is drawn at 4 times the resolution and box-filtered, so that motion is smooth below one pixel.
 # train.py turns a World into a caption, and measures from pixels what a generated clip shows.
 
@@ -196,7 +196,7 @@ WORDS = tuple(
     "NET NOT NUT OAT ONE OUT SAT SEA SON TAN TEN THE TOE TON TOO USE".split()
 )
 HELDOUT_WORDS = tuple("AH LA OH ON ALE CAT HAT HUE SET SUN TEA".split())  # never trained on
-WANDER = {"sign": 1 / 32, "shape": 3 / 32}  # how far from the middle the path of a lone thing passes
+WANDER = {"sign": 1 / 32, "shape": 3 / 32}  # how far from the middle a lone thing passes at most
 SUPERSAMPLE = 4
 
 
@@ -421,6 +421,24 @@ class Conv2D(nn.Conv2d):
             x = F.pad(x, (0, 1, 0, 1))
         return super().forward(x)
 
+    def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same of frames (B, C, H, W) that come one after the other (section 4, streaming)."""
+        return (Conv2D.forward(self, x) for x in frames)
+
+
+def windows(frames: Iterable[Tensor], stride: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What a kernel of 3 sees, replicate padded: (0, 0, 1), (0, 1, 2), ... (n - 2, n - 1, n - 1);
+    with a stride, every stride-th of them. A window is out as soon as its last frame is in."""
+    frames = iter(frames)
+    past = now = next(frames)
+    for i in itertools.count():
+        after = next(frames, None)
+        if i % stride == 0:
+            yield past, now, now if after is None else after
+        if after is None:
+            return
+        past, now = now, after
+
 
 class TemporalConv(nn.Module):
     """1D convolution along time, kernel 3, symmetric *replicate* padding, on folded frames (B T,
@@ -445,6 +463,15 @@ class TemporalConv(nn.Module):
         x = F.conv2d(x, self.weight[..., None], self.bias, stride=(self.stride, 1))
         return rearrange(x, "b c t (h w) -> (b t) c h w", h=H)
 
+    def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        return map(self.one, windows(frames, self.stride))
+
+    def one(self, window: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The frame that three frames (B, C, H, W) make: one matrix product, taps side by side."""
+        x = torch.cat([x.permute(0, 2, 3, 1) for x in window], 3)
+        x = F.linear(x, rearrange(self.weight, "o i k -> o (k i)"), self.bias)
+        return x.permute(0, 3, 1, 2)
+
 
 class Conv25D(Conv2D):
     """[MG]: a 2D convolution, then a 1D convolution along time. 9 + 3 multiply-adds for each pair
@@ -456,6 +483,9 @@ class Conv25D(Conv2D):
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         return self.temporal(super().forward(x), T)
+
+    def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        return self.temporal.stream(super().stream(frames))
 
 
 class Conv3D(nn.Module):
@@ -470,12 +500,17 @@ class Conv3D(nn.Module):
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         x = rearrange(x, "(b t) c h w -> b c t h w", t=T)       # a view, channels_last_3d
-        x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
-        pad = self.kernel // 2
-        if self.stride[1] == 2:
+        return self.convolve(torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2), self.stride[0])
+
+    def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        return (self.convolve(torch.stack(w, 2)) for w in windows(frames, self.stride[0]))
+
+    def convolve(self, x: Tensor, stride: int = 1) -> Tensor:
+        """(B, C, T + 2, H, W) -> folded frames."""
+        pad, space = self.kernel // 2, self.stride[1]
+        if space == 2:
             x, pad = F.pad(x, (0, 1, 0, 1)), 0
-        x = F.conv3d(x, self.weight, self.bias, self.stride, (0, pad, pad))
-        return fold(x)
+        return fold(F.conv3d(x, self.weight, self.bias, (stride, space, space), (0, pad, pad)))
 
 
 def centre_slice(w: Tensor) -> Tensor:
@@ -516,6 +551,12 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)), T)
         h = self.conv2(F.silu(self.norm2(h)), T)
         return self.skip(x) + h
+
+    def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        x, h = itertools.tee(frames)            # x waits for h, which is two frames late
+        h = self.conv1.stream(F.silu(self.norm1(a)) for a in h)
+        h = self.conv2.stream(F.silu(self.norm2(a)) for a in h)
+        return (self.skip(a) + b for a, b in zip(x, h))
 
 
 class Attention(nn.Module):
@@ -598,6 +639,18 @@ class Resample(nn.Module):
             return self.conv.temporal(x, T)
         return self.conv(x, T) if self.conv else x
 
+    def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        joint = not isinstance(self.conv, Conv25D)
+        if self.up and self.space == 2:
+            frames = (F.interpolate(x, scale_factor=2.0) for x in frames)
+        if not joint:
+            frames = Conv2D.stream(self.conv, frames)
+        if self.up and self.time == 2:
+            frames = (x for x in frames for _ in range(2))
+        if not joint:
+            return self.conv.temporal.stream(frames)
+        return self.conv.stream(frames) if self.conv else frames
+
 
 def run_blocks(blocks: Iterable[nn.Module], h: Tensor, T: int,
                remember: bool) -> tuple[Tensor, int]:
@@ -636,9 +689,24 @@ class Encoder(nn.Module):
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last), T)
         for level in self.levels:
             h, T = run_blocks(level, h, T, self.cfg.checkpointing)
+        return self.finish(h, T)
+
+    def finish(self, h: Tensor, T: int) -> Tensor:
         h, T = run_blocks([self.middle], h, T, self.cfg.checkpointing)
         h = self.conv_out(F.silu(self.norm_out(h)), T)
         return rearrange(h, "(b t) c h w -> b c t h w", t=T)                   # (B, 2C, T', H', W')
+
+    def stream(self, x: Tensor) -> Tensor:
+        """The same, frame by frame as far as the middle, whose attention needs all of them."""
+        s = self.cfg.stem
+        patches = lambda x: rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=s, q=s)
+        frames = self.conv_in.stream(
+            patches(x[:, :, t]).contiguous(memory_format=torch.channels_last)
+            for t in range(x.shape[2]))
+        for block in itertools.chain(*self.levels):
+            frames = block.stream(frames)
+        h = torch.stack(list(frames), 2)
+        return self.finish(fold(h), h.shape[2])
 
 
 class Decoder(nn.Module):
@@ -668,6 +736,19 @@ class Decoder(nn.Module):
             h, T = run_blocks(level, h, T, self.cfg.checkpointing)
         h = self.conv_out(F.silu(self.norm_out(h)), T)
         return rearrange(h, "(b t) (c p q) h w -> b c t (h p) (w q)", t=T, p=s, q=s)
+
+    def stream(self, z: Tensor, out: Tensor) -> Tensor:
+        """The same, frame by frame from the middle on, into out (B, 3, T, H, W). Nothing is
+        computed that out has no room for."""
+        T, s = z.shape[2], self.cfg.stem
+        h, _ = run_blocks([self.middle], self.conv_in(fold(z), T), T, False)
+        frames = rearrange(h, "(b t) c h w -> t b c h w", t=T)
+        for block in itertools.chain(*self.levels):
+            frames = block.stream(frames)
+        frames = self.conv_out.stream(F.silu(self.norm_out(h)) for h in frames)
+        for t, h in zip(range(out.shape[2]), frames):
+            out[:, :, t] = rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=s, q=s)
+        return out
 
 
 @dataclass
@@ -754,34 +835,45 @@ class TAE(Autoencoder):
         conv = self.decoder.conv_out
         return conv.temporal.weight if self.cfg.variant == "2.5d" else conv.weight
 
-    def encode(self, x: Tensor) -> Posterior:
+    def encode(self, x: Tensor, stream: bool = False) -> Posterior:
         """(B,3,T,H,W) in [-1,1] -> Posterior over (B,C,T',H',W'). H and W that the spatial factor
         does not divide are padded by repeating the last row and column; `decode(..., size=(H, W))`
-        crops them back. ValueError for another shape."""
+        crops them back. ValueError for another shape. stream: one frame at a time (below)."""
         check_clip(x)
         H, W, f = *x.shape[-2:], self.cfg.space_factor
         if H % f or W % f:
             x = F.pad(x, (0, -W % f, 0, -H % f, 0, 0), mode="replicate")
-        mean, logvar = self.encoder(x).float().chunk(2, 1)
+        moments = self.encoder.stream(x) if stream else self.encoder(x)
+        mean, logvar = moments.float().chunk(2, 1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def decode(self, z: Tensor, num_frames: int | None = None,
-               size: tuple[int, int] | None = None) -> Tensor:
+               size: tuple[int, int] | None = None, stream: bool = False) -> Tensor:
         """(B,C,T',H',W') -> (B,3,T,H,W). The decoder makes (time factor) * T' frames; those past
         `num_frames` are surplus of the last latent frame and are dropped [MG]: an image costs as
-        many frames as one latent frame holds. `size` (H, W) crops what `encode` padded."""
-        x = self.decoder(z)[:, :, :num_frames]
+        many frames as one latent frame holds; with `stream` they are never made. `size` (H, W)
+        crops what `encode` padded."""
+        if stream:
+            f, T = self.cfg.space_factor, z.shape[2] * self.cfg.time_factor
+            H, W = z.shape[3] * f, z.shape[4] * f
+            x = self.decoder.stream(z, z.new_empty(len(z), 3, min(num_frames or T, T), H, W))
+        else:
+            x = self.decoder(z)[:, :, :num_frames]
         return x if size is None else x[..., : size[0], : size[1]]
 
     def streams(self, T: int, H: int, W: int) -> list[tuple[int, int, int, int]]:
         c, f = self.cfg, self.cfg.space_factor
         return [(c.latent_channels, -(-T // c.time_factor), -(-H // f), -(-W // f))]
 
-    # ---- tiles: long and large clips in bounded memory ----
-    # 256 frames of 768 px make one activation of the first level 36 GiB. Not causal, so no cache of
-    # past frames can make it exact; [MG] cuts time into tiles of 32 frames, without overlap in the
-    # encoder, and with 16 frames of overlap, blended linearly, in the decoder. Space is cut in the
-    # same way. Tiles are another function than the whole: train at the length of a tile.
+    # ---- long and large clips in bounded memory: streaming, and tiles ----
+    # 256 frames of 768 px make one activation of the first level 36 GiB. [MG] cuts time into tiles
+    # of 32 frames, without overlap in the encoder, and with 16 frames of overlap, blended linearly,
+    # in the decoder. Space is cut in the same way. Tiles are another function than the whole: train
+    # at the length of a tile.
+    # Along time there is a way that is exact, `stream`: frames pass one by one, and each temporal
+    # convolution, which has to see the next frame, answers one frame late. It is written with
+    # generators (`windows` is all it takes), and a generator does no more than it is asked for.
+    # Only the middle's attention sees all frames, but there they are small.
 
     @torch.no_grad()
     def encode_tiled(self, x: Tensor, frames: int = 32, size: int = 256,
@@ -837,13 +929,17 @@ def spans(n: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     return [(s, min(s + tile, n)) for s in range(0, max(1, n - overlap), tile - overlap)]
 
 
+def rescale(n: int, scale: int, down: bool) -> int:
+    """A row of the input in rows of the output."""
+    return -(-n // scale) if down else n * scale
+
+
 def ramp(span: tuple[int, int], n: int, overlap: int, scale: int, down: bool) -> Tensor:
     """Weights of a tile along one axis, in units of the output. In an overlap of O output rows the
     new tile has (k + 1/2) / O and the old one the rest, so that all weights sum to one
     everywhere."""
-    units = lambda a: -(-a // scale) if down else a * scale
-    w = torch.ones(units(span[1]) - units(span[0]))
-    O = units(overlap)
+    w = torch.ones(rescale(span[1], scale, down) - rescale(span[0], scale, down))
+    O = rescale(overlap, scale, down)
     up = (torch.arange(O) + 0.5) / O
     if O and span[0] > 0:
         w[:O] *= up
@@ -857,7 +953,6 @@ def blend_tiles(fn: Callable[[Tensor], Tensor], x: Tensor, out: Tensor, tile: tu
     """out (B, C', T', H', W') = the tiles fn(part of x), weighted and summed. tile and overlap are
     in units of x; the output has 1 / scale (`down`) or scale times the rows of x, or fewer: surplus
     is dropped. Beside x and out, memory holds one tile at a time."""
-    units = lambda a, s: -(-a // s) if down else a * s
     sizes = x.shape[2:]
     for place in itertools.product(*map(spans, sizes, tile, overlap)):
         (t0, t1), (h0, h1), (w0, w1) = place
@@ -865,7 +960,7 @@ def blend_tiles(fn: Callable[[Tensor], Tensor], x: Tensor, out: Tensor, tile: tu
         for axis in range(3):
             w = ramp(place[axis], sizes[axis], overlap[axis], scale[axis], down).to(y)
             y = y * w.view(-1, *[1] * (2 - axis))
-        a, b, c = (units(p[0], s) for p, s in zip(place, scale))
+        a, b, c = (rescale(p[0], s, down) for p, s in zip(place, scale))
         region = out[:, :, a : a + y.shape[2], b : b + y.shape[3], c : c + y.shape[4]]
         region += y[:, :, : region.shape[2], : region.shape[3], : region.shape[4]]
     return out

@@ -91,9 +91,7 @@ class TrainConfig:
     batch: int = 8  # clips a step, over all ranks
     lr: float = 2e-3
     warmup: int = 20  # steps of linear warm-up
-    decay: float = (
-        1.0  # the last part of the steps over which the learning rate falls to 0 (cosine)
-    )
+    decay: float = 1.0  # the last part of the steps over which the rate falls to 0 (cosine)
     weight_decay: float = 0.01
     beta2: float = 0.99
     clip: float = 1.0  # gradient norm
@@ -101,9 +99,7 @@ class TrainConfig:
     every: int = 200  # steps between checkpoints
     image_steps: int = 0  # tae: steps of image training before inflation
     image_batch: int = 32  # tae: frames a step in image training
-    crowd: int = (
-        1  # tae: objects in a training clip of the toy world; an empty background teaches nothing
-    )
+    crowd: int = 1  # tae: objects in a toy clip; an empty background teaches nothing
     window: int = 16  # tae: frames of a training clip
     motion: int = 1  # tae: motion curriculum, up to so many times as fast in the end; 1 is off
     finish: float = 0.0  # tae: the last part of the steps, on whole clips without a crowd
@@ -161,13 +157,12 @@ SCALES: dict[str, Callable[[], Config]] = {
         tae=replace(autoencoder.PRESETS["toy"]),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["toy"]),
         loss=replace(autoencoder.LOSSES["toy"]),
-        train_tae=TrainConfig(
-            steps=2600, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8, finish=0.2
-        ),
+        train_tae=TrainConfig(steps=2200, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8,
+                              finish=0.2),
         text=replace(text_cond.PRESETS["toy"]),
         dit=replace(backbone.PRESETS["toy"]),
         clips=ClipConfig(count=18432),
-        train_dit=TrainConfig(steps=3200, batch=64, lr=2e-3, warmup=100, ema=0.995, align=0.1),
+        train_dit=TrainConfig(steps=2000, batch=64, lr=2e-3, warmup=100, ema=0.995, align=0.1),
         flow=FlowConfig(std=1.3, shift=2.0),  # where and whither is decided near the noise
         sdot=SDOTConfig(solver="pot"),
         sample=SampleConfig(schedule="shifted", guidance=5.0),
@@ -181,20 +176,12 @@ SCALES: dict[str, Callable[[], Config]] = {
         tae=replace(autoencoder.PRESETS["small"]),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["small"]),
         loss=replace(autoencoder.LOSSES["small"]),
-        train_tae=TrainConfig(
-            steps=40_000,
-            batch=32,
-            lr=4e-4,
-            warmup=500,
-            image_steps=10_000,
-            image_batch=128,
-            every=2000,
-        ),
+        train_tae=TrainConfig(steps=40_000, batch=32, lr=4e-4, warmup=500, image_steps=10_000,
+                              image_batch=128, every=2000),
         text=replace(text_cond.PRESETS["small"]),
         dit=replace(backbone.PRESETS["small"]),
-        train_dit=TrainConfig(
-            steps=100_000, batch=256, lr=3e-4, warmup=1000, ema=0.9999, every=2000, align=0.1
-        ),
+        train_dit=TrainConfig(steps=100_000, batch=256, lr=3e-4, warmup=1000, ema=0.9999,
+                              every=2000, align=0.1),
         sample=SampleConfig(steps=50),
     ),
 }
@@ -202,10 +189,8 @@ COUPLINGS = ("independent", "minibatch", "sdot", "sdot-global")
 VARIANTS = ("2.5d", "3d", "vidtwin")
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 # Fields that follow from others, and are therefore no flags.
-DERIVED = {
-    "dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames", "vidtwin.size",
-    "variant",
-}
+DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
+           "vidtwin.size", "variant"}
 
 
 def one_of(flag: str, value: str, choices) -> None:
@@ -352,10 +337,8 @@ def templates(H: int) -> tuple[Tensor, list[tuple[str, str]]]:
             (clip,) = autoencoder.render([autoencoder.World((thing,))], H=H)
             alpha, cx, cy = track((clip[0] + 1) / 2)
             rows.append(centred_sprite(alpha, cx, cy).flatten())
-        _TEMPLATES[H] = (
-            nn.functional.normalize(torch.stack(rows), dim=1),
-            [(t.shape, t.word) for t in things],
-        )
+        _TEMPLATES[H] = (nn.functional.normalize(torch.stack(rows), dim=1),
+                         [(t.shape, t.word) for t in things])
     return _TEMPLATES[H]
 
 
@@ -421,18 +404,15 @@ def judge(clip: Tensor, prompt: str) -> dict[str, bool]:
     if len(wanted) > 1:
         by_color = {s["color"]: s for s in seen}
         seen = [by_color.get(w["color"], dict.fromkeys(w, "none")) for w in wanted]
-    verdict = {
-        k: all(s[k] == w[k] for s, w in zip(seen, wanted))
-        for k in ("color", "shape", "direction", "speed")
-    }
+    verdict = {k: all(s[k] == w[k] for s, w in zip(seen, wanted))
+               for k in ("color", "shape", "direction", "speed")}
     if any(w["text"] for w in wanted):
         verdict["text"] = all(s["text"] == w["text"] for s, w in zip(seen, wanted))
     return verdict
 
 
-def accuracy(
-    verdicts: list[dict[str, bool]], keys=("color", "shape", "direction", "speed", "text")
-) -> dict[str, float]:
+def accuracy(verdicts: list[dict[str, bool]],
+             keys=("color", "shape", "direction", "speed", "text")) -> dict[str, float]:
     """Share of the verdicts that hold, per key, over those that have the key."""
     out = {}
     for key in keys:
@@ -445,10 +425,8 @@ def accuracy(
 def check_judge(cfg: Config, n: int = 500) -> dict[str, float]:
     """Agreement of the judge with the truth on n rendered clips."""
     rng = random.Random(f"judge/{cfg.seed}")
-    worlds = [
-        autoencoder.sample_world(rng, cfg.clips.things, heldout=None, frames=cfg.clips.frames)
-        for _ in range(n)
-    ]
+    worlds = [autoencoder.sample_world(rng, cfg.clips.things, heldout=None, frames=cfg.clips.frames)
+              for _ in range(n)]
     verdicts = []
     for world in worlds:
         (clip,) = autoencoder.render([world], cfg.clips.frames, cfg.clips.size)
@@ -540,9 +518,7 @@ class VideoFolder:
             try:
                 frames, rate = probe(path)
             except Exception as error:  # whatever PyAV raises for a stream that it cannot read
-                say(
-                    f"{path}: unreadable, skipped ({_reason(error)})"
-                )
+                say(f"{path}: unreadable, skipped ({_reason(error)})")
                 continue
             if frames < cfg.clips.frames:
                 short.append(path.name)
@@ -649,11 +625,8 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
         out: list[Tensor] = []
         last = None
         for frame in container.decode(stream):
-            at = (
-                (frame.pts - origin) * float(stream.time_base) * rate
-                if frame.pts is not None
-                else start
-            )
+            at = ((frame.pts - origin) * float(stream.time_base) * rate if frame.pts is not None
+                  else start)
             last = frame
             while len(out) < T and at >= start + len(out) * interval - 0.5:
                 out.append(
@@ -717,9 +690,8 @@ def write_video(path: str | Path, clip: Tensor, fps: int = 8, zoom: int = 1) -> 
         from PIL import Image
 
         images = [Image.fromarray(f).quantize(255) for f in frames]
-        images[0].save(
-            path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
-        )
+        images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps),
+                       loop=0)
     elif path.suffix == ".mp4":
         import av
 
@@ -778,11 +750,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
     """safetensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-        tmp,
-        metadata=metadata or None,
-    )
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
+              metadata=metadata or None)
     os.replace(tmp, path)
 
 
@@ -910,10 +879,8 @@ class Checkpoints:
                 raise
             except Exception as error:
                 if rank() == 0:
-                    print(
-                        f"{path}: damaged ({_reason(error)}), using the one before it",
-                        file=sys.stderr,
-                    )
+                    print(f"{path}: damaged ({_reason(error)}), using the one before it",
+                          file=sys.stderr)
         return 0
 
 
@@ -958,9 +925,8 @@ class Metrics:
         with tmp.open("w", newline="") as f:
             out = csv.writer(f)
             out.writerow(self.columns)
-            out.writerows(
-                [r["stage"], r["step"], *(repr(r[c]) for c in self.columns[2:])] for r in kept
-            )
+            out.writerows([r["stage"], r["step"], *(repr(r[c]) for c in self.columns[2:])]
+                          for r in kept)
         os.replace(tmp, path)
 
     def add(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
@@ -993,15 +959,8 @@ def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
     return t.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, f)))
 
 
-def optimize(
-    run: Run,
-    stage: str,
-    folder: Path,
-    model: nn.Module,
-    t: TrainConfig,
-    steps: int,
-    losses: Callable[[int], Iterator[Callable[[nn.Module], Tensor]]],
-) -> dict[str, Tensor]:
+def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfig, steps: int,
+             losses: Callable[[int], Iterator[Callable[[nn.Module], Tensor]]]) -> dict[str, Tensor]:
     """Train `model` for `steps` and return its full state, or that of its moving average.
 
     losses(first) yields, from step `first` on, one closure a step: closure(model) -> scalar loss
@@ -1020,34 +979,21 @@ def optimize(
     decayed = [p for k, p in names.items() if p.ndim >= 2 and not lookup(k)]
     rest = [p for p in names.values() if not any(p is d for d in decayed)]  # lookups and biases
     groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, t.lr, (0.9, t.beta2), weight_decay=t.weight_decay, fused=not dist.is_initialized()
-    )
+    optimizer = torch.optim.AdamW(groups, t.lr, (0.9, t.beta2), weight_decay=t.weight_decay,
+                                  fused=not dist.is_initialized())
     for p in names.values():  # the state that a checkpoint is read into
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-    state = {
-        "model": {k: p.data for k, p in names.items()},
-        "optimizer": {k: optimizer.state[p] for k, p in names.items()},
-    }
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    state = {"model": {k: p.data for k, p in names.items()},
+             "optimizer": {k: optimizer.state[p] for k, p in names.items()}}
     if t.ema:
         state["ema"] = {k: p.detach().clone() for k, p in names.items()}
 
     checkpoints = Checkpoints(folder)
     first = checkpoints.load(state)
     metrics, began = run.log_from(stage, first), time.monotonic()
-    bar = tqdm(
-        total=steps,
-        initial=first,
-        desc=stage,
-        unit="step",
-        disable=rank() != 0,
-        mininterval=1.0,
-        dynamic_ncols=True,
-    )
+    bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=rank() != 0,
+               mininterval=1.0, dynamic_ncols=True)
     source = losses(first)
     for step in range(first, steps):
         lr = learning_rate(step, t, steps)
@@ -1069,9 +1015,7 @@ def optimize(
             norm = norm.full_tensor()
         value = loss.item()
         if not math.isfinite(value):
-            raise UserError(
-                f"{stage}: the loss is {value} at step {step}; lower the learning rate"
-            )
+            raise UserError(f"{stage}: the loss is {value} at step {step}; lower the learning rate")
         metrics.add(step, value, lr, norm.item())
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
         bar.update()
@@ -1084,10 +1028,8 @@ def optimize(
     metrics.flush()
     run.spent(stage.split("/")[0], time.monotonic() - began)
     best = state["ema"] if t.ema else state["model"]
-    return {
-        k: v.full_tensor() if hasattr(v, "full_tensor") else v.detach().clone()
-        for k, v in best.items()
-    }
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v.detach().clone()
+            for k, v in best.items()}
 
 
 def shard(rows: int) -> slice:
@@ -1128,10 +1070,10 @@ def train_tae(run: Run, clips) -> None:
         def clips_from(first: int):
             for split, low, high in (("tae", 0, finish), ("train", finish, steps)):
                 if first < high:
-                    todo = [
-                        [(s * per_step + i, s / steps if split == "tae" else None) for i in rows]
-                        for s in range(max(first, low), high)
-                    ]
+                    todo = [[s * per_step + i for i in rows] for s in range(max(first, low), high)]
+                    if split == "tae":      # crops of one window share its place in the curriculum
+                        todo = [[(i, i // CROPS * CROPS // per_step / steps) for i in batch]
+                                for batch in todo]
                     yield from batches(clips, split, todo)
 
         def source(first: int):
@@ -1231,19 +1173,15 @@ def encode_latents(run: Run, clips) -> None:
         rows = list(range(low, min(low + SHARD, M)))
         mean, logvar, texts = [], [], []
         with torch.no_grad():
-            for x, captions in batches(
-                clips, "train", [rows[i : i + 32] for i in range(0, len(rows), 32)]
-            ):
+            for x, captions in batches(clips, "train",
+                                       [rows[i : i + 32] for i in range(0, len(rows), 32)]):
                 posterior = tae.encode(x.to(run.device))
                 mean.append(posterior.mean.cpu())
                 logvar.append(posterior.logvar.cpu())
                 texts += captions
                 bar.update(len(captions))
-        save_tensors(
-            folder / name,
-            {"mean": torch.cat(mean), "logvar": torch.cat(logvar)},
-            captions=json.dumps(texts),
-        )
+        save_tensors(folder / name, {"mean": torch.cat(mean), "logvar": torch.cat(logvar)},
+                     captions=json.dumps(texts))
     bar.close()
     barrier()
     if rank() == 0:
@@ -1258,9 +1196,8 @@ def encode_latents(run: Run, clips) -> None:
         features = text_cond.TextConditioner(run.cfg.text).to(run.device).encode(unique)
         save_tensors(folder / "text.safetensors", features)
         where = {c: i for i, c in enumerate(unique)}
-        write_json(
-            folder / "captions.json", {"captions": unique, "of": [where[c] for c in captions]}
-        )
+        write_json(folder / "captions.json",
+                   {"captions": unique, "of": [where[c] for c in captions]})
         write_json(folder / "index.json", {"shards": {n: crc(folder / n) for n in names}})
     run.spent("latents", time.monotonic() - began)
     barrier()
@@ -1282,13 +1219,9 @@ def load_latents(run: Run) -> Latents:
     folder = run.folder / "latents"
     shards = [load_tensors(p) for p in sorted(folder.glob("shard_*.safetensors"))]
     table = json.loads((folder / "captions.json").read_text())
-    return Latents(
-        torch.cat([s["mean"] for s in shards]),
-        torch.cat([s["logvar"] for s in shards]),
-        torch.tensor(table["of"]),
-        table["captions"],
-        load_tensors(folder / "text.safetensors"),
-    )
+    return Latents(torch.cat([s["mean"] for s in shards]), torch.cat([s["logvar"] for s in shards]),
+                   torch.tensor(table["of"]), table["captions"],
+                   load_tensors(folder / "text.safetensors"))
 
 
 def caption_groups(latents: Latents) -> Tensor:
@@ -1314,10 +1247,8 @@ def couple_latents(run: Run) -> None:
     if rank() == 0:
         latents, tae = load_latents(run), load_tae(run)
         if run.cfg.coupling == "sdot-global":
-            print(
-                "--coupling sdot-global ignores captions: unguided samples then do so too",
-                file=sys.stderr,
-            )
+            print("--coupling sdot-global ignores captions: unguided samples then do so too",
+                  file=sys.stderr)
         groups = caption_groups(latents) if run.cfg.coupling == "sdot" else None
         z = tae.cpu().normalize(latents.mean)
         coupling = sdot.Coupling.fit(z, groups, cfg=run.cfg.sdot, progress=True)
@@ -1337,9 +1268,8 @@ class TextToVideo(nn.Module):
         self.dit = backbone.DiT(cfg.dit)
         self.flow, self.align = cfg.flow, cfg.train_dit.align if cfg.text.mode == "toy" else 0.0
 
-    def forward(
-        self, features: dict[str, Tensor], drop: Tensor, x1: Tensor, x0: Tensor, t: Tensor
-    ) -> Tensor:
+    def forward(self, features: dict[str, Tensor], drop: Tensor, x1: Tensor, x0: Tensor,
+                t: Tensor) -> Tensor:
         P, mask = self.text(features, drop)
         loss = flow.loss(lambda x, t: self.dit(x, t, P, mask), x1, x0, t, self.flow)
         return loss + self.align * self.text.align(features, x1) if self.align else loss
@@ -1439,9 +1369,8 @@ class Loaded:
         as configured."""
         s = self.cfg.sample
         P, mask, P0, mask0 = self.prompts(prompts)
-        v_fn = flow.guided(
-            lambda x, t: self.dit(x, t, P, mask), lambda x, t: self.dit(x, t, P0, mask0), s.guidance
-        )
+        v_fn = flow.guided(lambda x, t: self.dit(x, t, P, mask),
+                           lambda x, t: self.dit(x, t, P0, mask0), s.guidance)
         x0 = self.noise(seeds if seeds is not None else list(range(len(prompts))))
         z = flow.sample(v_fn, x0, self.schedule(), solver=s.solver, cfg=self.cfg.flow)
         return self.decode(z)
@@ -1473,10 +1402,8 @@ def make_samples(run: Run) -> None:
     began, loaded, cfg = time.monotonic(), load_run(run.folder, run.device), run.cfg
     if cfg.data:
         captions = load_latents(run).captions
-        todo = [
-            ("trained", captions[i % len(captions)])
-            for i in range(min(cfg.sample.prompts, 2 * len(captions)))
-        ]
+        todo = [("trained", captions[i % len(captions)])
+                for i in range(min(cfg.sample.prompts, 2 * len(captions)))]
     else:
         todo = test_prompts(cfg)
     folder.mkdir(exist_ok=True)
@@ -1486,12 +1413,10 @@ def make_samples(run: Run) -> None:
         part = todo[i : i + cfg.sample.batch]
         clips = loaded.generate([p for _, p in part], list(range(i, i + len(part)))).cpu()
         for j, ((kind, prompt), clip) in enumerate(zip(part, clips), i):
-            write_video(
-                folder / f"{j:04d}.gif", clip, loaded.fps, zoom=max(1, 128 // cfg.clips.size)
-            )
-            write_video(
-                folder / f"{j:04d}.mp4", clip, loaded.fps, zoom=max(1, 128 // cfg.clips.size)
-            )
+            write_video(folder / f"{j:04d}.gif", clip, loaded.fps,
+                        zoom=max(1, 128 // cfg.clips.size))
+            write_video(folder / f"{j:04d}.mp4", clip, loaded.fps,
+                        zoom=max(1, 128 // cfg.clips.size))
             rows.append({"file": f"{j:04d}", "kind": kind, "prompt": prompt, "seed": j})
         save_tensors(folder / f"clips_{i:04d}.safetensors", {"clips": clips})
         bar.update(len(part))
@@ -1508,12 +1433,8 @@ def make_report(run: Run, clips) -> dict:
     began, cfg, folder = time.monotonic(), run.cfg, run.folder
     loaded = load_run(folder, run.device)
     tae = loaded.tae
-    report: dict = {
-        "scale": cfg.scale,
-        "seed": cfg.seed,
-        "data": cfg.data or "toy world",
-        "coupling": cfg.coupling,
-    }
+    report: dict = {"scale": cfg.scale, "seed": cfg.seed, "data": cfg.data or "toy world",
+                    "coupling": cfg.coupling}
 
     rows = [list(range(i, i + 16)) for i in range(0, 64, 16)]
     heldout = list(batches(clips, "heldout", rows))
@@ -1535,12 +1456,8 @@ def make_report(run: Run, clips) -> dict:
     (folder / "reconstructions").mkdir(exist_ok=True)
     for i in range(12):
         pair = torch.cat([x[i], torch.full_like(x[i, ..., :2], -1), recon[i]], dim=-1)
-        write_video(
-            folder / "reconstructions" / f"{i:02d}.gif",
-            pair,
-            cfg.clips.fps,
-            zoom=max(1, 128 // cfg.clips.size),
-        )
+        write_video(folder / "reconstructions" / f"{i:02d}.gif", pair, cfg.clips.fps,
+                    zoom=max(1, 128 // cfg.clips.size))
 
     rows = json.loads((folder / "samples" / "index.json").read_text())
     made = torch.cat(
@@ -1552,9 +1469,8 @@ def make_report(run: Run, clips) -> dict:
             row["verdict"] = judge(clip, row["prompt"])
         by = lambda kind: [r["verdict"] for r in rows if r["kind"] == kind]
         figures = accuracy(by("trained"))
-        figures["heldout"] = sum(
-            v["color"] and v["shape"] and v["direction"] for v in by("heldout")
-        ) / max(1, len(by("heldout")))
+        figures["heldout"] = sum(v["color"] and v["shape"] and v["direction"]
+                                 for v in by("heldout")) / max(1, len(by("heldout")))
         figures["words"] = accuracy(by("words")).get("text", 0.0)
         figures["words_heldout"] = accuracy(by("words_heldout")).get("text", 0.0)
         report["prompt_accuracy"] = figures
@@ -1570,26 +1486,14 @@ def make_report(run: Run, clips) -> dict:
     seconds["report"] = round(time.monotonic() - began, 2)
     seconds.pop("total", None)
     report["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
-    report["machine"] = {
-        "threads": torch.get_num_threads(),
-        "device": str(run.device),
-        "ranks": world_size(),
-        "torch": torch.__version__,
-    }
+    report["machine"] = {"threads": torch.get_num_threads(), "device": str(run.device),
+                         "ranks": world_size(), "torch": torch.__version__}
 
     draw_curves(folder)
-    shown = [
-        i
-        for kind in ("trained", "heldout", "words", "words_heldout")
-        for i, r in enumerate(rows)
-        if r["kind"] == kind
-    ][:: max(1, len(rows) // 24)]
-    contact_sheet(
-        folder / "samples.gif",
-        [made[i] for i in shown[:24]],
-        [rows[i]["prompt"] for i in shown[:24]],
-        cfg.clips.fps,
-    )
+    shown = [i for kind in ("trained", "heldout", "words", "words_heldout")
+             for i, r in enumerate(rows) if r["kind"] == kind][:: max(1, len(rows) // 24)]
+    contact_sheet(folder / "samples.gif", [made[i] for i in shown[:24]],
+                  [rows[i]["prompt"] for i in shown[:24]], cfg.clips.fps)
     write_page(folder, report, rows)
     write_json(folder / "report.json", report)
     return report
@@ -1624,22 +1528,16 @@ def draw_curves(folder: Path) -> None:
 
     rows = read_metrics(folder / "metrics.csv")
     stages = list(dict.fromkeys(r["stage"] for r in rows))
-    figure, axes = plt.subplots(
-        1, max(1, len(stages)), figsize=(4 * max(1, len(stages)), 3), squeeze=False
-    )
+    figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(4 * max(1, len(stages)), 3),
+                                squeeze=False)
     for ax, stage in zip(axes[0], stages):
         points = [(r["step"], r["loss"]) for r in rows if r["stage"] == stage]
         ax.plot(*zip(*points), lw=0.4, alpha=0.4, color="C0")
         k = max(1, len(points) // 50)
-        means = [
-            sum(p[1] for p in points[i : i + k]) / len(points[i : i + k])
-            for i in range(0, len(points), k)
-        ]
-        ax.plot(
-            [points[min(i + k // 2, len(points) - 1)][0] for i in range(0, len(points), k)],
-            means,
-            color="C0",
-        )
+        means = [sum(p[1] for p in points[i : i + k]) / len(points[i : i + k])
+                 for i in range(0, len(points), k)]
+        ax.plot([points[min(i + k // 2, len(points) - 1)][0] for i in range(0, len(points), k)],
+                means, color="C0")
         ax.set(title=f"{stage}: loss", xlabel="step", yscale="log")
         ax.grid(alpha=0.3, which="both")
     figure.tight_layout()
@@ -1647,44 +1545,35 @@ def draw_curves(folder: Path) -> None:
     plt.close(figure)
 
 
-def contact_sheet(
-    path: Path, clips: list[Tensor], titles: list[str], fps: int, columns: int = 6
-) -> None:
+def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int,
+                  columns: int = 6) -> None:
     """One animated GIF of many clips with their prompts under them."""
     import textwrap
 
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.truetype(
-        str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11
-    )
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"),
+                              11)
     side, margin, caption_height = 128, 8, 44
     rows = -(-len(clips) // columns)
-    width, height = (
-        columns * (side + margin) + margin,
-        rows * (side + caption_height + margin) + margin,
-    )
+    width, height = (columns * (side + margin) + margin,
+                     rows * (side + caption_height + margin) + margin)
     sheets = []
     for t in range(clips[0].shape[1]):
         sheet = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(sheet)
         for i, (clip, title) in enumerate(zip(clips, titles)):
-            x, y = (
-                margin + i % columns * (side + margin),
-                margin + i // columns * (side + caption_height + margin),
-            )
+            x, y = (margin + i % columns * (side + margin),
+                    margin + i // columns * (side + caption_height + margin))
             frame = ((clip[:, t].clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-            sheet.paste(
-                Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST), (x, y)
-            )
-            draw.multiline_text(
-                (x, y + side + 2), "\n".join(textwrap.wrap(title, 22)[:3]), "black", font, spacing=1
-            )
+            sheet.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST),
+                        (x, y))
+            draw.multiline_text((x, y + side + 2), "\n".join(textwrap.wrap(title, 22)[:3]), "black",
+                                font, spacing=1)
         sheets.append(sheet.quantize(255, dither=Image.Dither.NONE))
-    sheets[0].save(
-        path, save_all=True, append_images=sheets[1:], duration=round(1000 / fps), loop=0
-    )
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=round(1000 / fps),
+                   loop=0)
 
 
 def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
@@ -1701,10 +1590,8 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
         return out
 
     def card(row: dict) -> str:
-        verdict = " ".join(
-            f'<span class="{"yes" if ok else "no"}">{k}</span>'
-            for k, ok in row.get("verdict", {}).items()
-        )
+        verdict = " ".join(f'<span class="{"yes" if ok else "no"}">{k}</span>'
+                           for k, ok in row.get("verdict", {}).items())
         file, prompt = f"samples/{row['file']}", escape(row["prompt"])
         image = f'<img src="{file}.gif" width="128" height="128" loading="lazy">'
         return (
@@ -1712,12 +1599,9 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
             f"<figcaption>{prompt}<br>{verdict}</figcaption></figure>"
         )
 
-    names = {
-        "trained": "Prompts of the training grammar",
-        "heldout": "Combinations never trained on",
-        "words": "Words of two and three letters",
-        "words_heldout": "Words never trained on",
-    }
+    names = {"trained": "Prompts of the training grammar",
+             "heldout": "Combinations never trained on", "words": "Words of two and three letters",
+             "words_heldout": "Words never trained on"}
     sections = ""
     for kind, title in names.items():
         cards = "".join(card(r) for r in rows if r["kind"] == kind)
@@ -1792,13 +1676,8 @@ def convert(flag: str, text: list[str], default) -> object:
             return {"true": True, "false": False}[word.lower()]
         return type(default)(word)
     except (ValueError, KeyError):
-        wanted = {
-            "int": "a whole number",
-            "float": "a number",
-            "bool": "true or false",
-            "numbers": "whole numbers",
-            "str": "one word",
-        }
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false",
+                  "numbers": "whole numbers", "str": "one word"}
         raise UserError(f"--{flag} {' '.join(text)}: not {wanted[kind]}") from None
 
 
@@ -1816,38 +1695,24 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a text-to-video system and sample from it; started again, continue.",
     )
-    parser.add_argument(
-        "--scale", default="toy", metavar="|".join(SCALES), help="preset of all sizes (default toy)"
-    )
+    parser.add_argument("--scale", default="toy", metavar="|".join(SCALES),
+                        help="preset of all sizes (default toy)")
     parser.add_argument("--workdir", metavar="DIR", help="run folder (default runs/SCALE)")
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder of captioned videos (default: the toy world)"
-    )
-    parser.add_argument(
-        "--stage",
-        default="all",
-        metavar="|".join((*STAGES, "all")),
-        help="run up to and with this stage",
-    )
-    parser.add_argument(
-        "--tae", metavar="|".join(VARIANTS), help="the autoencoder (default 2.5d)"
-    )
-    parser.add_argument(
-        "--coupling", metavar="|".join(COUPLINGS), help="which noise meets which clip"
-    )
-    parser.add_argument(
-        "--text",
-        metavar="toy|pretrained",
-        help="small encoders trained with the DiT, or UL2, ByT5, MetaCLIP",
-    )
+    parser.add_argument("--data", metavar="DIR",
+                        help="folder of captioned videos (default: the toy world)")
+    parser.add_argument("--stage", default="all", metavar="|".join((*STAGES, "all")),
+                        help="run up to and with this stage")
+    parser.add_argument("--tae", metavar="|".join(VARIANTS), help="the autoencoder (default 2.5d)")
+    parser.add_argument("--coupling", metavar="|".join(COUPLINGS),
+                        help="which noise meets which clip")
+    parser.add_argument("--text", metavar="toy|pretrained",
+                        help="small encoders trained with the DiT, or UL2, ByT5, MetaCLIP")
     parser.add_argument("--steps", metavar="N", help="steps of the dit stage (= --train_dit.steps)")
-    parser.add_argument(
-        "--batch", metavar="N", help="clips in a step of the dit stage (= --train_dit.batch)"
-    )
+    parser.add_argument("--batch", metavar="N",
+                        help="clips in a step of the dit stage (= --train_dit.batch)")
     parser.add_argument("--seed", metavar="N", help="of everything random (default 0)")
-    parser.add_argument(
-        "--device", default="", metavar="cpu|cuda", help="default: cuda if there is one"
-    )
+    parser.add_argument("--device", default="", metavar="cpu|cuda",
+                        help="default: cuda if there is one")
     special = {"scale", "data", "coupling", "seed"}
     every = parser.add_argument_group("every field of the configs (defaults of --scale toy)")
     for name, value in flags_of(finish_config(SCALES["toy"]())).items():
@@ -1948,11 +1813,9 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        for flag, n in (
-            ("--batch", cfg.train_dit.batch),
-            ("--train_tae.batch", cfg.train_tae.batch),
-            ("--train_tae.image_batch", cfg.train_tae.image_batch),
-        ):
+        for flag, n in (("--batch", cfg.train_dit.batch),
+                        ("--train_tae.batch", cfg.train_tae.batch),
+                        ("--train_tae.image_batch", cfg.train_tae.image_batch)):
             if n % world_size():
                 raise UserError(f"{flag} {n}: not a multiple of the {world_size()} ranks")
     elif "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
@@ -1960,14 +1823,9 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
     clips = clips_of(cfg, quiet=rank() != 0)
     run = open_run(cfg, args.workdir, device)
-    stages = {
-        "tae": lambda: train_tae(run, clips),
-        "latents": lambda: encode_latents(run, clips),
-        "coupling": lambda: couple_latents(run),
-        "dit": lambda: train_dit(run),
-        "sample": lambda: make_samples(run),
-        "report": lambda: make_report(run, clips),
-    }
+    stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),
+              "coupling": lambda: couple_latents(run), "dit": lambda: train_dit(run),
+              "sample": lambda: make_samples(run), "report": lambda: make_report(run, clips)}
     report = None
     for name, stage in stages.items():
         report = stage()

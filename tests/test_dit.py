@@ -567,7 +567,7 @@ def test_a_config_survives_json():
 def test_derived_widths_follow_dim():
     cfg = replace(PRESETS["toy"], dim=384)
     assert (cfg.ffn_width, cfg.text_width) == (1024, 384)
-    assert [c.ffn_width for c in PRESETS.values()] == [512, 1024, 4096, 8192, 16384]
+    assert [c.ffn_width for c in PRESETS.values()] == [704, 1024, 4096, 8192, 16384]
     assert replace(cfg, ffn=100, text_dim=7).ffn_width == 100
 
 
@@ -597,7 +597,7 @@ def test_the_table_of_presets_from_a_copied_file(tmp_path):
     done = run(tmp_path, "--table")
     assert done.returncode == 0, done.stderr
     rows = {line[:27].strip(): line[27:].split() for line in done.stdout.splitlines()}
-    assert rows["parameters, B"] == ["0.004", "0.030", "0.928", "4.919", "29.336"]
+    assert rows["parameters, B"] == ["0.005", "0.030", "0.928", "4.919", "29.336"]
     assert rows["video tokens N"][2:] == ["73,728"] * 3
 
 

@@ -19,6 +19,8 @@ TINY = TAEConfig(channels=8, mult=(1, 2, 2, 2), res_blocks=(1, 1, 1, 1), extra=0
 TINY3D = replace(TINY, variant="3d")
 TWIN = replace(VIDTWIN_PRESETS["toy"], width=32)
 BOTH = pytest.mark.parametrize("cfg", [TINY, TINY3D], ids=["2.5d", "3d"])
+ALL_STREAMED = pytest.mark.parametrize("cfg", [TINY, TINY3D, PRESETS["toy"]],
+                                       ids=["2.5d", "3d", "toy"])
 ALL = pytest.mark.parametrize("cfg", [TINY, TINY3D, TWIN], ids=["2.5d", "3d", "vidtwin"])
 
 
@@ -65,6 +67,19 @@ def test_everything_stays_inside_and_apart():
         assert torch.minimum(*alone).max() < 0.6      # at most two half-covered rims meet
     crowded = [tae.sample_world(rng, things=4, overlap=True).things for _ in range(20)]
     assert not all(tae.apart(t[0], t[1], 16) for t in crowded)
+
+
+def test_what_moves_alone_passes_near_the_middle():
+    rng = random.Random(4)
+    seen = {"sign": [], "shape": []}
+    for _ in range(400):
+        (thing,) = tae.sample_world(rng, signs=0.5).things
+        vx, vy = tae.velocity(thing)
+        off = max(abs(thing.x + 7.5 * vx - 0.5), abs(thing.y + 7.5 * vy - 0.5))
+        seen["sign" if thing.shape == "sign" else "shape"].append(off)
+    for kind, off in seen.items():
+        assert 0.9 * tae.WANDER[kind] < max(off) <= tae.WANDER[kind] + 1e-9
+    assert any(abs(t.x - 0.5) > 0.25 for _ in range(20) for t in tae.sample_world(rng, 2).things)
 
 
 def test_heldout_is_never_drawn_and_leaves_no_word_or_colour_out():
@@ -448,6 +463,35 @@ def test_tiles_in_time_and_space():
     assert score[16] < score[0]
 
 
+@ALL_STREAMED
+@pytest.mark.parametrize("T", [1, 2, 9, 16])
+def test_streaming_is_exact(cfg, T):
+    model = randomise_time(TAE(cfg)).double().eval()
+    x = torch.rand(2, 3, T, 16, 20, dtype=torch.double) * 2 - 1
+    with torch.no_grad():
+        whole, streamed = model.encode(x), model.encode(x, stream=True)
+        assert torch.allclose(whole.mean, streamed.mean, atol=1e-6)             # both are fp32
+        assert torch.allclose(whole.logvar, streamed.logvar, atol=1e-6)
+        z = whole.mean.double()
+        for n, size in ((T, (16, 20)), (None, None), (max(1, T - 3), None)):
+            made, wanted = model.decode(z, n, size, stream=True), model.decode(z, n, size)
+            assert made.shape == wanted.shape and torch.allclose(made, wanted, atol=1e-12)
+
+
+def test_streaming_makes_no_frame_that_is_not_asked_for(monkeypatch):
+    model, made = TAE(TINY).eval(), []
+    z = torch.randn(1, 4, 2, 2, 2)
+    one = tae.TemporalConv.one
+    monkeypatch.setattr(tae.TemporalConv, "one",
+                        lambda self, w: (made.append(w[0].shape[-1]), one(self, w))[1])
+    with torch.no_grad():
+        model.decode(z, 16, stream=True)
+        everything = made.count(16)
+        made.clear()
+        model.decode(z, 3, stream=True)         # three frames, and what they see of the next ones
+    assert everything == 16 * 4 and made.count(16) < 7 * 4
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_clip():
     """256 frames against 64, then four times the area: peak memory beyond the clips themselves."""
@@ -680,40 +724,33 @@ def test_motion_curriculum():
     assert fast.diff(dim=0).abs().mean() > 2 * slow.diff(dim=0).abs().mean()
 
 
-@ALL
-@pytest.mark.slow
-def test_every_variant_learns_one_clip(cfg):
+def psnr_of_one_clip(cfg, steps):
+    """PSNR on one clip of an autoencoder trained on nothing else, before and after."""
     torch.manual_seed(0)
-    cfg = VIDTWIN_PRESETS["toy"] if cfg is TWIN else replace(PRESETS["toy"], variant=cfg.variant)
     model, x = tae.autoencoder(cfg), clips(1)
     opt = torch.optim.AdamW(model.parameters(), 2e-3)
-    with torch.no_grad():
-        first = tae.psnr(model.eval()(x)[0], x).item()
+    first = tae.psnr(model.eval()(x)[0], x).item()
     model.train()
-    for _ in range(300):
+    for _ in range(steps):
         opt.zero_grad()
         recon, posterior = model(x)
         tae.tae_loss(LOSSES["toy"], x, recon, posterior).backward()
         opt.step()
-    with torch.no_grad():
-        assert tae.psnr(model.eval()(x)[0], x).item() > first + 8
+    return first, tae.psnr(model.eval()(x)[0], x).item()
+
+
+@ALL
+@pytest.mark.slow
+def test_every_variant_learns_one_clip(cfg):
+    cfg = VIDTWIN_PRESETS["toy"] if cfg is TWIN else replace(PRESETS["toy"], variant=cfg.variant)
+    first, last = psnr_of_one_clip(cfg, 300)
+    assert last > first + 8
 
 
 @pytest.mark.slow
 def test_more_channels_reconstruct_better():
-    x, after = clips(1), {}
-    for C in (2, 8):
-        torch.manual_seed(0)
-        model = TAE(replace(PRESETS["toy"], latent_channels=C))
-        opt = torch.optim.AdamW(model.parameters(), 2e-3)
-        for _ in range(200):
-            opt.zero_grad()
-            recon, posterior = model(x)
-            tae.tae_loss(LOSSES["toy"], x, recon, posterior).backward()
-            opt.step()
-        with torch.no_grad():
-            after[C] = tae.psnr(model.eval()(x)[0], x).item()
-    assert after[8] > after[2]
+    few, many = (replace(PRESETS["toy"], latent_channels=C) for C in (2, 8))
+    assert psnr_of_one_clip(many, 200)[1] > psnr_of_one_clip(few, 200)[1]
 
 
 @pytest.mark.slow

@@ -1,0 +1,149 @@
+"""Speed of the DiT beside the video transformers of diffusers: forward, and forward and backward,
+at the same width, depth, heads, feed-forward FLOPs and tokens; fp32, random weights, one process,
+alternating.
+
+    pip install diffusers && python tests/bench_dit.py          # about 15 minutes on 2 cores
+
+Prints a table of tokens per second, and of the time over that of the bare matrix products and
+attention calls of our blocks (`bare`), which nothing can beat; writes out/dit/bench.json. Each
+transformer has its own idea of text: Wan and Latte attend to it, CogVideoX carries it along with
+the video. Latte does not let every token see every other one: half of its blocks look at space,
+half at time, so from some number of tokens on it does less work than the others.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import dit
+
+D, DEPTH, HEADS, L = 768, 4, 12, 64
+GRIDS = {512: (8, 8, 8), 2048: (8, 16, 16), 8192: (8, 32, 32)}      # tokens: frames, rows, columns
+
+
+def ours(grid):
+    T, H, W = grid
+    cfg = dit.DiTConfig((dit.Stream(16, (1, 2, 2), (T, 2 * H, 2 * W)),), D, DEPTH, HEADS)
+    model = dit.DiT(cfg)
+    for w in model.parameters():                # no gate is closed: all of it has a gradient
+        w.data.add_(torch.randn_like(w), alpha=0.02)
+    return model, lambda x, t, text: model(x, t, text)
+
+
+def wan(grid):
+    from diffusers import WanTransformer3DModel
+    model = WanTransformer3DModel(num_attention_heads=HEADS, attention_head_dim=D // HEADS,
+                                  text_dim=D, ffn_dim=4 * D, num_layers=DEPTH)
+    return model, lambda x, t, text: model(x, 1000 * t, text).sample
+
+
+def cogvideox(grid):
+    from diffusers import CogVideoXTransformer3DModel
+    T, H, W = grid
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=D // HEADS, text_embed_dim=D,
+        num_layers=DEPTH, sample_width=2 * W, sample_height=2 * H, sample_frames=4 * (T - 1) + 1,
+        max_text_seq_length=L)
+    return model, lambda x, t, text: model(x.transpose(1, 2), text, 1000 * t).sample.transpose(1, 2)
+
+
+def latte(grid):
+    from diffusers import LatteTransformer3DModel
+    T, H, W = grid
+    model = LatteTransformer3DModel(    # num_layers counts pairs of a spatial and a temporal block
+        num_attention_heads=HEADS, attention_head_dim=D // HEADS, in_channels=16, out_channels=16,
+        num_layers=DEPTH // 2, cross_attention_dim=D, attention_bias=True, sample_size=2 * H,
+        patch_size=2, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
+        caption_channels=D, video_length=T)
+    return model, lambda x, t, text: model(x, (1000 * t).long(), text).sample
+
+
+def bare(grid):
+    """The matrix products and attention calls of `ours`, one after the other, and nothing else."""
+    N, width = grid[0] * grid[1] * grid[2], dit.DiTConfig(dim=D, heads=HEADS).ffn_width
+    shapes = [(N, D, 3 * D), (N, D, D), (N, D, D), (L, D, 2 * D), (N, D, D), (N, D, 2 * width),
+              (N, width, D)]
+    linears = [(torch.randn(n, a), torch.randn(b, a) / a**0.5) for n, a, b in shapes]
+    heads = lambda n: torch.randn(1, HEADS, n, D // HEADS)
+    calls = [(heads(N), heads(N), heads(N)), (heads(N), heads(L), heads(L))]
+    work = [(F.linear, args) for args in linears] + [(F.scaled_dot_product_attention, args)
+                                                     for args in calls]
+
+    def run(backward):
+        for _ in range(DEPTH):
+            for fn, args in work:
+                if not backward:
+                    fn(*args)
+                    continue
+                args = [a.detach().requires_grad_() for a in args]
+                y = fn(*args)
+                torch.autograd.grad(y, args, torch.empty_like(y))
+    return run
+
+
+MODELS = {"filmstrip": ours, "WanTransformer3DModel": wan, "CogVideoXTransformer3DModel": cogvideox,
+          "LatteTransformer3DModel": latte}
+
+
+def measure(models, floor, grid, backward, repeats):
+    """Seconds of each, `repeats` times in turn; the first round warms up and is thrown away."""
+    T, H, W = grid
+    x, text = torch.randn(1, 16, T, 2 * H, 2 * W), torch.randn(1, L, D)
+    seconds = {name: [] for name in [*models, "bare"]}
+    for repeat in range(repeats + 1):
+        for name in seconds:
+            began = time.perf_counter()
+            with torch.set_grad_enabled(backward):
+                if name == "bare":
+                    floor(backward)
+                else:
+                    model, forward = models[name]
+                    y = forward(x, torch.tensor([0.5]), text)
+                    assert y.shape == x.shape
+                    if backward:
+                        y.square().mean().backward()
+                        model.zero_grad()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    print(f"width {D}, depth {DEPTH}, {HEADS} heads, {L} text tokens, {torch.get_num_threads()} "
+          "threads\n| tokens | pass | transformer | parameters, M | tokens/s | time / bare |\n"
+          "|---|---|---|---|---|---|")
+    for N in args.tokens:
+        torch.manual_seed(0)
+        models = {name: make(GRIDS[N]) for name, make in MODELS.items()}
+        floor = bare(GRIDS[N])
+        for backward in (False, True):
+            seconds = measure(models, floor, GRIDS[N], backward, args.repeats)
+            least = statistics.median(seconds["bare"])
+            for name, (model, _) in models.items():
+                s = statistics.median(seconds[name])
+                rows.append({"tokens": N, "pass": "forward + backward" if backward else "forward",
+                             "model": name, "seconds": seconds[name], "bare": seconds["bare"],
+                             "parameters_m": sum(p.numel() for p in model.parameters()) / 1e6})
+                print(f"| {N} | {rows[-1]['pass']} | {name} | {rows[-1]['parameters_m']:.1f} | "
+                      f"{N / s:.0f} | {s / least:.2f} |", flush=True)
+    path = Path("out/dit/bench.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
