@@ -354,13 +354,15 @@ def track(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def perceive(clip: Tensor, things: int = 1) -> list[dict[str, str]]:
     """What a clip (3, T, H, W) in [-1, 1] shows, from its pixels alone: colour, shape, direction,
-    speed and text of `things` objects. Background = the median pixel; an object = what differs
-    from it; direction and speed = a straight line through the centres of mass; shape and text =
-    the best matching template. "none" where nothing is to be seen.
+    speed and text of `things` objects. Background = the median pixel of the rim; an object = what
+    differs from it; direction and speed = a straight line through the centres of mass; shape and
+    text = the best matching template. "none" where nothing is to be seen.
     """
     x = ((clip.float() + 1) / 2).clamp(0, 1)
     T, H, W = x.shape[1:]
-    background = x.flatten(1).median(1).values.view(3, 1, 1, 1)
+    rim = torch.ones(H, W, dtype=torch.bool)
+    rim[2:-2, 2:-2] = False
+    background = x[:, :, rim].flatten(1).median(1).values.view(3, 1, 1, 1)
     strength = (x - background).abs().amax(0)  # (T, H, W)
     alpha = (strength / 0.7).clamp(0, 1)
     solid = alpha > 0.75

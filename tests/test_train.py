@@ -61,7 +61,7 @@ def test_judge_agrees_with_the_truth():
 def test_judge_agrees_with_two_objects():
     cfg = train.finish_config(train.SCALES["small"]())
     agreement = train.check_judge(cfg, 60)
-    assert min(agreement.values()) >= 0.95
+    assert min(agreement.values()) >= 0.97
 
 
 def test_judge_can_fail():
@@ -71,7 +71,7 @@ def test_judge_can_fail():
     wrong = train.accuracy([train.judge(c, train.caption(w))
                             for c, w in zip(made, worlds[1:] + worlds[:1])])
     assert wrong["color"] < 0.35 and wrong["direction"] < 0.3 and wrong["text"] < 0.15
-    assert wrong["shape"] < 0.55                       # signs are half of all
+    assert wrong["shape"] < 0.55                       # signs are 2 in 5
     black = train.judge(torch.full((3, 16, 32, 32), -1.0), train.caption(worlds[0]))
     noise = train.judge(torch.randn(3, 16, 32, 32), train.caption(worlds[0]))
     assert not any(black.values()) and not noise["direction"]
