@@ -31,6 +31,7 @@ and no line here has heard of ranks.
 
     python dit.py             # shapes, zero output, overfits one clip; out/dit/gates.png       25 s
     python dit.py --table     # parameters by part, FLOPs and memory of every preset             6 s
+    python dit.py --study runs/toy      # the four conditionings at equal size and time      30 min
 
 Differences from the paper
     - adaLN is shared by all blocks, with one table for each, as in PixArt. For the video model
@@ -673,7 +674,111 @@ def draw(out, gates, losses, clip, sample):
     print(f"  figure: {out / 'gates.png'}")
 
 
-# ---- 8. Command line -----------------------------------------------------------------------------
+# ---- 8. Study: four ways to tell the blocks what time it is --------------------------------------
+# The ablation of [DIT s5], on video, with text beside the time: the same latents, the same seconds,
+# the same number of parameters (the FFN is wider where nothing is spent on modulation). Each model
+# is a run folder of train.py, so a study that is stopped goes on where it was.
+
+def matched(base, conditioning):
+    """base with another conditioning, its FFN widened until it has as many parameters again."""
+    def count(cfg):
+        with torch.device("meta"):
+            return sum(w.numel() for w in DiT(cfg).parameters())
+    cfg, goal = replace(base, conditioning=conditioning), count(base)
+    gap = (goal - count(cfg)) / (3 * cfg.dim * cfg.depth)
+    return replace(cfg, ffn=cfg.ffn_width + round(gap / 8) * 8)
+
+
+def seconds_per_step(cfg, conditionings, B=64, L=14, rounds=6):
+    """Seconds of a training step of each on one thread, measured in turn: the median."""
+    models, seconds = {}, {c: [] for c in conditionings}
+    for c in conditionings:
+        models[c] = DiT(matched(cfg, c))
+        for w in models[c].parameters():
+            w.data.add_(torch.randn_like(w), alpha=0.02)            # no gate is closed
+    s = cfg.streams[0]
+    x, t, text = torch.randn(B, s.channels, *s.size), torch.rand(B), torch.randn(B, L, cfg.dim)
+    for i in range(rounds):
+        for c, model in models.items():
+            began = time.process_time()
+            model(x, t, text).square().mean().backward()
+            model.zero_grad()
+            if i:
+                seconds[c].append(time.process_time() - began)
+    return {c: sorted(times)[len(times) // 2] for c, times in seconds.items()}
+
+
+def study_job(base, folder, changes):
+    """Train, sample and judge one model on one thread; its report.json is the result."""
+    import train
+    torch.set_num_threads(1)
+    run = train.fork(base, folder, changes)
+    train.train_dit(run)
+    train.make_samples(run)
+    train.make_report(run, train.clips_of(run.cfg))
+
+
+def study(base, out, seconds, seeds=3, workers=2):
+    """The conditionings on the latents of the run `base`, each for the same CPU seconds a model,
+    `seeds` times: out/study.json, out/study.png and a table."""
+    import json
+    import multiprocessing
+
+    from tqdm import tqdm
+
+    import train
+    folder = out / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = train.load_run(base).cfg.dit
+    plan = folder / "steps.json"                # how many steps the seconds buy: decided only once
+    if not plan.exists():
+        torch.set_num_threads(1)
+        steps = {c: round(seconds / s) for c, s in seconds_per_step(cfg, CONDITIONINGS).items()}
+        plan.write_text(json.dumps(steps))
+    steps = json.loads(plan.read_text())
+    jobs = {(c, seed): (base, folder / f"{c}-{seed}", {
+                "seed": seed, "coupling": "independent", "dit": matched(cfg, c),
+                "train_dit.steps": steps[c], "sample.prompts": 80})
+            for seed in range(seeds) for c in CONDITIONINGS}
+    todo = {k: job for k, job in jobs.items() if not (job[1] / "report.json").exists()}
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        running = [pool.apply_async(study_job, job) for job in todo.values()]
+        for job in tqdm(running, desc="study", unit="model", initial=len(jobs) - len(todo),
+                        total=len(jobs)):
+            job.get()
+    rows = []
+    for (c, seed), (_, place, _) in jobs.items():
+        report = json.loads((place / "report.json").read_text())
+        rows.append({"conditioning": c, "seed": seed, "steps": steps[c],
+                     "parameters": report["parameters"]["dit"], "loss": report["dit_val_loss"],
+                     **report["prompt_accuracy"]})
+    shown = ("loss", "color", "shape", "direction", "text", "heldout")
+    print(f"{'':17}{'parameters':>12}{'steps':>7}" + "".join(f"{k:>16}" for k in shown))
+    table = {}
+    for c in CONDITIONINGS:
+        mine = [r for r in rows if r["conditioning"] == c]
+        values = torch.tensor([[r[k] for k in shown] for r in mine])            # (seeds, shown)
+        table[c] = list(zip(values.mean(0).tolist(), values.std(0).tolist()))
+        cells = "".join(f"{f'{mean:.3f} +- {std:.3f}':>16}" for mean, std in table[c])
+        print(f"{c:17}{mine[0]['parameters']:12,}{steps[c]:7}{cells}")
+    (out / "study.json").write_text(json.dumps({"seconds": seconds, "rows": rows}, indent=1))
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(shown), figsize=(13, 3.2))
+    for i, (ax, name) in enumerate(zip(axes, shown)):
+        for j, c in enumerate(CONDITIONINGS):
+            mean, std = table[c][i]
+            ax.errorbar(j, mean, std, fmt="o", color=f"C{j}", capsize=4)
+        ax.set(title="validation loss" if name == "loss" else name, xlim=(-0.5, 3.5))
+        ax.set_xticks(range(4), CONDITIONINGS, rotation=35, ha="right", fontsize=7)
+        ax.grid(alpha=0.3)
+    fig.tight_layout(); fig.savefig(out / "study.png", dpi=120); plt.close(fig)
+    print(f"wrote {out / 'study.json'}, {out / 'study.png'}")
+
+
+# ---- 9. Command line -----------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """Bad arguments give one line and exit status 2."""
@@ -685,13 +790,24 @@ class Parser(argparse.ArgumentParser):
 def main():
     parser = Parser(description="The backbone: a demo, or a table of presets", allow_abbrev=False)
     parser.add_argument("--table", action="store_true", help="parameters, FLOPs, memory; no demo")
+    parser.add_argument("--study", metavar="RUN", type=Path,
+                        help="compare the conditionings on the latents of a finished run")
+    parser.add_argument("--seconds", type=float, default=220.0, help="study: CPU seconds a model")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the demo")
     parser.add_argument("--out", type=Path, default=Path("out/dit"), help="folder of the figure")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: not a positive number")
+    if not args.seconds > 0:
+        parser.error(f"--seconds {args.seconds:g}: not a positive number")
     if args.table:
         return table()
+    if args.study:
+        import train
+        try:
+            return study(args.study, args.out, args.seconds)
+        except train.UserError as error:
+            parser.error(str(error))
     sys.exit(0 if demo(args.out, args.steps) else 1)
 
 

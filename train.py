@@ -1807,6 +1807,40 @@ def open_run(cfg: Config, folder: Path, device: torch.device) -> Run:
     return run
 
 
+def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Run:
+    """A run on the autoencoder and the latents of another, which differs in what comes after them:
+    `changes` maps fields to values ("dit.conditioning": "in_context"). Where it exists already, it
+    is continued. Nothing is copied where the file system has hard links.
+
+    For studies: `train_dit(run); make_samples(run); make_report(run, clips_of(run.cfg))`."""
+    base, folder = Path(base), Path(folder)
+    if not (base / "latents" / "index.json").exists():
+        raise UserError(f"{base}: no run with latents there; first: torchrun train.py --workdir "
+                        f"{base} --stage latents")
+    cfg = from_dict(Config, json.loads((base / "config.json").read_text()))
+    for name, value in changes.items():
+        section, _, key = name.rpartition(".")
+        if section:
+            value = replace(getattr(cfg, section), **{key: value})
+        setattr(cfg, section or key, value)
+    run = open_run(finish_config(cfg), folder, torch.device("cpu"))
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    for part in ("tae", "latents"):
+        if not (folder / part).exists():
+            shutil.rmtree(folder / f"{part}.tmp", ignore_errors=True)
+            shutil.copytree(base / part, folder / f"{part}.tmp", copy_function=link)
+            (folder / f"{part}.tmp").rename(folder / part)
+    if (base / "judge.json").exists():
+        shutil.copyfile(base / "judge.json", folder / "judge.json")
+    return run
+
+
 def work(cfg: Config, args: argparse.Namespace) -> None:
     """Ranks, data, run folder, then stage after stage."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -564,6 +564,17 @@ def test_a_config_survives_json():
         assert DiTConfig(**json.loads(json.dumps(asdict(cfg)))) == cfg
 
 
+def test_the_study_compares_equal_sizes():
+    size = lambda cfg: sum(w.numel() for w in make(cfg).parameters())
+    base = PRESETS["toy"]
+    for conditioning in CONDITIONINGS:
+        cfg = dit.matched(base, conditioning)
+        assert cfg.conditioning == conditioning
+        assert size(cfg) == pytest.approx(size(base), rel=0.005)
+    seconds = dit.seconds_per_step(SMALL, CONDITIONINGS, B=2, L=5, rounds=2)
+    assert set(seconds) == set(CONDITIONINGS) and min(seconds.values()) > 0
+
+
 def test_derived_widths_follow_dim():
     cfg = replace(PRESETS["toy"], dim=384)
     assert (cfg.ffn_width, cfg.text_width) == (1024, 384)

@@ -186,6 +186,26 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatc
 # ---- damage --------------------------------------------------------------------------------------
 
 
+def test_a_fork_shares_the_latents_and_changes_what_it_is_told(finished, tmp_path):
+    other = {"coupling": "independent", "seed": 1, "dit.qk_norm": True, "train_dit.steps": 4}
+    run = train.fork(finished, tmp_path / "fork", other)
+    for name in ("tae/tae.safetensors", "latents/index.json"):
+        assert (tmp_path / "fork" / name).read_bytes() == (finished / name).read_bytes()
+    train.train_dit(run)
+    train.make_samples(run)
+    report = train.make_report(run, train.clips_of(run.cfg))
+    assert report["seed"] == 1 and report["coupling"] == "independent"
+    rows = train.read_metrics(tmp_path / "fork" / "metrics.csv")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    assert train.load_run(tmp_path / "fork").cfg.dit.qk_norm
+    assert not train.load_run(finished).cfg.dit.qk_norm             # the other is as it was
+    train.fork(finished, tmp_path / "fork", other)                  # again: the same run
+    with pytest.raises(train.UserError, match="another configuration"):
+        train.fork(finished, tmp_path / "fork", {**other, "seed": 2})
+    with pytest.raises(train.UserError, match="no run with latents"):
+        train.fork(tmp_path, tmp_path / "new", {})
+
+
 def test_truncated_checkpoint_is_named_and_the_one_before_is_used(copy, finished, capfd):
     forget(copy, "dit/model.safetensors", "samples", "report.json")
     newest = sorted((copy / "dit").glob("step_*"))[-1]
