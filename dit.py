@@ -708,74 +708,21 @@ def seconds_per_step(cfg, conditionings, B=64, L=14, rounds=6):
     return {c: sorted(times)[len(times) // 2] for c, times in seconds.items()}
 
 
-def study_job(base, folder, changes):
-    """Train, sample and judge one model on one thread; its report.json is the result."""
-    import train
-    torch.set_num_threads(1)
-    run = train.fork(base, folder, changes)
-    train.train_dit(run)
-    train.make_samples(run)
-    train.make_report(run, train.clips_of(run.cfg))
-
-
-def study(base, out, seconds, seeds=3, workers=2):
+def study(base, out, seconds):
     """The conditionings on the latents of the run `base`, each for the same CPU seconds a model,
-    `seeds` times: out/study.json, out/study.png and a table."""
+    3 seeds: out/study.json, out/study.png and a table."""
     import json
-    import multiprocessing
-
-    from tqdm import tqdm
 
     import train
-    folder = out / "study"
-    folder.mkdir(parents=True, exist_ok=True)
-    cfg = train.load_run(base).cfg.dit
-    plan = folder / "steps.json"                # how many steps the seconds buy: decided only once
-    if not plan.exists():
+    out.mkdir(parents=True, exist_ok=True)
+    cfg, plan = train.load_run(base).cfg.dit, out / "steps.json"
+    if not plan.exists():                       # how many steps the seconds buy: decided once
         torch.set_num_threads(1)
-        steps = {c: round(seconds / s) for c, s in seconds_per_step(cfg, CONDITIONINGS).items()}
-        plan.write_text(json.dumps(steps))
+        times = seconds_per_step(cfg, CONDITIONINGS)
+        plan.write_text(json.dumps({c: round(seconds / s) for c, s in times.items()}))
     steps = json.loads(plan.read_text())
-    jobs = {(c, seed): (base, folder / f"{c}-{seed}", {
-                "seed": seed, "coupling": "independent", "dit": matched(cfg, c),
-                "train_dit.steps": steps[c], "sample.prompts": 80})
-            for seed in range(seeds) for c in CONDITIONINGS}
-    todo = {k: job for k, job in jobs.items() if not (job[1] / "report.json").exists()}
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        running = [pool.apply_async(study_job, job) for job in todo.values()]
-        for job in tqdm(running, desc="study", unit="model", initial=len(jobs) - len(todo),
-                        total=len(jobs)):
-            job.get()
-    rows = []
-    for (c, seed), (_, place, _) in jobs.items():
-        report = json.loads((place / "report.json").read_text())
-        rows.append({"conditioning": c, "seed": seed, "steps": steps[c],
-                     "parameters": report["parameters"]["dit"], "loss": report["dit_val_loss"],
-                     **report["prompt_accuracy"]})
-    shown = ("loss", "color", "shape", "direction", "text", "heldout")
-    print(f"{'':17}{'parameters':>12}{'steps':>7}" + "".join(f"{k:>16}" for k in shown))
-    table = {}
-    for c in CONDITIONINGS:
-        mine = [r for r in rows if r["conditioning"] == c]
-        values = torch.tensor([[r[k] for k in shown] for r in mine])            # (seeds, shown)
-        table[c] = list(zip(values.mean(0).tolist(), values.std(0).tolist()))
-        cells = "".join(f"{f'{mean:.3f} +- {std:.3f}':>16}" for mean, std in table[c])
-        print(f"{c:17}{mine[0]['parameters']:12,}{steps[c]:7}{cells}")
-    (out / "study.json").write_text(json.dumps({"seconds": seconds, "rows": rows}, indent=1))
-
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(shown), figsize=(13, 3.2))
-    for i, (ax, name) in enumerate(zip(axes, shown)):
-        for j, c in enumerate(CONDITIONINGS):
-            mean, std = table[c][i]
-            ax.errorbar(j, mean, std, fmt="o", color=f"C{j}", capsize=4)
-        ax.set(title="validation loss" if name == "loss" else name, xlim=(-0.5, 3.5))
-        ax.set_xticks(range(4), CONDITIONINGS, rotation=35, ha="right", fontsize=7)
-        ax.grid(alpha=0.3)
-    fig.tight_layout(); fig.savefig(out / "study.png", dpi=120); plt.close(fig)
-    print(f"wrote {out / 'study.json'}, {out / 'study.png'}")
+    train.compare(base, out, {c: {"dit": matched(cfg, c), "train_dit.steps": steps[c]}
+                              for c in CONDITIONINGS})
 
 
 # ---- 9. Command line -----------------------------------------------------------------------------

@@ -27,6 +27,8 @@ Contract
     python text_cond.py                                              # demo and figure          25 s
     python text_cond.py 'a red sign saying "CAT" moving left'        # who sees what             3 s
     python text_cond.py --text pretrained --words DIR --concepts DIR 'a prompt'
+    python text_cond.py --run runs/toy 'a red circle moving left'    # where its video tokens look
+    python text_cond.py --study runs/toy        # each encoder taken away in turn           30 min
 
 Differences from the paper
     - Its long-prompt MetaCLIP (256 tokens) is not public. A public one is stretched from 77, for
@@ -89,11 +91,13 @@ class TextConfig:
     offload: str = "disk"       # pretrained: where an encoder waits after use: disk | cpu | never
     cache: str = ""             # pretrained: folder that keeps features by encoder and text
     batch: int = 16             # pretrained: prompts at a time
+    without: str = ""           # words | bytes | concepts: an encoder that never says anything
 
     def __post_init__(self):
         one_of("mode", self.mode, ("toy", "pretrained"))
         one_of("precision", self.precision, ("bf16", "fp32"))
         one_of("offload", self.offload, ("disk", "cpu", "never"))
+        one_of("without", self.without, ("", *ENCODERS))
         for name in ENCODERS:
             if self.limit(name) < 2:
                 raise ValueError(f"max_{name} {self.limit(name)}: less than a token and its end")
@@ -506,6 +510,9 @@ class TextConditioner(nn.Module):
         A null token is one that may be attended to, so that a row without any text still has three
         tokens, and no softmax is ever over nothing. Padding is zero and masked."""
         P, masks = [], []
+        if self.cfg.without:
+            lost = torch.tensor([name == self.cfg.without for name in ENCODERS])
+            drop = lost[None] if drop is None else lost | drop.cpu().view(len(drop), -1)
         for i, name in enumerate(ENCODERS):
             x, mask = self.features_of(name, features)                          # (B, L, width)
             if drop is not None:
@@ -662,7 +669,70 @@ def draw(out, runs, held_out):
     print(f"  figure: {out / 'spelling.png'}")
 
 
-# ---- 8. Command line -----------------------------------------------------------------------------
+# ---- 8. In a trained run: where video tokens look, and what each encoder is good for -------------
+
+@torch.no_grad()
+def look(folder, prompt, out):
+    """Sample one clip of a finished toy run, and draw how much of the cross-attention of its video
+    tokens falls on each token of the prompt (all heads, blocks and steps) -> out/attention.png."""
+    import matplotlib
+
+    import train
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    run = train.load_run(folder)
+    if run.cfg.text.mode != "toy" or len(run.cfg.dit.streams) > 1:
+        raise ValueError(f"--run {folder}: only toy encoders and a single latent stream are drawn")
+    P, mask, _, _ = run.prompts([prompt])
+    seen = []
+
+    def weights(layer, args, result):
+        x, text, *_ = args
+        if text.shape[1] == P.shape[1]:                         # not the null prompt of guidance
+            q = rearrange(layer.q(x), "B N (h d) -> B h N d", h=layer.heads)
+            k = rearrange(layer.kv(text), "B L (two h d) -> two B h L d", two=2, h=layer.heads)[0]
+            seen.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)))       # (N, L)
+
+    hooks = [block.cross_attention.register_forward_hook(weights) for block in run.dit.blocks]
+    clip = run.generate([prompt], [0])[0]                                       # (3, T, H, W)
+    for hook in hooks:
+        hook.remove()
+    stream = run.cfg.dit.streams[0]
+    T, H, W = (n // p for n, p in zip(stream.size, stream.patch))
+    maps = rearrange(torch.stack(seen).mean(0), "(T H W) L -> L T H W", T=T, H=H).mean(1)
+    said = seen_by(prompt)
+    labels = [t for name in ("words", "bytes") for t in tokens(name, said[name])] + ["(bag)"]
+    fig, axes = plt.subplots(2, len(labels) + 1, figsize=(1.1 * len(labels) + 1, 2.7),
+                             height_ratios=(3, 1), squeeze=False)
+    frame = clip[:, clip.shape[1] // 2].permute(1, 2, 0) / 2 + 0.5
+    axes[0, 0].imshow(frame.cpu(), extent=(0, W, H, 0))
+    axes[0, 0].set_title("middle frame", fontsize=7)
+    for i, label in enumerate(labels):
+        axes[0, i + 1].imshow(maps[i].cpu(), cmap="magma", vmin=0, vmax=maps.max().item())
+        axes[0, i + 1].set_title(label, fontsize=7)
+        axes[1, i + 1].bar([0], [maps[i].mean().item()], color="C0")
+        axes[1, i + 1].set_ylim(0, maps.mean((1, 2)).max().item())
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    axes[1, 0].set_axis_off()
+    axes[1, 1].set_ylabel("share", fontsize=7)
+    out.mkdir(parents=True, exist_ok=True)
+    fig.tight_layout(pad=0.3); fig.savefig(out / "attention.png", dpi=130); plt.close(fig)
+    for label, share in zip(labels, maps.mean((1, 2)).tolist()):
+        print(f"  {label:12}{100 * share:5.1f} %")
+    print(f"  figure: {out / 'attention.png'}")
+
+
+def study(folder, out, steps):
+    """The toy system with each encoder taken away in turn, on the latents of a finished run."""
+    import train
+    variants = {"all three": {}} | {f"without {name}": {"text.without": name} for name in ENCODERS}
+    train.compare(folder, out, {k: {**v, "train_dit.steps": steps} for k, v in variants.items()},
+                  shown=("loss", "color", "shape", "direction", "text", "words", "heldout"))
+
+
+# ---- 9. Command line -----------------------------------------------------------------------------
 
 def tokens(name, text, cfg=None):
     """The tokens as text, for people."""
@@ -704,11 +774,25 @@ def main():
     for name in ("words", "concepts"):
         parser.add_argument(f"--{name}", default=getattr(TextConfig, name), metavar="NAME",
                             help="pretrained: hub name or folder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of the demo")
+    parser.add_argument("--run", type=Path, help="draw where video tokens look in this toy run")
+    parser.add_argument("--study", metavar="RUN", type=Path,
+                        help="train on its latents with each encoder taken away in turn")
+    parser.add_argument("--steps", type=int,
+                        help="training steps of the demo (300), or of each run of the study (480)")
     parser.add_argument("--out", type=Path, default=Path("out/text_cond"), help="figure's folder")
     args = parser.parse_args()
+    if args.steps is None:
+        args.steps = 480 if args.study else 300
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: not a positive number")
+    if args.study or args.run:
+        import train
+        try:
+            if args.study:
+                return study(args.study, args.out, args.steps)
+            return look(args.run, args.prompt or 'a red sign saying "A" moving left', args.out)
+        except (train.UserError, ValueError) as e:
+            parser.error(str(e))
     if args.prompt is None:
         sys.exit(0 if demo(args.out, args.steps) else 1)
     if not args.prompt.strip():

@@ -188,6 +188,7 @@ SCALES: dict[str, Callable[[], Config]] = {
 COUPLINGS = ("independent", "minibatch", "sdot", "sdot-global")
 VARIANTS = ("2.5d", "3d", "vidtwin")
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
+COMPARED = ("loss", "color", "shape", "direction", "text", "heldout")  # figures of a study
 # Fields that follow from others, and are therefore no flags.
 DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
            "vidtwin.size", "variant"}
@@ -1635,7 +1636,105 @@ img { image-rendering: pixelated }
 """
 
 
-# ---- 6. Command line -----------------------------------------------------------------------------
+# ---- 6. Studies ----------------------------------------------------------------------------------
+# A question about one setting is a few runs on the same autoencoder and the same latents. Each is a
+# run folder, so a study that is stopped goes on where it was. The stage files ask the questions.
+
+
+def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Run:
+    """A run on the autoencoder and the latents of another, which differs in what comes after them:
+    `changes` maps fields to values ("dit.conditioning": "in_context"). Where it exists already, it
+    is continued. Nothing is copied where the file system has hard links."""
+    base, folder = Path(base), Path(folder)
+    if not (base / "latents" / "index.json").exists():
+        raise UserError(f"{base}: no run with latents there; first: torchrun train.py --workdir "
+                        f"{base} --stage latents")
+    cfg = from_dict(Config, json.loads((base / "config.json").read_text()))
+    for name, value in changes.items():
+        section, _, key = name.rpartition(".")
+        if section:
+            value = replace(getattr(cfg, section), **{key: value})
+        setattr(cfg, section or key, value)
+    run = open_run(finish_config(cfg), folder, torch.device("cpu"))
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    for part in ("tae", "latents"):
+        if not (folder / part).exists():
+            shutil.rmtree(folder / f"{part}.tmp", ignore_errors=True)
+            shutil.copytree(base / part, folder / f"{part}.tmp", copy_function=link)
+            (folder / f"{part}.tmp").rename(folder / part)
+    if (base / "judge.json").exists():
+        shutil.copyfile(base / "judge.json", folder / "judge.json")
+    return run
+
+
+def _compared(base: Path, folder: Path, changes: dict[str, object]) -> None:
+    torch.set_num_threads(1)
+    run = fork(base, folder, changes)
+    train_dit(run)
+    make_samples(run)
+    make_report(run, clips_of(run.cfg))
+
+
+def compare(base: Path, out: Path, variants: dict[str, dict[str, object]], seeds: int = 3,
+            workers: int = 2, shown: tuple[str, ...] = COMPARED) -> list[dict]:
+    """Train, sample and judge each variant (name -> changes for `fork`) on the latents of `base`,
+    `seeds` times, each on one thread, `workers` at a time. Prints mean and spread of the figures in
+    `shown`; writes them all to out/study.json, and out/study.png -> one row for each run."""
+    import multiprocessing
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    jobs = {(name, seed): (base, out / "study" / f"{name}-{seed}",
+                           {"seed": seed, "coupling": "independent", "sample.prompts": 80,
+                            **changes})
+            for seed in range(seeds) for name, changes in variants.items()}
+    done = lambda job: (job[1] / "report.json").exists()
+    todo = [job for job in jobs.values() if not done(job)]
+    out.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        waiting = [pool.apply_async(_compared, job) for job in todo]
+        for result in tqdm(waiting, desc="study", unit="run", initial=len(jobs) - len(todo),
+                           total=len(jobs)):
+            result.get()
+    rows = []
+    for (name, seed), (_, folder, _) in jobs.items():
+        report = json.loads((folder / "report.json").read_text())
+        steps = json.loads((folder / "config.json").read_text())["train_dit"]["steps"]
+        rows.append({"variant": name, "seed": seed, "steps": steps, "loss": report["dit_val_loss"],
+                     "parameters": report["parameters"], **report["prompt_accuracy"]})
+    write_json(out / "study.json", rows)
+    wide = max(map(len, variants)) + 2
+    print(f"{'':{wide}}{'steps':>6}" + "".join(f"{k:>17}" for k in shown))
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.2 * len(shown), 3.2))
+    for j, name in enumerate(variants):
+        mine = [r for r in rows if r["variant"] == name]
+        values = torch.tensor([[float(r[k]) for k in shown] for r in mine])     # (seeds, shown)
+        pairs = list(zip(values.mean(0).tolist(), values.std(0, correction=seeds > 1).tolist()))
+        cells = "".join(f"{f'{mean:.3f} +- {spread:.3f}':>17}" for mean, spread in pairs)
+        print(f"{name:{wide}}{mine[0]['steps']:>6}{cells}")
+        for ax, (mean, spread) in zip(axes, pairs):
+            ax.errorbar(j, mean, spread, fmt="o", color=f"C{j}", capsize=4)
+    for ax, title in zip(axes, shown):
+        ax.set(title="validation loss" if title == "loss" else title, xlim=(-0.5, j + 0.5))
+        ax.set_xticks(range(len(variants)), variants, rotation=35, ha="right", fontsize=7)
+        ax.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "study.png", dpi=120)
+    plt.close(figure)
+    print(f"wrote {out / 'study.json'}, {out / 'study.png'}")
+    return rows
+
+
+# ---- 7. Command line -----------------------------------------------------------------------------
 
 
 def from_dict(kind, value: dict):
@@ -1804,40 +1903,6 @@ def open_run(cfg: Config, folder: Path, device: torch.device) -> Run:
     if rank() == 0 and not path.exists():
         write_json(path, mine)
     barrier()
-    return run
-
-
-def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Run:
-    """A run on the autoencoder and the latents of another, which differs in what comes after them:
-    `changes` maps fields to values ("dit.conditioning": "in_context"). Where it exists already, it
-    is continued. Nothing is copied where the file system has hard links.
-
-    For studies: `train_dit(run); make_samples(run); make_report(run, clips_of(run.cfg))`."""
-    base, folder = Path(base), Path(folder)
-    if not (base / "latents" / "index.json").exists():
-        raise UserError(f"{base}: no run with latents there; first: torchrun train.py --workdir "
-                        f"{base} --stage latents")
-    cfg = from_dict(Config, json.loads((base / "config.json").read_text()))
-    for name, value in changes.items():
-        section, _, key = name.rpartition(".")
-        if section:
-            value = replace(getattr(cfg, section), **{key: value})
-        setattr(cfg, section or key, value)
-    run = open_run(finish_config(cfg), folder, torch.device("cpu"))
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-
-    for part in ("tae", "latents"):
-        if not (folder / part).exists():
-            shutil.rmtree(folder / f"{part}.tmp", ignore_errors=True)
-            shutil.copytree(base / part, folder / f"{part}.tmp", copy_function=link)
-            (folder / f"{part}.tmp").rename(folder / part)
-    if (base / "judge.json").exists():
-        shutil.copyfile(base / "judge.json", folder / "judge.json")
     return run
 
 

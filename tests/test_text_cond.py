@@ -552,3 +552,23 @@ def test_a_demo_that_has_not_learnt_fails(tmp_path):
 def test_the_demo_passes(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 0 and done.stdout.count("PASS") == 2, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("lost", ENCODERS)
+def test_without_an_encoder_nothing_depends_on_it(lost):
+    torch.manual_seed(0)
+    text = TextConditioner(TextConfig("toy", 48, width=32, without=lost))
+    prompts = ['a red sign saying "CAT" moving left', "a blue circle moving up fast"]
+    features = text.encode(prompts)
+    P, mask = text(features)
+    other = {k: v.flip(0) if k == lost else v for k, v in features.items()}
+    assert torch.equal(P, text(other)[0]) and torch.equal(mask, text(other)[1])
+    for name in set(ENCODERS) - {lost}:
+        other = {k: v.flip(0) if k == name else v for k, v in features.items()}
+        made = text(other)[0]
+        assert made.shape != P.shape or not torch.allclose(made, P)
+    drop = torch.tensor([True, False])
+    dropped, left = text(features, drop)
+    assert left[0].sum() == 3 and torch.allclose(dropped[0][left[0]], text.null_tokens(1)[0][0])
+    with pytest.raises(ValueError, match="without none"):
+        TextConfig("toy", without="none")

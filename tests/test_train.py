@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tae
+import text_cond
 import train
 
 ROOT = Path(train.__file__).parent
@@ -204,6 +205,29 @@ def test_a_fork_shares_the_latents_and_changes_what_it_is_told(finished, tmp_pat
         train.fork(finished, tmp_path / "fork", {**other, "seed": 2})
     with pytest.raises(train.UserError, match="no run with latents"):
         train.fork(tmp_path, tmp_path / "new", {})
+
+
+def test_a_study_is_runs_that_can_be_continued(finished, tmp_path, capfd):
+    variants = {"plain": {"train_dit.steps": 2},
+                "normed": {"train_dit.steps": 2, "dit.qk_norm": True}}
+    rows = train.compare(finished, tmp_path, variants, seeds=2)
+    assert [(r["variant"], r["seed"]) for r in rows] == [("plain", 0), ("normed", 0), ("plain", 1),
+                                                         ("normed", 1)]
+    out = capfd.readouterr().out
+    assert out.count(" +- ") == 2 * len(train.COMPARED) and (tmp_path / "study.png").exists()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("report.json")}
+    shutil.rmtree(tmp_path / "study" / "normed-1")
+    assert train.compare(finished, tmp_path, variants, seeds=2) == rows     # one made again, alike
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("report.json")}
+    assert sum(after[p] != t for p, t in before.items()) == 1
+
+
+def test_where_video_tokens_look(finished, tmp_path, capsys):
+    text_cond.look(finished, 'a red sign saying "AT" moving left', tmp_path)
+    shares = [float(line.split()[-2]) for line in capsys.readouterr().out.splitlines()
+              if line.endswith(" %")]
+    assert len(shares) == 7 + 3 + 1 and sum(shares) == pytest.approx(100, abs=0.6)
+    assert (tmp_path / "attention.png").stat().st_size > 0
 
 
 def test_truncated_checkpoint_is_named_and_the_one_before_is_used(copy, finished, capfd):
