@@ -208,8 +208,8 @@ def test_a_fork_shares_the_latents_and_changes_what_it_is_told(finished, tmp_pat
 
 
 def test_a_study_is_runs_that_can_be_continued(finished, tmp_path, capfd):
-    variants = {"plain": {"train_dit.steps": 2},
-                "normed": {"train_dit.steps": 2, "dit.qk_norm": True}}
+    plain = {"train_dit.steps": 2, "sample.prompts": 5}
+    variants = {"plain": plain, "normed": {**plain, "dit.qk_norm": True}}
     rows = train.compare(finished, tmp_path, variants, seeds=2)
     assert [(r["variant"], r["seed"]) for r in rows] == [("plain", 0), ("normed", 0), ("plain", 1),
                                                          ("normed", 1)]
