@@ -20,6 +20,7 @@ Contract
                      -> Posterior over z; z (B,C,T',H',W'), T' = ceil(T / time factor); VidTwin: of
                      one fixed T, H, W, z flat (B, n), to be cut up by `streams`
     decode(z, T)     z -> (B,3,T,H,W); surplus frames of the last latent are dropped
+                     both: stream=True for the same result, frame by frame, in bounded memory
     normalize(z)     to mean 0, std 1 per channel, with the buffers that `LatentStats` fills
     sample_world(rng), render([World])    the toy world: captioned motion without a download
 
@@ -47,9 +48,10 @@ import math
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -423,21 +425,24 @@ class Conv2D(nn.Conv2d):
 
     def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         """The same of frames (B, C, H, W) that come one after the other (section 4, streaming)."""
-        return (Conv2D.forward(self, x) for x in frames)
+        return map(partial(Conv2D.forward, self), frames)
 
 
 def windows(frames: Iterable[Tensor], stride: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """What a kernel of 3 sees, replicate padded: (0, 0, 1), (0, 1, 2), ... (n - 2, n - 1, n - 1);
-    with a stride, every stride-th of them. A window is out as soon as its last frame is in."""
+    with a stride, every stride-th of them. A window is out as soon as its last frame is in, and
+    two frames are kept for the next."""
     frames = iter(frames)
     past = now = next(frames)
     for i in itertools.count():
         after = next(frames, None)
+        last = now if after is None else after
         if i % stride == 0:
-            yield past, now, now if after is None else after
+            yield past, (past := now), (now := last)    # moves on before it waits: two, not three
+        else:
+            past, now = now, last
         if after is None:
             return
-        past, now = now, after
 
 
 class TemporalConv(nn.Module):
@@ -503,7 +508,11 @@ class Conv3D(nn.Module):
         return self.convolve(torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2), self.stride[0])
 
     def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        return (self.convolve(torch.stack(w, 2)) for w in windows(frames, self.stride[0]))
+        return map(self.one, windows(frames, self.stride[0]))
+
+    def one(self, window: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The frame that three frames make."""
+        return self.convolve(torch.stack(window, 2))
 
     def convolve(self, x: Tensor, stride: int = 1) -> Tensor:
         """(B, C, T + 2, H, W) -> folded frames."""
@@ -534,6 +543,10 @@ class FrameNorm(nn.GroupNorm):
     def __init__(self, channels: int):
         super().__init__(math.gcd(32, channels // 4), channels, eps=1e-6)
 
+    def silu(self, x: Tensor) -> Tensor:
+        """The norm, and the SiLU that follows it everywhere but in attention."""
+        return F.silu(self(x))
+
 
 # ---- 4. The convolutional autoencoder, 2.5D and 3D -----------------------------------------------
 
@@ -548,15 +561,20 @@ class ResBlock(nn.Module):
         self.skip = Conv2D(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, T: int) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)), T)
-        h = self.conv2(F.silu(self.norm2(h)), T)
+        h = self.conv1(self.norm1.silu(x), T)
+        h = self.conv2(self.norm2.silu(h), T)
         return self.skip(x) + h
 
     def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        x, h = itertools.tee(frames)            # x waits for h, which is two frames late
-        h = self.conv1.stream(F.silu(self.norm1(a)) for a in h)
-        h = self.conv2.stream(F.silu(self.norm2(a)) for a in h)
-        return (self.skip(a) + b for a, b in zip(x, h))
+        waiting: deque[Tensor] = deque()        # x, for h, which is two frames late
+
+        def enter(x: Tensor) -> Tensor:
+            waiting.append(x)
+            return self.norm1.silu(x)
+
+        h = self.conv1.stream(map(enter, frames))
+        h = self.conv2.stream(map(self.norm2.silu, h))
+        return map(lambda y: self.skip(waiting.popleft()) + y, h)  # noqa: C417, it would keep y
 
 
 class Attention(nn.Module):
@@ -642,7 +660,7 @@ class Resample(nn.Module):
     def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         joint = not isinstance(self.conv, Conv25D)
         if self.up and self.space == 2:
-            frames = (F.interpolate(x, scale_factor=2.0) for x in frames)
+            frames = map(partial(F.interpolate, scale_factor=2.0), frames)
         if not joint:
             frames = Conv2D.stream(self.conv, frames)
         if self.up and self.time == 2:
@@ -693,7 +711,7 @@ class Encoder(nn.Module):
 
     def finish(self, h: Tensor, T: int) -> Tensor:
         h, T = run_blocks([self.middle], h, T, self.cfg.checkpointing)
-        h = self.conv_out(F.silu(self.norm_out(h)), T)
+        h = self.conv_out(self.norm_out.silu(h), T)
         return rearrange(h, "(b t) c h w -> b c t h w", t=T)                   # (B, 2C, T', H', W')
 
     def stream(self, x: Tensor) -> Tensor:
@@ -734,7 +752,7 @@ class Decoder(nn.Module):
         h, T = run_blocks([self.middle], h, T, self.cfg.checkpointing)
         for level in self.levels:
             h, T = run_blocks(level, h, T, self.cfg.checkpointing)
-        h = self.conv_out(F.silu(self.norm_out(h)), T)
+        h = self.conv_out(self.norm_out.silu(h), T)
         return rearrange(h, "(b t) (c p q) h w -> b c t (h p) (w q)", t=T, p=s, q=s)
 
     def stream(self, z: Tensor, out: Tensor) -> Tensor:
@@ -745,7 +763,7 @@ class Decoder(nn.Module):
         frames = rearrange(h, "(b t) c h w -> t b c h w", t=T)
         for block in itertools.chain(*self.levels):
             frames = block.stream(frames)
-        frames = self.conv_out.stream(F.silu(self.norm_out(h)) for h in frames)
+        frames = self.conv_out.stream(map(self.norm_out.silu, frames))
         for t, h in zip(range(out.shape[2]), frames):
             out[:, :, t] = rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=s, q=s)
         return out

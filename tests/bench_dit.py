@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dit
+import text_cond
 
 D, DEPTH, HEADS, L = 768, 4, 12, 64
 GRIDS = {512: (8, 8, 8), 2048: (8, 16, 16), 8192: (8, 32, 32)}      # tokens: frames, rows, columns
@@ -122,6 +123,7 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    text_cond.make_torchvision_importable()
     rows = []
     print(f"width {D}, depth {DEPTH}, {HEADS} heads, {L} text tokens, {torch.get_num_threads()} "
           "threads\n| tokens | pass | transformer | parameters, M | tokens/s | time / bare |\n"

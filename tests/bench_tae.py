@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tae
+import text_cond
 
 SIZE = 128
 NAMES = ("filmstrip 2.5D, streamed", "filmstrip 2.5D, whole", "AutoencoderKLWan",
@@ -56,6 +57,7 @@ def peak() -> float:
 def memory(name: str, frames: int) -> float:
     """Peak of this fresh process while it encodes and decodes once, less the imports, in MiB."""
     if not name.startswith("filmstrip"):
+        text_cond.make_torchvision_importable()
         import diffusers
         getattr(diffusers, name)                # imported when asked for
     x, before = clip(frames), peak()
@@ -83,6 +85,7 @@ def main() -> None:
                                  env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
             rows.append({"model": name, "frames": frames, "peak_mib": round(float(out.stdout))})
             print(f"{name}, {frames} frames: {out.stdout.strip()} MiB", flush=True)
+    text_cond.make_torchvision_importable()
     models = {name: build(name) for name in NAMES}
     seconds: dict = {(r["model"], r["frames"]): [] for r in rows}
     for repeat in range(args.repeats + 1):                      # the first warms up
