@@ -198,6 +198,12 @@ WORDS = tuple(
     "NET NOT NUT OAT ONE OUT SAT SEA SON TAN TEN THE TOE TON TOO USE".split()
 )
 HELDOUT_WORDS = tuple("AH LA OH ON ALE CAT HAT HUE SET SUN TEA".split())  # never trained on
+SCRIPTS = {  # letters; words; words never trained on, of letters that are
+    "latin": (LETTERS, WORDS, HELDOUT_WORDS),
+    "chinese": (tuple("人大山水火木日月口田"), tuple(
+        "大人 大山 大水 大火 大田 山口 山水 水田 水火 火山 木人 木口 日月 人口 田口".split()),
+        tuple("火口 大木 山田 水口 月日".split())),
+}
 WANDER = {"sign": 1 / 32, "shape": 3 / 32}  # how far from the middle a lone thing passes at most
 SUPERSAMPLE = 4
 
@@ -230,7 +236,7 @@ def is_heldout(thing: Thing) -> bool:
 
     Each colour, shape and direction is held out with some partners and trained with others."""
     if thing.shape == "sign":
-        return thing.word in HELDOUT_WORDS
+        return any(thing.word in heldout for _, _, heldout in SCRIPTS.values())
     c, s = list(COLORS).index(thing.color), SHAPES.index(thing.shape)
     d = list(DIRECTIONS).index(thing.direction)
     return (c + 2 * s + 4 * d) % 9 == 0
@@ -238,19 +244,27 @@ def is_heldout(thing: Thing) -> bool:
 
 @cache
 def glyphs(word: str, cap: int) -> Tensor:
-    """Ink of `word` in DejaVu Sans Mono Bold, capitals `cap` pixels high -> (cap, w) bool.
-
-    The font ships with matplotlib. Its capitals are 0.729 em high, its letters 0.602 em wide."""
-    from matplotlib.font_manager import FontProperties
+    """Ink of `word`, capitals `cap` pixels high -> (cap, w) bool. Latin letters in DejaVu Sans Mono
+    Bold, which ships with matplotlib: capitals are 0.729 em high, letters 0.602 em wide. Chinese in
+    WenQuanYi Micro Hei (Debian: fonts-wqy-microhei), a square em of which 0.92 holds ink."""
+    from matplotlib.font_manager import FontProperties, findSystemFonts
     from matplotlib.path import Path as Outline
     from matplotlib.textpath import TextPath
 
-    font = FontProperties(family="DejaVu Sans Mono", weight="bold")
+    if word.isascii():
+        font = FontProperties(family="DejaVu Sans Mono", weight="bold")
+        height, width, below = 72.9, 60.2, 0.0                      # hundredths of an em
+    else:
+        files = [f for f in findSystemFonts() if Path(f).name == "wqy-microhei.ttc"]
+        if not files:
+            raise ValueError("the font WenQuanYi Micro Hei is not installed (Debian: apt install "
+                             "fonts-wqy-microhei)")
+        font, (height, width, below) = FontProperties(fname=files[0]), (92.0, 100.0, 9.0)
     path = TextPath((0, 0), word, size=100, prop=font)
-    scale = 72.9 / cap
-    w = round(60.2 * len(word) / scale)
+    scale = height / cap
+    w = round(width * len(word) / scale)
     x, y = torch.meshgrid(torch.arange(w) + 0.5, cap - torch.arange(cap) - 0.5, indexing="xy")
-    points = torch.stack([x.flatten(), y.flatten()], 1).numpy() * scale
+    points = torch.stack([x.flatten() * scale, y.flatten() * scale - below], 1).numpy()
     inside = torch.zeros(cap * w, dtype=torch.bool)
     for outline in path.to_polygons():  # exclusive or: the inner outline of an O is a hole
         inside ^= torch.from_numpy(Outline(outline).contains_points(points))
@@ -279,8 +293,8 @@ def bitmap(shape: str, word: str, radius: int) -> Tensor:
 
 def bitmap_of(thing: Thing, H: int) -> tuple[str, str, int]:
     """Arguments of `bitmap` for a thing in a picture H pixels high. Short words are larger: at
-    H = 32 capitals of 16, 11 and 8 pixels."""
-    cap = {1: 16, 2: 11}.get(len(thing.word), 8) / 32
+    H = 32 capitals of 16, 11 and 8 pixels; the wider Chinese characters of 15 and 10."""
+    cap = {1: 16, 2: 11}.get(len(thing.word), 8) / 32 - (not thing.word.isascii()) / 32
     size = cap if thing.shape == "sign" else thing.radius
     return thing.shape, thing.word, round(size * H * SUPERSAMPLE)
 
@@ -332,10 +346,13 @@ def apart(a: Thing, b: Thing, frames: int) -> bool:
 
 def sample_world(
     rng: random.Random, things: int = 1, signs: float = 0.4, heldout: bool | None = False,
-    frames: int = 16, overlap: bool = False,
+    frames: int = 16, overlap: bool = False, script: str = "latin",
 ) -> World:
     """Draw a world. heldout: False for training, True for combinations that training never shows,
-    None for both. Things of different colour; they never overlap, unless `overlap`."""
+    None for both. Things of different colour; they never overlap, unless `overlap`. script: of the
+    signs. 70 % of them show one letter, the others words."""
+    letters, words, never = SCRIPTS[script]
+    lengths = sorted({len(w) for w in words})
     drawn: list[Thing] = []
     tries = 0
     while len(drawn) < things:
@@ -343,14 +360,15 @@ def sample_world(
         if tries % 50 == 0:  # nothing fits beside what is there
             drawn.clear()
         sign = rng.random() < signs
-        length = rng.choices((1, 2, 3), (0.7, 0.15, 0.15))[0]
-        words = LETTERS if length == 1 else [w for w in WORDS + HELDOUT_WORDS if len(w) == length]
+        rest = 0.3 / len(lengths)
+        length = rng.choices((1, *lengths), (0.7, *(rest for _ in lengths)))[0]
+        choice = letters if length == 1 else [w for w in words + never if len(w) == length]
         thing = Thing(
             color=rng.choice([c for c in COLORS if c not in [d.color for d in drawn]]),
             shape="sign" if sign else rng.choice(SHAPES),
             direction=rng.choice(list(DIRECTIONS)),
             speed="slow" if sign else rng.choice(list(SPEEDS)),  # a long word has no room
-            word=rng.choice(words) if sign else "",
+            word=rng.choice(choice) if sign else "",
             radius=rng.uniform(0.17, 0.19),
         )
         if heldout is None or is_heldout(thing) == heldout:

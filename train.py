@@ -44,6 +44,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -78,6 +79,7 @@ class ClipConfig:
     size: int = 32  # H = W
     fps: int = 8  # of the files that are written
     things: int = 1  # moving objects in a clip of the toy world
+    script: str = "latin"  # of its signs: latin | chinese
     count: int = 6144  # M: clips in the data set that the DiT is trained on
     max_interval: int = 4  # real videos: take every n-th frame, n drawn from 1 .. max_interval
     workers: int = 2  # processes that decode real videos
@@ -218,6 +220,11 @@ def finish_config(cfg: Config) -> Config:
                 raise UserError(f"--{section}.{name} {getattr(t, name)}: must be from 0 to 1")
         if not t.lr > 0:
             raise UserError(f"--{section}.lr {t.lr}: must be above 0")
+    one_of("--clips.script", c.script, autoencoder.SCRIPTS)
+    try:
+        autoencoder.glyphs(autoencoder.SCRIPTS[c.script][0][0], 16)
+    except ValueError as error:
+        raise UserError(f"--clips.script {c.script}: {error}") from None
     if c.things > len(autoencoder.COLORS):
         raise UserError(
             f"--clips.things {c.things}: at most {len(autoencoder.COLORS)}, one of each colour"
@@ -275,7 +282,7 @@ def caption(world: autoencoder.World) -> str:
 _one_of = lambda words: "|".join(sorted(words, key=len, reverse=True))
 GRAMMAR = re.compile(
     rf"an? (?P<color>{_one_of(autoencoder.COLORS)}) "
-    rf'(?:(?P<shape>{_one_of(autoencoder.SHAPES)})|sign saying "(?P<word>[A-Z]+)")'
+    rf'(?:(?P<shape>{_one_of(autoencoder.SHAPES)})|sign saying "(?P<word>[^" ]+)")'
     rf" moving (?P<direction>{_one_of(autoencoder.DIRECTIONS)})(?P<fast> fast)?"
 )
 
@@ -318,29 +325,22 @@ def centred_sprite(alpha: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
     return nn.functional.grid_sample(alpha[:, None], grid, align_corners=False).mean((0, 1))
 
 
-_TEMPLATES: dict[int, tuple[Tensor, list[tuple[str, str]]]] = {}
-
-
-def templates(H: int) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Sprites of every shape and word, made by the same measurement from rendered clips: (K, H*H)
-    unit rows, labels."""
-    if H not in _TEMPLATES:
-        things = [
-            autoencoder.Thing("white", s, "right", "slow", radius=r / 200, x=0.4, y=0.5)
-            for s in autoencoder.SHAPES
-            for r in range(26, 42, 2)
-        ] + [
-            autoencoder.Thing("white", "sign", "right", "slow", w, x=0.38, y=0.5)
-            for w in (*autoencoder.LETTERS, *autoencoder.WORDS, *autoencoder.HELDOUT_WORDS)
-        ]
-        rows = []
-        for thing in things:
-            (clip,) = autoencoder.render([autoencoder.World((thing,))], H=H)
-            alpha, cx, cy = track((clip[0] + 1) / 2)
-            rows.append(centred_sprite(alpha, cx, cy).flatten())
-        _TEMPLATES[H] = (nn.functional.normalize(torch.stack(rows), dim=1),
-                         [(t.shape, t.word) for t in things])
-    return _TEMPLATES[H]
+@cache
+def templates(H: int, script: str) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Sprites of every shape, and of every word of a script, made by the same measurement from
+    rendered clips: (K, H*H) unit rows, labels."""
+    shape = autoencoder.Thing("white", "circle", "right", "slow", x=0.4)
+    things = [replace(shape, shape=s, radius=r / 200)
+              for s in autoencoder.SHAPES for r in range(26, 42, 2)]
+    sign = replace(shape, shape="sign", x=0.38)
+    things += [replace(sign, word=w) for words in autoencoder.SCRIPTS[script] for w in words]
+    rows = []
+    for thing in things:
+        (clip,) = autoencoder.render([autoencoder.World((thing,))], H=H)
+        alpha, cx, cy = track((clip[0] + 1) / 2)
+        rows.append(centred_sprite(alpha, cx, cy).flatten())
+    labels = [(t.shape, t.word) for t in things]
+    return nn.functional.normalize(torch.stack(rows), dim=1), labels
 
 
 def track(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,7 +353,7 @@ def track(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return alpha, cx, cy
 
 
-def perceive(clip: Tensor, things: int = 1) -> list[dict[str, str]]:
+def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[str, str]]:
     """What a clip (3, T, H, W) in [-1, 1] shows, from its pixels alone: colour, shape, direction,
     speed and text of `things` objects. Background = the median pixel of the rim; an object = what
     differs from it; direction and speed = a straight line through the centres of mass; shape and
@@ -369,7 +369,7 @@ def perceive(clip: Tensor, things: int = 1) -> list[dict[str, str]]:
     solid = alpha > 0.75
     colors = seen_colors(x)  # (T, H, W)
     areas = torch.bincount(colors[solid], minlength=len(autoencoder.COLORS))
-    bank, labels = templates(H)
+    bank, labels = templates(H, script)
     seen = []
     for color in areas.topk(things).indices.tolist():
         own = alpha if things == 1 else torch.where(colors == color, alpha, 0)
@@ -403,7 +403,8 @@ def judge(clip: Tensor, prompt: str) -> dict[str, bool]:
     wanted = parse(prompt)
     if not wanted:
         raise ValueError(f"prompt {prompt!r}: not of the toy grammar")
-    seen = perceive(clip, len(wanted))
+    latin = all(w["text"].isascii() for w in wanted)
+    seen = perceive(clip, len(wanted), "latin" if latin else "chinese")
     if len(wanted) > 1:
         by_color = {s["color"]: s for s in seen}
         seen = [by_color.get(w["color"], dict.fromkeys(w, "none")) for w in wanted]
@@ -428,11 +429,12 @@ def accuracy(verdicts: list[dict[str, bool]],
 def check_judge(cfg: Config, n: int = 500) -> dict[str, float]:
     """Agreement of the judge with the truth on n rendered clips."""
     rng = random.Random(f"judge/{cfg.seed}")
-    worlds = [autoencoder.sample_world(rng, cfg.clips.things, heldout=None, frames=cfg.clips.frames)
-              for _ in range(n)]
+    c = cfg.clips
+    worlds = [autoencoder.sample_world(rng, c.things, heldout=None, frames=c.frames,
+                                       script=c.script) for _ in range(n)]
     verdicts = []
     for world in worlds:
-        (clip,) = autoencoder.render([world], cfg.clips.frames, cfg.clips.size)
+        (clip,) = autoencoder.render([world], c.frames, c.size)
         verdicts.append(judge(clip, caption(world)))
     return accuracy(verdicts)
 
@@ -441,7 +443,7 @@ def test_prompts(cfg: Config) -> list[tuple[str, str]]:
     """(category, prompt) with fixed seeds: `trained` (3/5 shapes, 2/5 one-letter signs), `heldout`
     combinations of shapes, `words` of two and three letters, `words_heldout`."""
     rng = random.Random(f"prompts/{cfg.seed}")
-    n, things = cfg.sample.prompts, cfg.clips.things
+    n, c = cfg.sample.prompts, cfg.clips
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
     out: list[tuple[str, str]] = []
     signs = 2 * n // 5
@@ -449,9 +451,8 @@ def test_prompts(cfg: Config) -> list[tuple[str, str]]:
         got = 0
         while got < count:
             word = kind.startswith("words") or (kind == "trained" and got < signs)
-            world = autoencoder.sample_world(
-                rng, things, float(word), heldout=kind.endswith("heldout"), frames=cfg.clips.frames
-            )
+            world = autoencoder.sample_world(rng, c.things, float(word), frames=c.frames,
+                                             heldout=kind.endswith("heldout"), script=c.script)
             if word and (kind == "trained") != (len(world.things[0].word) == 1):
                 continue
             out.append((kind, caption(world)))
@@ -475,7 +476,8 @@ class ToyClips:
         c, most = self.cfg.clips, self.cfg.train_tae.motion
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
         things = max(c.things, self.cfg.train_tae.crowd) if split == "tae" else c.things
-        world = autoencoder.sample_world(rng, things, frames=c.frames, overlap=split == "tae")
+        world = autoencoder.sample_world(rng, things, frames=c.frames, overlap=split == "tae",
+                                         script=c.script)
         faster = done is not None and most > 1
         interval = autoencoder.motion_interval(rng, done, most) if faster else 1.0
         return autoencoder.render([world], c.frames, c.size, interval=interval)[0], caption(world)

@@ -94,6 +94,24 @@ def test_heldout_is_never_drawn_and_leaves_no_word_or_colour_out():
     assert not set(tae.WORDS) & set(tae.HELDOUT_WORDS)
 
 
+def test_chinese_signs_or_one_clear_line(monkeypatch):
+    letters, words, never = tae.SCRIPTS["chinese"]
+    assert len(letters) == 10 and not set(words) & set(never)
+    assert set("".join(never)) <= set("".join(words)) <= set(letters)     # new words, known letters
+    try:
+        ink = {w: tae.glyphs(w, 60) for w in letters}
+    except ValueError as error:
+        assert "fonts-wqy-microhei" in str(error) and "\n" not in str(error)
+        pytest.skip("fonts-wqy-microhei is not installed")
+    for w, g in ink.items():
+        assert 0.1 < g.float().mean() < 0.6, w
+        assert not g[:, 0].any() and not g[:, -1].any()                   # nothing is cut off
+    assert not ink["口"][25:35, 25:35].any() and ink["田"][25:35, 25:35].any()
+    rng = random.Random(0)
+    drawn = [tae.sample_world(rng, signs=1.0, script="chinese").things[0] for _ in range(300)]
+    assert {t.word for t in drawn} <= {*letters, *words} and not any(map(tae.is_heldout, drawn))
+
+
 def test_letters_have_holes():
     for letter, holes in (("O", 1), ("B", 2), ("I", 0)):
         ink = F.pad(tae.glyphs(letter, 40), [2] * 4)

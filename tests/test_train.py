@@ -65,6 +65,19 @@ def test_judge_agrees_with_two_objects():
     assert min(agreement.values()) >= 0.97
 
 
+def test_judge_reads_chinese():
+    try:
+        tae.glyphs("人", 16)
+    except ValueError:
+        pytest.skip("fonts-wqy-microhei is not installed")
+    cfg = train.SCALES["toy"]()
+    cfg.clips.script = "chinese"
+    agreement = train.check_judge(train.finish_config(cfg), 300)
+    assert min(agreement.values()) >= 0.99
+    world = tae.World((tae.Thing("red", "sign", "left", "slow", "火山"),))
+    assert train.parse(train.caption(world))[0]["text"] == "火山"
+
+
 def test_judge_can_fail():
     rng = random.Random(0)
     worlds = [tae.sample_world(rng) for _ in range(120)]
