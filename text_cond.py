@@ -725,11 +725,20 @@ def look(folder, prompt, out):
 
 
 def study(folder, out, steps):
-    """The toy system with each encoder taken away in turn, on the latents of a finished run."""
+    """The toy system with each encoder taken away in turn, on the latents of a finished run. Then
+    signs in Latin letters, one byte each, against signs in Chinese characters, three bytes each:
+    the same autoencoder, which saw only the first; out/scripts."""
     import train
     variants = {"all three": {}} | {f"without {name}": {"text.without": name} for name in ENCODERS}
     train.compare(folder, out, {k: {**v, "train_dit.steps": steps} for k, v in variants.items()},
                   shown=("loss", "color", "shape", "direction", "text", "words", "heldout"))
+    try:
+        train.compare(folder, out / "scripts", {script: {
+            "clips.script": script, "clips.count": 6144, "train_dit.steps": steps}
+            for script in ("latin", "chinese")},
+            shown=("loss", "color", "shape", "text", "words", "words_heldout"))
+    except train.UserError as e:
+        print(f"Chinese signs: skipped, {e}")
 
 
 # ---- 9. Command line -----------------------------------------------------------------------------

@@ -1645,8 +1645,9 @@ img { image-rendering: pixelated }
 
 def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Run:
     """A run on the autoencoder and the latents of another, which differs in what comes after them:
-    `changes` maps fields to values ("dit.conditioning": "in_context"). Where it exists already, it
-    is continued. Nothing is copied where the file system has hard links."""
+    `changes` maps fields to values ("dit.conditioning": "in_context"). Changes of `clips.` take the
+    autoencoder only. Where the run exists already, it is continued. Nothing is copied where the file
+    system has hard links."""
     base, folder = Path(base), Path(folder)
     if not (base / "latents" / "index.json").exists():
         raise UserError(f"{base}: no run with latents there; first: torchrun train.py --workdir "
@@ -1665,7 +1666,8 @@ def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Ru
         except OSError:
             shutil.copyfile(source, target)
 
-    for part in ("tae", "latents"):
+    other = any(name.startswith("clips.") for name in changes)
+    for part in ("tae",) if other else ("tae", "latents"):
         if not (folder / part).exists():
             shutil.rmtree(folder / f"{part}.tmp", ignore_errors=True)
             shutil.copytree(base / part, folder / f"{part}.tmp", copy_function=link)
@@ -1678,9 +1680,12 @@ def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Ru
 def _compared(base: Path, folder: Path, changes: dict[str, object]) -> None:
     torch.set_num_threads(1)
     run = fork(base, folder, changes)
+    clips = clips_of(run.cfg)
+    encode_latents(run, clips)
+    couple_latents(run)
     train_dit(run)
     make_samples(run)
-    make_report(run, clips_of(run.cfg))
+    make_report(run, clips)
 
 
 def compare(base: Path, out: Path, variants: dict[str, dict[str, object]], seeds: int = 3,
