@@ -1645,9 +1645,9 @@ img { image-rendering: pixelated }
 
 def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Run:
     """A run on the autoencoder and the latents of another, which differs in what comes after them:
-    `changes` maps fields to values ("dit.conditioning": "in_context"). Changes of `clips.` take the
-    autoencoder only. Where the run exists already, it is continued. Nothing is copied where the file
-    system has hard links."""
+    `changes` maps fields to values ("dit.conditioning": "in_context"). Where they concern `clips.`
+    it shares the autoencoder alone. Where the run exists already, it is continued. Nothing is
+    copied where the file system has hard links."""
     base, folder = Path(base), Path(folder)
     if not (base / "latents" / "index.json").exists():
         raise UserError(f"{base}: no run with latents there; first: torchrun train.py --workdir "
