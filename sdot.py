@@ -35,6 +35,7 @@ random crops cannot. Encode the flipped CLIP: the flip of a latent is not the la
 
 Run.   python sdot.py                     # cells, GIF, convergence against POT    ~25 s on 2 cores
        python sdot.py --plan 1000000 4096 # time, memory and gain to expect, without solving
+       python sdot.py --study runs/toy    # couplings, schedules, diffusion on a toy run's latents
 
 Differences from the paper.  [AF] runs Adam on a softmax-smoothed histogram from g = 0 for a fixed
 number of steps. Here: hard cells, a start and a step size derived below, an averaged iterate, and
@@ -968,7 +969,100 @@ def demo(out: str = "out/sdot", seed: int = 0) -> bool:
     return ok
 
 
-# ---- 8. Main -------------------------------------------------------------------------------------
+# ---- 8. Study: what a coupling is worth to the toy -----------------------------------------------
+# Four couplings, and diffusion, on the same latents for the same steps, sampled in 1 to 50 steps.
+STEPS = (1, 2, 4, 8, 10, 16, 30, 50)
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| of two sets (n, d), (m, d): 0 only for the same law."""
+    n, m = len(a), len(b)
+    within = torch.cdist(a, a).sum() / (n * (n - 1)) + torch.cdist(b, b).sum() / (m * (m - 1))
+    return (2 * torch.cdist(a, b).mean() - within).item()
+
+
+def sweep(folder: Path, clips: int = 64) -> list[dict]:
+    """One run of train.py sampled on the captions of held-out clips, without guidance (whose bent
+    paths would hide the coupling's), by schedule and number of steps: the share of clips in which
+    all that the caption says is right, the energy distance of their latents to the real ones, and
+    the curvature of the paths. Kept in folder/sweep.json."""
+    import json
+
+    import train
+    path = folder / "sweep.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    torch.set_num_threads(1)
+    run = train.load_run(folder)
+    source = train.clips_of(run.cfg)
+    x, captions = zip(*(source.clip("heldout", i) for i in range(clips)))
+    rows = []
+    with torch.no_grad():
+        real = run.tae.normalize(run.tae.encode(torch.stack(x)).mean).flatten(1)
+        P, mask, _, _ = run.prompts(list(captions))
+        v_fn, x0 = lambda x, t: run.dit(x, t, P, mask), run.noise(list(range(clips)))
+        bent = float("nan")
+        if run.cfg.flow.objective == "flow":
+            bent = train.flow.straightness(v_fn, x0, run.schedule(16))["curvature"]
+        for name in ("shifted", "linear", "linear_quadratic"):
+            for steps in STEPS:
+                z = train.flow.sample(v_fn, x0, run.schedule(steps, name), cfg=run.cfg.flow)
+                seen = [train.judge(clip, c) for clip, c in zip(run.decode(z), captions)]
+                rows.append({"schedule": name, "steps": steps, "curvature": bent,
+                             "right": sum(all(v.values()) for v in seen) / clips,
+                             "energy": energy_distance(z.flatten(1), real)})
+    train.write_json(path, rows)
+    return rows
+
+
+def study(base: Path, out: Path, steps: int, seeds: int = 3) -> None:
+    """Train the variants on the latents of the run `base`, sweep the sampling steps of each; tables
+    and out/steps.png (accuracy and distribution error by steps, mean and spread over seeds)."""
+    import multiprocessing
+
+    import matplotlib
+
+    import train
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    common = {"train_dit.steps": steps}
+    variants = {c: {"coupling": c, **common} for c in train.COUPLINGS}
+    variants["diffusion"] = {"flow.objective": "diffusion", "flow.shift": 1.0, **common}
+    train.compare(base, out, variants, seeds)
+    folders = [out / "study" / f"{v}-{seed}" for v in variants for seed in range(seeds)]
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        swept = dict(zip(folders, pool.map(sweep, folders, chunksize=1)))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    shown = [(v, "shifted") for v in variants] + [("independent", "linear"),
+                                                  ("independent", "linear_quadratic")]
+    print(f"\n{'right, by steps':34}" + "".join(f"{n:>12}" for n in STEPS))
+    for i, (v, schedule) in enumerate(shown):
+        rows = [[r for r in swept[out / "study" / f"{v}-{seed}"] if r["schedule"] == schedule]
+                for seed in range(seeds)]
+        label = f"{v}, {schedule}"
+        for ax, key in zip(axes, ("right", "energy")):
+            values = torch.tensor([[r[key] for r in run] for run in rows])      # (seeds, STEPS)
+            mean, spread = values.mean(0), values.std(0, correction=seeds > 1)
+            ax.errorbar(STEPS, mean, spread, fmt="o-" if i < len(variants) else "s--",
+                        color=f"C{i}", capsize=2, lw=1, ms=3, label=label)
+            if key == "right":
+                print(f"{label:34}" + "".join(f"{f'{a:.2f}+-{b:.2f}':>12}"
+                                              for a, b in zip(mean.tolist(), spread.tolist())))
+    for ax, title in zip(axes, ("all that the caption says is right", "energy distance")):
+        ax.set(xscale="log", xlabel="sampling steps", title=title)
+        ax.set_xticks(STEPS, STEPS)
+        ax.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(out / "steps.png", dpi=130)
+    for v in variants:
+        bent = [swept[out / "study" / f"{v}-{seed}"][0]["curvature"] for seed in range(seeds)]
+        print(f"curvature of the sampled paths, {v}: {sum(bent) / seeds:.4f}")
+    print(f"wrote {out / 'steps.png'}")
+
+
+# ---- 9. Main -------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """One line for a wrong argument, and exit status 2."""
 
@@ -983,7 +1077,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plan", type=int, nargs=2, metavar=("M", "D"),
                         help="time, memory and gain for M latents of D numbers, and stop")
+    parser.add_argument("--study", metavar="RUN", type=Path,
+                        help="compare couplings on the latents of a finished toy run: 40 minutes")
+    parser.add_argument("--steps", type=int, default=480, help="study: training steps of each run")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: must be 1 or more")
+    if args.study:
+        import train
+        try:
+            return study(args.study, Path(args.out), args.steps)
+        except train.UserError as e:
+            parser.error(str(e))
     try:
         if args.plan:
             print(plan(*args.plan))

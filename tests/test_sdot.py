@@ -590,3 +590,14 @@ def test_demo_passes_alone(tmp_path):
     assert r.stdout.count("PASS") == 4
     for name in ("sdot.png", "cells.gif"):
         assert (tmp_path / "out/sdot" / name).stat().st_size > 10_000
+
+
+def test_energy_distance_in_closed_form():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4000, 1, generator=g), torch.randn(4000, 1, generator=g)
+    assert abs(sdot.energy_distance(a, b)) < 0.01
+    # N(0, 1) and N(m, 1): E|x - y| is that of |N(m, 2)|
+    m, root = 1.0, math.sqrt(2)
+    away = root * math.sqrt(2 / math.pi) * math.exp(-m**2 / 4) + m * math.erf(m / 2)
+    within = 2 / math.sqrt(math.pi)
+    assert sdot.energy_distance(a, b + m) == pytest.approx(2 * away - 2 * within, abs=0.03)

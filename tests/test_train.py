@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sdot
 import tae
 import text_cond
 import train
@@ -233,6 +234,17 @@ def test_a_study_is_runs_that_can_be_continued(finished, tmp_path, capfd):
     assert train.compare(finished, tmp_path, variants, seeds=2) == rows     # one made again, alike
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("report.json")}
     assert sum(after[p] != t for p, t in before.items()) == 1
+
+
+def test_a_run_swept_over_sampling_steps(copy, monkeypatch):
+    monkeypatch.setattr(sdot, "STEPS", (1, 3))
+    rows = sdot.sweep(copy, clips=4)
+    assert [(r["schedule"], r["steps"]) for r in rows] == [
+        (s, n) for s in ("shifted", "linear", "linear_quadratic") for n in (1, 3)]
+    assert all(0 <= r["right"] <= 1 and 0 <= r["curvature"] <= 1 and r["energy"] > 0 for r in rows)
+    # one step is one step, whatever the schedule: x0 + v(x0, 0)
+    assert len({round(r["energy"], 5) for r in rows if r["steps"] == 1}) == 1
+    assert sdot.sweep(copy) == rows                                 # kept, not made again
 
 
 def test_where_video_tokens_look(finished, tmp_path, capsys):
