@@ -2,7 +2,7 @@
 and CogVideoX at their published sizes in diffusers. Random weights, fp32, the same clips, one
 process, alternating; the peak memory of each is that of a process of its own.
 
-    pip install diffusers && python tests/bench_tae.py          # about 20 minutes on 2 cores
+    pip install diffusers && python tests/bench_tae.py          # about 40 minutes on 2 cores
 
 Prints a table, and writes out/tae/bench.json. Pixels per second: T * H * W divided by the seconds
 that encode and decode take, the median of `--repeats`. Peak memory: the largest resident set less
@@ -71,7 +71,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--frames", type=int, nargs="+", default=[17, 33])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--memory", nargs=2, metavar=("NAME", "FRAMES"), help="of one, and stop")
     args = parser.parse_args()
     if args.memory:
@@ -92,8 +92,10 @@ def main() -> None:
         for row in rows:
             x, began = clip(row["frames"]), time.perf_counter()
             models[row["model"]][1](x)
+            spent = time.perf_counter() - began
+            print(f"{repeat}: {row['model']}, {row['frames']} frames: {spent:.2f} s", flush=True)
             if repeat:
-                seconds[row["model"], row["frames"]].append(time.perf_counter() - began)
+                seconds[row["model"], row["frames"]].append(spent)
     print("| autoencoder | parameters, M | frames | kilopixels/s | peak, MiB |")
     print("|---|---|---|---|---|")
     for row in rows:
