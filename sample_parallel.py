@@ -105,7 +105,7 @@ class Size:
 
 
 PRESETS = {
-    "toy":   Size(192, 6, 6, 512, 128, 4, 16),
+    "toy":   Size(256, 4, 8, 704, 128, 4, 16),
     "small": Size(384, 12, 6, 1024),
     "1b":    Size(1536, 24, 16, 4096),                               # the paper's sizes [MG s3.1.3]
     "5b":    Size(3072, 32, 24, 8192),
