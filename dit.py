@@ -73,6 +73,7 @@ CONDITIONINGS = (
 
 
 def one_of(name, value, choices):
+    """ValueError unless value is among the choices."""
     if value not in choices:
         raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
 
@@ -735,6 +736,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main():
+    """The command line."""
     parser = Parser(description="The backbone: a demo, or a table of presets", allow_abbrev=False)
     parser.add_argument("--table", action="store_true", help="parameters, FLOPs, memory; no demo")
     parser.add_argument("--study", metavar="RUN", type=Path,

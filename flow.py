@@ -60,6 +60,7 @@ VFn = Callable[[Tensor, Tensor], Tensor]  # v_fn(x (B, ...), t (B,)) -> v (B, ..
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
 def one_of(name: str, value, choices) -> None:
+    """ValueError unless value is among the choices."""
     if value not in choices:
         raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
 
@@ -603,6 +604,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
+    """The command line."""
     parser = Parser(allow_abbrev=False, description="Three couplings in 2-D: paths and errors.")
     parser.add_argument("--out", default="out/flow", help="folder of the figure")
     parser.add_argument("--steps", type=int, default=1500, help="training steps of each network")

@@ -114,6 +114,7 @@ PRESETS = {
 
 
 def one_of(name, value, choices):
+    """ValueError unless value is among the choices."""
     if value not in choices:
         raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
 
@@ -1638,6 +1639,8 @@ def fail(message):
 
 
 class Parser(argparse.ArgumentParser):
+    """Bad arguments give one line and exit status 2."""
+
     def error(self, message):
         fail(message)
 
@@ -1873,6 +1876,7 @@ def check(sampler, model, inputs, z, row, clip, decode, args, prompt=""):
 
 
 def main(argv=None):
+    """The command line."""
     args = parse(argv)
     try:
         if args.plan:

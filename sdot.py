@@ -62,6 +62,7 @@ from torch import Tensor
 
 
 def one_of(name: str, value, choices) -> None:
+    """ValueError unless value is among the choices."""
     if value not in choices:
         raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
 
@@ -1072,6 +1073,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
+    """The command line."""
     parser = Parser(allow_abbrev=False, description="Demo, or a plan for a data set (--plan).")
     parser.add_argument("--out", default="out/sdot", help="folder of the figures")
     parser.add_argument("--seed", type=int, default=0)

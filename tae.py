@@ -1809,6 +1809,8 @@ def reenactments(out: Path, weights: Path) -> None:
 
 
 def main() -> int:
+    """The command line."""
+
     class Parser(argparse.ArgumentParser):
         def error(self, message: str):
             print(f"tae.py: {message}", file=sys.stderr)

@@ -68,6 +68,7 @@ ENCODERS = ("words", "bytes", "concepts")               # the order of P, and of
 
 
 def one_of(name, value, choices):
+    """ValueError unless value is among the choices."""
     if value not in choices:
         raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
 
@@ -774,6 +775,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main():
+    """The command line."""
     parser = Parser(description="Text conditioning: a demo, or what each encoder sees of a prompt",
                     allow_abbrev=False)
     parser.add_argument("prompt", nargs="?", help="print its tokens; without it, the demo")

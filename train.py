@@ -1790,6 +1790,8 @@ def convert(flag: str, text: list[str], default) -> object:
 
 
 class Parser(argparse.ArgumentParser):
+    """Bad arguments give one line and exit status 2."""
+
     def error(self, message: str):
         print(f"train.py: {message}", file=sys.stderr)
         sys.exit(2)
@@ -1946,6 +1948,7 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line -> exit status."""
     try:
         work(*parse_args(sys.argv[1:] if argv is None else argv))
     except UserError as error:
