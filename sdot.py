@@ -1029,17 +1029,16 @@ def study(base: Path, out: Path, steps: int, seeds: int = 3) -> None:
     common = {"train_dit.steps": steps}
     variants = {c: {"coupling": c, **common} for c in train.COUPLINGS}
     variants["diffusion"] = {"flow.objective": "diffusion", "flow.shift": 1.0, **common}
-    train.compare(base, out, variants, seeds)
-    folders = [out / "study" / f"{v}-{seed}" for v in variants for seed in range(seeds)]
+    runs = train.compare(base, out, variants, seeds)
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        swept = dict(zip(folders, pool.map(sweep, folders, chunksize=1)))
+        swept = pool.map(sweep, [Path(run["folder"]) for run in runs], chunksize=1)
+    of = {v: [s for run, s in zip(runs, swept) if run["variant"] == v] for v in variants}
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     shown = [(v, "shifted") for v in variants] + [("independent", "linear"),
                                                   ("independent", "linear_quadratic")]
     print(f"\n{'right, by steps':34}" + "".join(f"{n:>12}" for n in STEPS))
     for i, (v, schedule) in enumerate(shown):
-        rows = [[r for r in swept[out / "study" / f"{v}-{seed}"] if r["schedule"] == schedule]
-                for seed in range(seeds)]
+        rows = [[r for r in one if r["schedule"] == schedule] for one in of[v]]
         label = f"{v}, {schedule}"
         for ax, key in zip(axes, ("right", "energy")):
             values = torch.tensor([[r[key] for r in run] for run in rows])      # (seeds, STEPS)
@@ -1058,7 +1057,7 @@ def study(base: Path, out: Path, steps: int, seeds: int = 3) -> None:
     figure.tight_layout()
     figure.savefig(out / "steps.png", dpi=130)
     for v in variants:
-        bent = [swept[out / "study" / f"{v}-{seed}"][0]["curvature"] for seed in range(seeds)]
+        bent = [one[0]["curvature"] for one in of[v]]
         print(f"curvature of the sampled paths, {v}: {sum(bent) / seeds:.4f}")
     print(f"wrote {out / 'steps.png'}")
 

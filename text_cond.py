@@ -796,6 +796,8 @@ def main():
         args.steps = 480 if args.study else 300
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: not a positive number")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error(f"prompt {args.prompt!r}: is empty")
     if args.study or args.run:
         import train
         try:
@@ -806,8 +808,6 @@ def main():
             parser.error(str(e))
     if args.prompt is None:
         sys.exit(0 if demo(args.out, args.steps) else 1)
-    if not args.prompt.strip():
-        parser.error(f"prompt {args.prompt!r}: is empty")
     try:
         cfg = TextConfig(args.text, words=args.words, concepts=args.concepts)
         show(args.prompt, args.fps, args.camera, cfg)

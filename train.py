@@ -1716,7 +1716,8 @@ def compare(base: Path, out: Path, variants: dict[str, dict[str, object]], seeds
     for (name, seed), (_, folder, _) in jobs.items():
         report = json.loads((folder / "report.json").read_text())
         steps = json.loads((folder / "config.json").read_text())["train_dit"]["steps"]
-        rows.append({"variant": name, "seed": seed, "steps": steps, "loss": report["dit_val_loss"],
+        rows.append({"variant": name, "seed": seed, "folder": str(folder), "steps": steps,
+                     "loss": report["dit_val_loss"],
                      "parameters": report["parameters"], **report["prompt_accuracy"]})
     write_json(out / "study.json", rows)
     wide = max(map(len, variants)) + 2
