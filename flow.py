@@ -144,6 +144,11 @@ def to_score(v: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor
     return -to_noise(v, x, t) / (1 - (1 - sigma_min) * like(t, x))
 
 
+def from_score(score: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
+    """v = (x_t + (1 - (1 - s) t) score) / t, for t > 0: the way back."""
+    return (x + (1 - (1 - sigma_min) * like(t, x)) * score) / like(t, x)
+
+
 # name -> (does the clock run from data to noise?, largest value of the time fed to the model)
 CLOCKS = {
     "filmstrip": (False, 1), "movie_gen": (False, 1), "sit": (False, 1),
@@ -258,8 +263,10 @@ def schedule(name: str, steps: int, shift: float = 3.0, of: int = 1000,
                        quadratic to 1 [MG s3.4.2]
     """
     one_of("schedule", name, ("linear", "linear_quadratic", "shifted"))
-    if steps < 1:
-        raise ValueError(f"steps {steps}: must be 1 or more")
+    if steps < 1 or of < 1:
+        raise ValueError(f"steps {steps}, of {of}: must be 1 or more")
+    if not shift > 0:
+        raise ValueError(f"shift {shift}: must be above 0")
     if name == "linear_quadratic":
         return linear_quadratic(steps, of, linear_steps)
     ts = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -323,6 +330,8 @@ _DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 
 def _dopri5(f, x, t, h, rtol=1e-5, atol=1e-5):
     """From t to t + h in as many steps as the tolerance asks; one step size for the whole batch."""
+    if h < 0:                                           # backwards: the same on a mirrored clock
+        return _dopri5(lambda x, t: -f(x, -t), x, -t, -h, rtol, atol)
     end, h, k1 = t + h, h / 4, f(x, t)
     while end - t > 1e-7:
         h = min(h, end - t)
@@ -399,11 +408,13 @@ def guide(v_cond: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:
 
 def guided(v_cond: VFn, v_uncond: VFn, scale: float | Tensor,
            interval: tuple[float, float] = (0.0, 1.0)) -> VFn:
-    """The v_fn of two closures. Outside the interval of t, or at scale 1, one call is saved."""
+    """The v_fn of two closures. Rows outside the interval of t have scale 1; where all rows have,
+    one call is saved."""
     def v_fn(x: Tensor, t: Tensor) -> Tensor:
-        now = interval[0] <= t[0].item() <= interval[1]
-        off = not isinstance(scale, Tensor) and scale == 1
-        return guide(v_cond(x, t), v_uncond(x, t), scale) if now and not off else v_cond(x, t)
+        now = (interval[0] <= t) & (t <= interval[1])                            # (B,)
+        each = torch.where(now, torch.as_tensor(scale, device=t.device, dtype=t.dtype), 1.0)
+        v = v_cond(x, t)
+        return v if (each == 1).all() else guide(v, v_uncond(x, t), each)
     return v_fn
 
 
@@ -436,30 +447,35 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
 
 # ---- 9. Measures ---------------------------------------------------------------------------------
 @torch.no_grad()
-def straightness(v_fn: VFn, x0: Tensor, ts: Tensor | None = None) -> dict[str, float]:
+def straightness(v_fn: VFn, x0: Tensor, ts: Tensor | None = None,
+                 cfg: FlowConfig | None = None) -> dict[str, float]:
     """How far the flow is from straight, by one Euler run of x0 (B, ...) along ts (64 steps).
 
     energy        int E|v|^2 dt per sample: what the path costs
     displacement  E|z1 - z0|^2: what the straight line between its ends would cost
     S             energy - displacement = int E|(z1 - z0) - v|^2 dt [RF]: 0 means one step is exact
-    curvature     S / energy, free of units, 0 to 1
+    curvature     S / energy, free of units, 0 to 1; of a flow that stands still, 0
     """
     ts = schedule("linear", 64) if ts is None else ts
-    z = sample(v_fn, x0, ts, trajectory=True)                                    # (n + 1, B, ...)
+    z = sample(v_fn, x0, ts, trajectory=True, cfg=cfg)                           # (n + 1, B, ...)
     dt = ts.diff().to(z.device)
     v = z.diff(dim=0).flatten(2) / dt[:, None, None]                             # (n, B, D)
     energy = (v.square().sum(2).mean(1) * dt).sum().item()
-    displacement = (z[-1] - z[0]).flatten(1).square().sum(1).mean().item()
+    displacement = (z[-1] - z[0]).flatten(1).square().sum(1).mean().item() / dt.sum().item()
     S = energy - displacement
-    return {"S": S, "energy": energy, "displacement": displacement, "curvature": S / energy}
+    curvature = S / energy if energy else 0.0
+    return {"S": S, "energy": energy, "displacement": displacement, "curvature": curvature}
 
 
 @torch.no_grad()
 def endpoint_error(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler",
-                   reference: int = 256) -> float:
-    """rms per element between this sampler's end and that of `reference` RK4 steps, same noise."""
-    fine = sample(v_fn, x0, schedule("linear", reference), "rk4")
-    return (sample(v_fn, x0, ts, solver) - fine).square().mean().sqrt().item()
+                   reference: int = 256, cfg: FlowConfig | None = None) -> float:
+    """rms per element between this sampler's end and that of `reference` RK4 steps, same noise (of
+    diffusion: four times as many steps of DDIM)."""
+    diffusion = cfg is not None and cfg.objective == "diffusion"
+    fine = sample(v_fn, x0, schedule("linear", 4 * reference if diffusion else reference),
+                  "euler" if diffusion else "rk4", cfg=cfg)
+    return (sample(v_fn, x0, ts, solver, cfg=cfg) - fine).square().mean().sqrt().item()
 
 
 @torch.no_grad()

@@ -97,6 +97,35 @@ def test_a_diffusers_style_model_samples_its_data_through_from_clock():
     assert not torch.allclose(wrong, data.expand(64, 2), atol=0.5)
 
 
+def one_point(name, c):
+    """What a perfect model of that code base says where all data is one point c, from its own
+    words: how it mixes data and noise, what it predicts, and in what unit it is told the time."""
+    if name in ("minrf", "open_sora_2"):            # z = (1 - t) x + t noise, predicts noise - x
+        return lambda z, t: (z - c) / t.view(-1, 1)
+    if name in ("sd3", "diffusers", "hunyuan", "wan", "ltx"):       # the same, t in thousandths
+        return lambda z, t: (z - c) / (t.view(-1, 1) / 1000)
+    return lambda z, t: (c - z) / (1 - t.view(-1, 1))           # z = t x + (1 - t) noise, x - noise
+
+
+@pytest.mark.parametrize("name", flow.CLOCKS)
+def test_a_model_of_every_clock_finds_its_data(name):
+    c, x0 = torch.tensor([1.5, -2.0]), torch.randn(64, 2)
+    x1 = flow.sample(flow.from_clock(one_point(name, c), name), x0, flow.schedule("linear", 8))
+    torch.testing.assert_close(x1, c.expand(64, 2), atol=1e-4, rtol=0)
+
+
+def test_score_and_velocity_are_each_other_s_inverse():
+    x, v, t = torch.randn(5, 3), torch.randn(5, 3), torch.linspace(0.1, 0.9, 5)
+    torch.testing.assert_close(flow.from_score(flow.to_score(v, x, t), x, t), v, atol=1e-5, rtol=0)
+
+
+def test_sampled_times_are_shifted_and_moved():
+    g = lambda: torch.Generator().manual_seed(0)
+    plain = flow.sample_t(4000, flow.FlowConfig(time="logit_normal"), g())
+    moved = flow.sample_t(4000, flow.FlowConfig(time="logit_normal", mean=0.7, shift=3.0), g())
+    torch.testing.assert_close(moved.logit(), plain.logit() + 0.7 - math.log(3), atol=1e-3, rtol=0)
+
+
 def test_unknown_names_are_named():
     for call in (lambda: flow.from_clock(None, "sd4"), lambda: FlowConfig(time="normal"),
                  lambda: FlowConfig(objective="ddpm"), lambda: flow.schedule("cosine", 4),
@@ -336,6 +365,44 @@ def test_minibatch_pairing_is_the_best_permutation_and_stays_within_captions():
     for g in groups.unique():
         assert key(paired[groups == g]) == key(x0[groups == g])
     assert (paired - x1).square().sum() < (x0 - x1).square().sum()
+
+
+def test_guidance_looks_at_the_time_of_each_row():
+    f, g = lambda x, t: torch.ones_like(x), lambda x, t: torch.zeros_like(x)
+    v = flow.guided(f, g, torch.tensor([3.0, 5.0]), (0.5, 1.0))
+    x = torch.zeros(2, 1)
+    assert v(x, torch.tensor([0.1, 0.9])).tolist() == [[1.0], [5.0]]
+    assert v(x, torch.tensor([0.9, 0.1])).tolist() == [[3.0], [1.0]]
+
+
+def test_dopri5_runs_backwards_too():
+    x0, v = torch.randn(8, 1), lambda x, t: x * t.view(-1, 1)
+    ts = flow.schedule("linear", 3)
+    there = flow.sample(v, x0, ts, "dopri5")
+    torch.testing.assert_close(there, x0 * math.exp(0.5), atol=1e-4, rtol=1e-4)
+    back = flow.sample(v, there, ts.flip(0), "dopri5")
+    torch.testing.assert_close(back, x0, atol=1e-4, rtol=1e-4)
+
+
+def test_measures_of_what_stands_still_and_of_half_a_path():
+    still = flow.straightness(lambda x, t: 0 * x, torch.randn(4, 2))
+    assert still["S"] == still["curvature"] == 0
+    half = flow.straightness(lambda x, t: torch.ones_like(x), torch.randn(4, 2),
+                             torch.linspace(0, 0.5, 9))
+    assert abs(half["S"]) < 1e-6 and abs(half["energy"] - 1) < 1e-6
+
+
+def test_measures_follow_the_objective():
+    """A one-point diffusion model, for which DDIM is exact in any number of steps."""
+    c, cfg = torch.tensor([[1.5, -2.0]]), flow.FlowConfig(objective="diffusion")
+
+    def v_fn(x, t):                                 # x = sin c + cos x0 -> cos c - sin x0
+        phi = flow.angle(t).view(-1, 1).float()
+        return phi.cos() * c - phi.sin() * (x - phi.sin() * c) / phi.cos()
+    x0, ts = torch.randn(16, 2), flow.schedule("linear", 4)
+    assert flow.endpoint_error(v_fn, x0, ts, cfg=cfg, reference=16) < 1e-2
+    assert flow.endpoint_error(v_fn, x0, ts, reference=16) > 0.1
+    assert 0.02 < flow.straightness(v_fn, x0, ts, cfg)["curvature"] < 1
 
 
 def test_straightness_is_energy_minus_displacement():
