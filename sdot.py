@@ -84,6 +84,7 @@ class SDOTConfig:
     temperature: float = 0.0   # softmax in place of argmax, in units of tau; 0 counts exactly
     ema: float = 0.0           # average the iterates by this factor; 0 = Polyak averaging
     start: str = "auto"        # first h: extreme | gaussian | voronoi | auto, best of two
+    cluster: int = 32          # least size of a group, where captions are unique (see `cluster`)
     pca: int = 0               # solve and pair in so many principal directions; 0 = in all of them
     memory: int = 64           # MiB for one block of scores: bounds memory whatever N is
     precision: str = "fp32"    # of the products in `couple`: fp32 | bf16 (1 % of pairs differ)
@@ -97,6 +98,8 @@ class SDOTConfig:
         for name in ("target", "budget", "decay", "memory"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: must be above 0")
+        if self.cluster < 1:
+            raise ValueError(f"cluster {self.cluster}: must be 1 or more")
         for name in ("batch", "lr", "temperature", "pca"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: must not be negative")
@@ -234,6 +237,7 @@ def dual_cost(x: Tensor, Y: Tensor, h: Tensor, b: Tensor) -> Tensor:
 
 # ---- 4. The streaming solver ---------------------------------------------------------------------
 BLOCK = 256    # noises with one key: a step's unit of work, the same for any number of ranks
+LARGE = 4096   # eigenvectors of a matrix of more rows than this are not worth their time and memory
 
 
 @dataclass
@@ -256,9 +260,11 @@ def span(Y: Tensor) -> Tensor:
     N targets meet only N - 1 directions of noise, in any dimension. So a caption's 20 clips of 2048
     numbers are, exactly, a problem in 19 dimensions: cheap noise, cheap scores.
     """
-    Y = Y.double()
-    Y = Y - Y.mean(0)
-    lam, V = torch.linalg.eigh(Y @ Y.T)
+    gram = 0
+    for y in Y.split(4096, dim=1):                      # columns: no second copy of the latents
+        y = y.double() - y.double().mean(0)
+        gram = gram + y @ y.T
+    lam, V = torch.linalg.eigh(gram)
     keep = lam > 1e-10 * lam[-1].clamp_min(1e-300)
     return (V[:, keep] * lam[keep].sqrt()).float()
 
@@ -275,11 +281,20 @@ def fit(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = No
     `key` tells problems of one seed apart. on_step(state) sees each step; it may stop by raising.
     """
     cfg = cfg or SDOTConfig()
+    if len(targets) == 0 or targets.ndim < 2:
+        raise ValueError(f"targets {tuple(targets.shape)}: need (N, ...), N 1 or more")
     Y = targets.flatten(1).float()
     N = len(Y)
+    for y, i in zip(Y.split(4096), range(0, N, 4096)):
+        if not y.isfinite().all():
+            row = i + (~y.isfinite().all(1)).nonzero()[0].item()
+            raise ValueError(f"targets: row {row} has NaN or infinity")
+    if mass is not None and (mass.shape != (N,) or not (mass > 0).all()
+                             or not mass.isfinite().all()):
+        raise ValueError(f"mass {tuple(mass.shape)}: need {N} numbers above 0")
     b = torch.full((N,), 1 / N) if mass is None else mass / mass.sum()
     b = b.double().to(Y.device)
-    if Y.shape[1] / 2 > N - 1:
+    if Y.shape[1] / 2 > N - 1 and N <= LARGE:
         Y = span(Y)
     d = Y.shape[1]
     if d == 0:                                                   # one target: all noise is its cell
@@ -343,7 +358,8 @@ def fit(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = No
         starts = {"extreme": lambda: -q * sigma, "gaussian": lambda: gaussian_start(Y, b),
                   "voronoi": lambda: -Y.double().square().sum(1) / 2}
         # As many dimensions as targets leave room for independent scores: extreme, without a trial.
-        names = [cfg.start] if cfg.start != "auto" else ["extreme", "gaussian"][:1 + (d < N)]
+        names = [cfg.start] if cfg.start != "auto" else ["extreme", "gaussian"][
+            :1 + (d < min(N, LARGE))]
         tries = [centred(starts[n]() + tau * (N * b).log()) for n in names]   # and b to first order
         if len(tries) > 1:
             tries.sort(key=lambda h: chi_square(throw(h, 2, 2 * N)[0], b))
@@ -505,6 +521,7 @@ class Coupling:
         self.twins = torch.argsort(copies, stable=True)
         self.count = torch.bincount(copies, minlength=len(copies))
         self.first = self.count.cumsum(0) - self.count
+        self.heaped = mass[self.order[self.twins]].cumsum(0)         # their masses, one on another
         self.Y = None
 
     # -- make
@@ -544,19 +561,32 @@ class Coupling:
         base = d + sum((w @ y.double().square().sum(1).cpu()).item()
                        for w, y in zip(mass.split(4096), Y.split(4096)))
         partial, state = Path(checkpoint) if checkpoint else None, None
-        if partial and partial.exists():
-            saved = _read(partial)
-            if (saved["meta"]["fingerprint"], saved["cfg"]) != (meta["fingerprint"], asdict(cfg)):
+        saved = [_read(partial) if partial and lead and partial.exists() else None]
+        if ranks:                                   # only rank 0 is sure to have it on its disk
+            torch.distributed.broadcast_object_list(saved, 0)
+        if saved[0] is not None:
+            s = saved[0]
+            if s.get("state", 0) == 0:
+                raise ValueError(f"{partial}: not an unfinished solve; choose another checkpoint")
+            if (s["meta"]["fingerprint"], s["cfg"]) != (meta["fingerprint"], asdict(cfg)):
                 raise ValueError(f"{partial}: belongs to other latents, groups or flags; remove it")
-            self.h, meta = saved["h"], saved["meta"]
-            state = State(**saved["state"]) if saved["state"] else None
+            self.h, meta = s["h"], s["meta"]
+            state = State(**s["state"]) if s["state"] else None
         Ys = self._sorted(Y)
+        meta["expected"] = 0.0
+        for i, j in zip(self.ptr, self.ptr[1:]):
+            _, b, y = self._targets(i, j, Ys)
+            w = (b / b.sum()).to(y.device)
+            meta["expected"] += b.sum().item() * gain(spread(y, w), w, base)
+        if progress and lead and (why := self._hopeless(meta["expected"])):
+            print(why, file=sys.stderr)             # before the work, not after it
         written = time.monotonic()
 
         def on_step(s: State | None) -> None:
             nonlocal written
-            if bar is not None and s and s.history and s.steps % 16 == 0:
-                bar.set_postfix(mass_error=f"{rms(s.history[-1][1]):.3f}", noises=s.samples)
+            if bar is not None and s and s.steps % 16 == 0:
+                error = f"{rms(s.history[-1][1]):.3f}" if s.history else "?"    # not yet measured
+                bar.set_postfix(mass_error=error, noises=f"{s.samples:.3g}")
             if partial and lead and time.monotonic() - written > CHECKPOINT_SECONDS:
                 _write(partial, {"cfg": asdict(cfg), "h": self.h, "meta": meta,
                                  "state": vars(s) if s else None})
@@ -575,10 +605,8 @@ class Coupling:
             self.h[own] = s.avg.float().cpu()
             if s.history:
                 S, chi2, inner = s.history[-1]
-                w = (b / p).to(y.device)
                 meta["chi2"] += p * chi2
                 meta["gain"] += p * 2 * inner / base
-                meta["expected"] += p * gain(spread(y, w), w, base)
                 meta["samples"] += S
             meta["next"] = g + 1
             on_step(None)
@@ -590,6 +618,12 @@ class Coupling:
         self.meta = meta
         if partial and lead:
             partial.unlink(missing_ok=True)
+        if cfg.precision == "bf16":                 # what the cheaper products change
+            self.Y, self.h = Ys, self.h.to(Ys.device)
+            x = noise((cfg.seed, 4), 1024, d, Ys.device)
+            cond = self.draw_group(len(x), torch.Generator().manual_seed(cfg.seed))
+            exact = self.couple(x, cond)
+            meta["disagreement"] = (self._attach(Ys).couple(x, cond) != exact).float().mean().item()
         return self._attach(Ys)
 
     def _targets(self, i: int, j: int, Ys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -643,12 +677,19 @@ class Coupling:
                 at[r] = i + assign(own, self.Y[i:j], self.h[i:j], self.cfg.memory).cpu()
             else:
                 at[r] = i
-        copies = self.count[at]
-        if (copies > 1).any():
+        if (self.count[at] > 1).any():
             # Any split of a shared cell is optimal: thin stripes along the first axis.
             stripe = x0.flatten(1)[:, 0].double().cpu() * 1e3
-            at = self.twins[self.first[at] + ((stripe - stripe.floor()) * copies).long()]
+            at = self._twin(at, stripe - stripe.floor())
         return self.order[at].to(x0.device)
+
+    def _twin(self, at: Tensor, u: Tensor) -> Tensor:
+        """Of the copies that `at` (n,) stands for, the one in whose share u (n,), 0 to 1, falls."""
+        first, last = self.first[at], self.first[at] + self.count[at] - 1
+        heaped = torch.cat([torch.zeros(1, dtype=torch.float64), self.heaped])
+        low, high = heaped[first], heaped[last + 1]
+        found = torch.searchsorted(self.heaped, low + u * (high - low), right=True)
+        return self.twins[torch.minimum(torch.maximum(found, first), last)]
 
     def _project(self, x0: Tensor) -> Tensor:
         x = x0.flatten(1).float()
@@ -662,6 +703,8 @@ class Coupling:
                 raise ValueError(f"cond None: this coupling has {len(self.ids)} groups, say which")
             return torch.zeros(B, dtype=torch.int64)
         cond = torch.as_tensor(cond).cpu().long()
+        if cond.shape != (B,):
+            raise ValueError(f"cond {tuple(cond.shape)}: need one group for each of {B} noises")
         g = torch.searchsorted(self.ids, cond).clamp_max(len(self.ids) - 1)
         if (self.ids[g] != cond).any():
             raise ValueError(f"cond {cond[self.ids[g] != cond][0].item()}: a group without clips")
@@ -684,19 +727,21 @@ class Coupling:
             raise ValueError("coupling: loaded without its latents; pass them to Coupling.load")
         if repeat < 1:
             raise ValueError(f"repeat {repeat}: must be 1 or more")
-        keys, rows = [], []
-        for i, j in zip(self.ptr, self.ptr[1:]):
+        share = [self.mass[self.order[i:j]].sum().item() for i, j in zip(self.ptr, self.ptr[1:])]
+        sizes = [max(1, round(repeat * len(self.mass) * p)) for p in share]
+        keys, rows, used = [], [], epoch * sum(sizes)
+        for i, j, n in zip(self.ptr, self.ptr[1:], sizes):
             own, b, y = self._targets(i, j, self.Y.float())
-            p = b.sum().item()
-            n = max(1, round(repeat * len(self.mass) * p))
-            key = torch.arange(n) + repeat * (epoch * len(self.mass) + i)
+            key = torch.arange(used, used + n)
+            used += n
             x = self._project(self.noise(key)).to(y.device)
-            h = self.h[own.to(self.h.device)]
-            index = rebalance(x, assign(x, y, h, self.cfg.memory), y, h, b / p).cpu()
+            h, b = self.h[own.to(self.h.device)], (b / b.sum()).to(y.device)
+            index = rebalance(x, assign(x, y, h, self.cfg.memory), y, h, b).cpu()
             at, perm = own[index].sort(stable=True)                  # copies take turns
+            _, group, n_at = torch.unique_consecutive(at, return_inverse=True, return_counts=True)
             turn = torch.arange(n) - torch.searchsorted(at, at)
             keys.append(key[perm])
-            rows.append(self.order[self.twins[self.first[at] + turn % self.count[at]]])
+            rows.append(self.order[self._twin(at, (turn + 0.5) / n_at[group])])
         return torch.cat(keys), torch.cat(rows)
 
     def noise(self, keys: Tensor) -> Tensor:
@@ -717,14 +762,23 @@ class Coupling:
                  f"sdot: mass error {rms(m['chi2']):.3f} rms after {m['samples']:.2g} noises; "
                  f"transport cost {100 * m['gain']:.1f} % below random pairing "
                  f"({100 * m['expected']:.1f} % expected from the closed form)"]
+        if "disagreement" in m:
+            lines.append(f"sdot: products in bf16 change {100 * m['disagreement']:.1f} % of pairs")
         if m["chi2"] > 2.25 * self.cfg.target ** 2:
+            what = ("choose solver stream" if self.cfg.solver == "pot" else
+                    "raise budget, or choose optimiser adam")
             lines.append(f"WARNING: the mass error missed its target of {self.cfg.target}: some "
-                         "clips are drawn too rarely; raise budget, or choose optimiser adam")
-        if m["expected"] < 0.02:
-            why = ("nearly every group is a single clip; use `cluster` on the caption embeddings"
-                   if sizes.float().mean() < 2 else "the gain falls as m(N) / sqrt(d)")
-            lines.append(f"WARNING: under 2 % to gain here: {why}. `independent` will do as well")
-        return "\n".join(lines)
+                         f"clips are drawn too rarely; {what}")
+        return "\n".join([*lines, *filter(None, [self._hopeless(m["expected"])])])
+
+    def _hopeless(self, expected: float) -> str:
+        """A warning where the closed form promises next to nothing, else an empty string."""
+        if expected >= 0.02:
+            return ""
+        why = ("nearly every group is a single clip; use `cluster` on the caption embeddings"
+               if len(self.mass) < 2 * len(self.ids) else "the gain falls as m(N) / sqrt(d)")
+        return (f"WARNING: {100 * expected:.1f} % of the transport cost to gain here: {why}. "
+                "`independent` will do as well")
 
     # -- keep
     def save(self, path: str | Path) -> None:
@@ -737,7 +791,7 @@ class Coupling:
     def load(cls, path: str | Path, latents: Tensor | None = None) -> "Coupling":
         """A saved coupling, with its latents if it is to pair; ValueError for other latents."""
         s = _read(Path(path))
-        if s.get("format") != 1:
+        if not isinstance(s, dict) or s.get("format") != 1:
             raise ValueError(f"{path}: not a coupling of format 1")
         self = cls(SDOTConfig(**s["cfg"]), s["groups"], s["mass"], s["h"], s["copies"], s["basis"],
                    s["meta"])
@@ -784,9 +838,15 @@ def _basis(Y: Tensor, groups: Tensor, k: int) -> Tensor:
     group = group.to(Y.device)
     n = torch.bincount(group)[:, None]
     mean = torch.zeros(len(n), Y.shape[1], device=Y.device).index_add_(0, group, Y.float()) / n
-    C = sum((y.float() - mean[g]).T @ (y.float() - mean[g])
-            for y, g in zip(Y.split(4096), group.split(4096)))
-    return torch.linalg.eigh(C.double())[1][:, -k:].float().contiguous()
+    parts = lambda: ((y.float() - mean[g]) for y, g in zip(Y.split(4096), group.split(4096)))
+    if Y.shape[1] <= LARGE:
+        return torch.linalg.eigh(sum(y.T @ y for y in parts()).double())[1][:, -k:].float()
+    # No d x d matrix: power iteration on a few vectors more than are wanted.
+    Q = noise((5,), Y.shape[1], k + 16, Y.device)
+    for _ in range(6):
+        Q = torch.linalg.qr(sum(y.T @ (y @ Q) for y in parts()))[0]
+    small = sum((y @ Q).T @ (y @ Q) for y in parts())                    # (k + 16, k + 16)
+    return (Q @ torch.linalg.eigh(small.double())[1][:, -k:].float()).contiguous()
 
 
 def _write(path: Path, data: dict) -> None:
@@ -823,7 +883,8 @@ def plan(M: int, d: int, target: float = 0.1, memory: int = 64) -> str:
             f"{4 * M * d / 2 ** 30:.2g}\n"
             f"sdot: pairing takes {2 * M * d:.2g} FLOP a noise; for unit latents it saves "
             f"{saves:.1f} % of the transport cost. Groups of n clips divide the work by M / n and "
-            "replace M by n in the gain")
+            "replace M by n in the gain"
+            + ("" if saves >= 2 else "\nWARNING: under 2 %: `independent` will do as well"))
 
 
 # ---- 7. Demo -------------------------------------------------------------------------------------

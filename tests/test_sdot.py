@@ -349,6 +349,18 @@ def test_bf16_scores_disagree_rarely():
     x0, cond = normal(5000, 64), exact.draw_group(5000, torch.Generator().manual_seed(0))
     same = (exact.couple(x0, cond) == rough.couple(x0, cond)).double().mean()
     assert same > 0.97
+    assert rough.meta["disagreement"] == pytest.approx(1 - same.item(), abs=0.01)   # it says so
+    assert "products in bf16 change" in rough.report() and "bf16" not in exact.report()
+
+
+def test_principal_directions_without_a_square_matrix(monkeypatch):
+    Y, groups = latents(300, 64), torch.arange(300) // 100
+    exact = sdot._basis(Y, groups, 6)
+    monkeypatch.setattr(sdot, "LARGE", 32)
+    rough = sdot._basis(Y, groups, 6)
+    assert rough.shape == (64, 6)
+    torch.testing.assert_close(rough.T @ rough, torch.eye(6), atol=1e-4, rtol=0)
+    assert (exact.T @ rough).square().sum() > 5.9                   # the same six directions
 
 
 def test_pot_solves_groups_too():
@@ -426,6 +438,12 @@ def test_unreadable_files_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="c.pt: not a readable"):
         Coupling.load(path)
+    torch.save(torch.ones(3), path)
+    with pytest.raises(ValueError, match="c.pt: not a coupling"):
+        Coupling.load(path)
+    c.save(path)
+    with pytest.raises(ValueError, match="c.pt: not an unfinished solve"):
+        Coupling.fit(Y, groups, checkpoint=path)
     with pytest.raises(ValueError, match="none.pt: no such file"):
         Coupling.load(tmp_path / "none.pt")
     torch.save({"anything": 1}, path)
@@ -517,6 +535,30 @@ def test_exact_duplicates_share_one_cell_evenly():
     assert (torch.bincount(rows, minlength=60) == 6).all()
 
 
+def test_copies_share_by_their_masses():
+    Y = torch.cat([torch.ones(2, 8), torch.zeros(1, 8)])
+    c = Coupling.fit(Y, mass=torch.tensor([9.0, 1.0, 10.0]), target=0.03)
+    share = torch.bincount(c.couple(normal(40_000, 8)), minlength=3) / 40_000
+    torch.testing.assert_close(share, torch.tensor([0.45, 0.05, 0.5]), atol=0.02, rtol=0)
+    _, rows = c.pairs(repeat=20)
+    assert torch.bincount(rows).tolist() == [27, 3, 30]
+
+
+def test_pairs_never_use_a_noise_twice_whatever_the_masses():
+    mass = torch.cat([torch.full((10,), 9.0), torch.ones(10)])
+    c = Coupling.fit(latents(20, 8), torch.arange(20) // 10, mass)
+    first, second = c.pairs(0)[0], c.pairs(1)[0]
+    assert len(torch.cat([first, second]).unique()) == len(first) + len(second)
+
+
+def test_flips_enter_as_rows_of_their_own():
+    clips = normal(30, 8)
+    c = Coupling.fit(torch.cat([clips, clips.flip(1)]), torch.arange(60) % 3, target=0.05)
+    row = c.couple(normal(30_000, 8), c.draw_group(30_000, torch.Generator().manual_seed(0)))
+    assert torch.bincount(row % 30, minlength=30).min() > 800        # row % M is the clip
+    assert abs((row >= 30).double().mean() - 0.5) < 0.02             # row // M says which version
+
+
 def test_all_the_same_single_and_pair():
     same = Coupling.fit(torch.ones(5, 8))
     assert torch.bincount(same.couple(normal(5000, 8)), minlength=5).min() > 900
@@ -541,6 +583,9 @@ def test_input_errors_are_named():
             (lambda: Coupling.fit(Y, mass=torch.zeros(20)), "above 0"),
             (lambda: c.couple(normal(2, 8), torch.tensor([0, 5])), "cond 5: a group without clips"),
             (lambda: c.couple(normal(2, 8)), "2 groups"),
+            (lambda: c.couple(normal(5, 8), torch.tensor([0, 0])), "one group for each of 5"),
+            (lambda: sdot.fit(bad), "row 7 has NaN"), (lambda: sdot.fit(Y[:0]), "N 1 or more"),
+            (lambda: sdot.fit(Y[:3], torch.tensor([0.0, 1, 1])), "3 numbers above 0"),
             (lambda: c.couple(normal(2, 9), torch.tensor([0, 0])), "8 numbers"),
             (lambda: sdot.cluster(Y, 0), "size 0"), (lambda: c.pairs(repeat=0), "repeat 0")):
         with pytest.raises(ValueError, match=words):
