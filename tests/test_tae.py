@@ -17,7 +17,7 @@ from tae import LOSSES, PRESETS, TAE, VIDTWIN_PRESETS, LossConfig, TAEConfig, Vi
 
 TINY = TAEConfig(channels=8, mult=(1, 2, 2, 2), res_blocks=(1, 1, 1, 1), extra=0, latent_channels=4)
 TINY3D = replace(TINY, variant="3d")
-TWIN = replace(VIDTWIN_PRESETS["toy"], width=32)
+TWIN = replace(VIDTWIN_PRESETS["toy"], width=32, patch=4, structure_down=1, dynamics_down=1)
 BOTH = pytest.mark.parametrize("cfg", [TINY, TINY3D], ids=["2.5d", "3d"])
 ALL_STREAMED = pytest.mark.parametrize("cfg", [TINY, TINY3D, PRESETS["toy"]],
                                        ids=["2.5d", "3d", "toy"])
