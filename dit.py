@@ -120,8 +120,14 @@ class DiTConfig:
         self.streams = tuple(Stream(**s) if isinstance(s, dict) else s for s in self.streams)
         one_of("adaln", self.adaln, ("shared", "per_block"))
         one_of("conditioning", self.conditioning, CONDITIONINGS)
+        for name, least in (("dim", 1), ("depth", 1), ("heads", 1), ("ffn", 0), ("num_classes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: must be {least} or more")
         if self.dim % self.heads:
             raise ValueError(f"heads {self.heads}: does not divide dim {self.dim}")
+        if self.conditioning == "cross_attention" and self.text_width != self.dim:
+            raise ValueError(f"text_dim {self.text_dim}: with conditioning cross_attention t is a "
+                             f"token of the text, as wide as dim {self.dim}")
 
     # Not settled in __post_init__: replace(cfg, dim=...) must change them too.
     @property
@@ -477,9 +483,8 @@ class DiT(nn.Module):
         computed here once for all blocks; `per_block` blocks make theirs from row 0."""
         e = self.time(timestep_embedding(t))                                        # (B, D)
         if self.label is not None:
-            dropped = torch.full_like(t, self.cfg.num_classes, dtype=torch.int64)
-            labels = dropped if labels is None else torch.where(labels < 0, dropped, labels)
-            e = e + self.label(labels)
+            labels = torch.full_like(t, -1, dtype=torch.int64) if labels is None else labels
+            e = e + self.label(labels + 1)                      # row 0: dropped
         elif labels is not None:
             raise ValueError("labels: given to a model with num_classes 0")
         if self.adaln is None:
@@ -490,7 +495,10 @@ class DiT(nn.Module):
     # ---- all of it ----
 
     def forward(self, x, t, text, mask=None, labels=None):
-        tokens = self.patchify(x)                                                   # (B, N, P)
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"mask {mask.dtype}: not bool; another one would be added to scores")
+        text = text.to(self.embed.weight.dtype)
+        tokens = self.patchify(x.to(self.embed.weight.dtype))                       # (B, N, P)
         pos = self.positions(x.shape)                                               # (N, D)
         c = self.condition(t, labels)                                               # (B, 1+K, D)
         h = self.embed(tokens)                                                      # (B, N, D)
@@ -698,7 +706,8 @@ def seconds_per_step(cfg, conditionings, B=64, L=14, rounds=6):
         for w in models[c].parameters():
             w.data.add_(torch.randn_like(w), alpha=0.02)            # no gate is closed
     s = cfg.streams[0]
-    x, t, text = torch.randn(B, s.channels, *s.size), torch.rand(B), torch.randn(B, L, cfg.dim)
+    shape = (s.channels, *s.size) if len(cfg.streams) == 1 else (sum(s.numel for s in cfg.streams),)
+    x, t, text = torch.randn(B, *shape), torch.rand(B), torch.randn(B, L, cfg.dim)
     for i in range(rounds):
         for c, model in models.items():
             began = time.process_time()
@@ -711,19 +720,20 @@ def seconds_per_step(cfg, conditionings, B=64, L=14, rounds=6):
 
 def study(base, out, seconds):
     """The conditionings on the latents of the run `base`, each for the same CPU seconds a model,
-    3 seeds: out/study.json, out/study.png and a table."""
+    3 seeds: out/study.json, out/study.png and a table, in the DiT paper's order."""
     import json
 
     import train
-    out.mkdir(parents=True, exist_ok=True)
     cfg, plan = train.load_run(base).cfg.dit, out / "steps.json"
-    if not plan.exists():                       # how many steps the seconds buy: decided once
+    out.mkdir(parents=True, exist_ok=True)
+    if not plan.exists():                       # how many steps a second buys: measured once
         torch.set_num_threads(1)
-        times = seconds_per_step(cfg, CONDITIONINGS)
-        plan.write_text(json.dumps({c: round(seconds / s) for c, s in times.items()}))
-    steps = json.loads(plan.read_text())
-    train.compare(base, out, {c: {"dit": matched(cfg, c), "train_dit.steps": steps[c]}
+        plan.write_text(json.dumps(seconds_per_step(cfg, CONDITIONINGS)))
+    cost = json.loads(plan.read_text())
+    train.compare(base, out, {c: {"dit": matched(cfg, c),
+                                  "train_dit.steps": max(1, round(seconds / cost[c]))}
                               for c in CONDITIONINGS})
+    print("The DiT paper's order, by FID on images, best first: " + ", ".join(CONDITIONINGS))
 
 
 # ---- 9. Command line -----------------------------------------------------------------------------
@@ -747,17 +757,19 @@ def main():
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: not a positive number")
-    if not args.seconds > 0:
+    if not 0 < args.seconds < math.inf:
         parser.error(f"--seconds {args.seconds:g}: not a positive number")
     if args.table:
         return table()
-    if args.study:
-        import train
-        try:
+    try:
+        if args.study:
             return study(args.study, args.out, args.seconds)
-        except train.UserError as error:
-            parser.error(str(error))
-    sys.exit(0 if demo(args.out, args.steps) else 1)
+        ok = demo(args.out, args.steps)
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}; a study needs the other files of this repository beside this one")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sys.exit(0 if ok else 1)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,9 @@ class TextConfig:
         for name in ENCODERS:
             if self.limit(name) < 2:
                 raise ValueError(f"max_{name} {self.limit(name)}: less than a token and its end")
+        for name in ("dim", "width", "heads", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be 1 or more")
         if self.width % (2 * self.heads):
             raise ValueError(f"heads {self.heads}: twice that does not divide width {self.width}")
 
@@ -119,9 +122,11 @@ PRESETS = {
 
 # ---- 2. Prompts, as users type them --------------------------------------------------------------
 
-# Straight, curly (also the German low one), guillemets, CJK corner brackets, full-width. Not the
-# single quotes: they are apostrophes far more often. A quote that is never closed is no quote.
-QUOTES = re.compile('"([^"]*)"|[“„]([^“„”]*)[”“]|«([^»]*)»|「([^」]*)」|『([^』]*)』|＂([^＂]*)＂')
+# Straight, curly (German: from low to high; Swedish: twice the same), guillemets (French; German:
+# the other way round), CJK corner brackets, full-width. Not the single quotes: they are apostrophes
+# far more often. A quote that is never closed is no quote; nor is the inch of a 5" sign.
+QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|”([^”]*)”|«([^»]*)»|»([^«]*)«|'
+                    '「([^」]*)」|『([^』]*)』|｢([^｣]*)｣|＂([^＂]*)＂')
 
 
 def clean(prompt):
@@ -313,8 +318,8 @@ def from_hub(name, source, kind, **options):
         import transformers
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it reports every retry
         return getattr(transformers, kind).from_pretrained(source, **options)
-    except (ImportError, OSError, ValueError) as e:
-        line = str(e).strip().split("\n")[0]
+    except Exception as e:          # of many kinds: offline, no such model, a file that is cut off
+        line = str(e).strip().split("\n")[0] or type(e).__name__
         raise ValueError(f"{name} {source}: neither a folder with this encoder nor a model that "
                          f"can be fetched from the hub ({line})") from None
 
@@ -342,12 +347,13 @@ def add_long_positions(clip, limit, kept=20):
     The first 20 rows are kept and the others stretched: CLIP was trained on captions that rarely
     reach further [LC]. Prompts of up to 77 tokens use the first table and are encoded exactly
     as MetaCLIP was trained to; only longer ones use the second."""
-    old = clip.embeddings.position_embedding.weight                             # (77, width)
+    inner = getattr(clip, "text_model", clip)           # transformers 5.0 has one more level
+    old = inner.embeddings.position_embedding.weight                            # (77, width)
     clip.short = len(old)
     tail = F.interpolate(old[kept:].float().T[None], size=max(limit, clip.short) - kept,
                          mode="linear", align_corners=True)[0].T
     table = torch.cat([old, old[:kept], tail.to(old.dtype)])                    # (77+limit, width)
-    clip.embeddings.position_embedding = nn.Embedding.from_pretrained(table)
+    inner.embeddings.position_embedding = nn.Embedding.from_pretrained(table)
 
 
 def width_of(name, source):
@@ -477,8 +483,12 @@ class TextConditioner(nn.Module):
 
     def cache_file(self, name, text):
         """One file for each text and encoder: its name is a digest of all that decides it."""
-        cfg = self.cfg
-        key = "\0".join((getattr(cfg, name), str(cfg.limit(name)), cfg.precision, text))
+        cfg, source = self.cfg, getattr(self.cfg, name)
+        weights = ()                            # of a folder, which may change under its name
+        if Path(source).is_dir():
+            weights = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns)
+                             for f in Path(source).iterdir())
+        key = "\0".join((source, str(weights), str(cfg.limit(name)), cfg.precision, text))
         digest = hashlib.sha256(key.encode("utf-8")).hexdigest()
         return Path(cfg.cache) / name / digest[:2] / f"{digest}.safetensors"
 
@@ -682,14 +692,16 @@ def look(folder, prompt, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     run = train.load_run(folder)
-    if run.cfg.text.mode != "toy" or len(run.cfg.dit.streams) > 1:
-        raise ValueError(f"--run {folder}: only toy encoders and a single latent stream are drawn")
+    if (run.cfg.text.mode != "toy" or run.cfg.text.without or len(run.cfg.dit.streams) > 1
+            or not run.cfg.dit.adaptive):
+        raise ValueError(f"--run {folder}: only the three toy encoders, a single latent stream and "
+                         "t in the norms are drawn")
     P, mask, _, _ = run.prompts([prompt])
     seen = []
 
     def weights(layer, args, result):
         x, text, *_ = args
-        if text.shape[1] == P.shape[1]:                         # not the null prompt of guidance
+        if torch.equal(text, P):                                # not the null prompt of guidance
             q = rearrange(layer.q(x), "B N (h d) -> B h N d", h=layer.heads)
             k = rearrange(layer.kv(text), "B L (two h d) -> two B h L d", two=2, h=layer.heads)[0]
             seen.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)))       # (N, L)
@@ -733,13 +745,15 @@ def study(folder, out, steps):
     variants = {"all three": {}} | {f"without {name}": {"text.without": name} for name in ENCODERS}
     train.compare(folder, out, {k: {**v, "train_dit.steps": steps} for k, v in variants.items()},
                   shown=("loss", "color", "shape", "direction", "text", "words", "heldout"))
+    scripts = ["latin", "chinese"]
     try:
-        train.compare(folder, out / "scripts", {script: {
-            "clips.script": script, "clips.count": 6144, "train_dit.steps": steps}
-            for script in ("latin", "chinese")},
-            shown=("loss", "color", "shape", "text", "words", "words_heldout"))
-    except train.UserError as e:
+        train.autoencoder.glyphs(train.autoencoder.SCRIPTS["chinese"][0][0], 16)
+    except ValueError as e:
         print(f"Chinese signs: skipped, {e}")
+        scripts.pop()
+    train.compare(folder, out / "scripts", {script: {
+        "clips.script": script, "clips.count": 6144, "train_dit.steps": steps}
+        for script in scripts}, shown=("loss", "color", "shape", "text", "words", "words_heldout"))
 
 
 # ---- 9. Command line -----------------------------------------------------------------------------
@@ -798,20 +812,19 @@ def main():
         parser.error(f"--steps {args.steps}: not a positive number")
     if args.prompt is not None and not args.prompt.strip():
         parser.error(f"prompt {args.prompt!r}: is empty")
-    if args.study or args.run:
-        import train
-        try:
-            if args.study:
-                return study(args.study, args.out, args.steps)
-            return look(args.run, args.prompt or 'a red sign saying "A" moving left', args.out)
-        except (train.UserError, ValueError) as e:
-            parser.error(str(e))
-    if args.prompt is None:
-        sys.exit(0 if demo(args.out, args.steps) else 1)
     try:
+        if args.study:
+            return study(args.study, args.out, args.steps)
+        if args.run:
+            return look(args.run, args.prompt or 'a red sign saying "A" moving left', args.out)
+        if args.prompt is None:
+            sys.exit(0 if demo(args.out, args.steps) else 1)
         cfg = TextConfig(args.text, words=args.words, concepts=args.concepts)
         show(args.prompt, args.fps, args.camera, cfg)
-    except ValueError as e:
+    except ModuleNotFoundError as e:
+        parser.error(f"{e}; --study and --run need the other files of this repository beside this "
+                     "one")
+    except (ValueError, OSError) as e:
         parser.error(str(e))
 
 

@@ -36,7 +36,9 @@ def rows(features, i):
 
 @pytest.mark.parametrize("prompt,text", [
     ('saying "CAT"', "CAT"), ("saying “CAT”", "CAT"), ("sagt „KATZE“", "KATZE"),
-    ("dit «CHAT»", "CHAT"), ("写着「猫」", "猫"), ("写着『小猫』", "小猫"), ("＂猫＂", "猫"),
+    ("dit «CHAT»", "CHAT"), ("»CAT« und »DOG«", "CAT\nDOG"), ("säger ”KATT”", "KATT"),
+    ("｢猫｣", "猫"), ('a 5" tall sign saying "CAT"', "CAT"),
+    ("写着「猫」", "猫"), ("写着『小猫』", "小猫"), ("＂猫＂", "猫"),
     ('"A" and "B C"', "A\nB C"), ('signs "A" 「B」', "A\nB"), ("a dog's life", ""), ('5" tall', ""),
     ('an open "quote', ""), ('""', ""), ('" "', ""), ('"👋🏽"', "👋🏽"), ('"שלום"', "שלום")])
 def test_the_byte_encoder_is_given_what_stands_in_quotes(prompt, text):
@@ -312,7 +314,8 @@ def folders(tmp_path_factory):
     for name, vocab in (("words", len(tokenizer)), ("bytes", 384)):
         cfg = tf.T5Config(vocab_size=vocab, d_model=24, d_ff=48, d_kv=8, num_heads=3, num_layers=2,
                           feed_forward_proj="gated-gelu" if name == "bytes" else "gated-silu")
-        tf.T5EncoderModel(cfg).save_pretrained(root / name)
+        kind = tf.T5EncoderModel if name == "bytes" else tf.T5ForConditionalGeneration
+        kind(cfg).save_pretrained(root / name)          # UL2's files hold its decoder too,
     tokenizer.save_pretrained(root / "words")
     letters = [chr(i) for i in range(33, 127)]
     vocab = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -321,7 +324,10 @@ def folders(tmp_path_factory):
     cfg = tf.CLIPTextConfig(vocab_size=n, hidden_size=40, intermediate_size=64,
                             num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=77,
                             bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
-    tf.CLIPTextModel(cfg).save_pretrained(root / "concepts")
+    eyes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                image_size=8, patch_size=4)
+    both = tf.CLIPConfig(text_config=cfg.to_dict(), vision_config=eyes, projection_dim=8)
+    tf.CLIPModel(both).save_pretrained(root / "concepts")           # and MetaCLIP's both towers
     tokenizer.save_pretrained(root / "concepts")
     return {name: str(root / name) for name in ENCODERS}
 
@@ -434,6 +440,45 @@ def test_the_cache_is_keyed_by_encoder_and_text_and_nothing_is_loaded_on_a_hit(
         again.encode([SIGN + " fast"])
 
 
+def test_the_cache_sees_that_a_folder_holds_other_weights(folders, tmp_path):
+    import shutil
+    mine = {**folders, "words": str(tmp_path / "words")}
+    shutil.copytree(folders["words"], mine["words"])
+    model = pretrained(mine, cache=str(tmp_path / "cache"))
+    before = model.encode([SIGN])["words"]
+    file = tmp_path / "words" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+    save_file({k: v + 0.1 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    assert not torch.equal(model.encode([SIGN])["words"], before)
+
+
+def test_one_encoder_at_a_time_is_in_memory(folders, monkeypatch):
+    import weakref
+    alive, most, load = weakref.WeakSet(), [0], text_cond.load_encoder
+
+    def watched(*args):
+        model = load(*args)
+        alive.add(model)
+        most[0] = max(most[0], len(alive))
+        return model
+    monkeypatch.setattr(text_cond, "load_encoder", watched)
+    pretrained(folders).encode([SIGN])
+    assert most[0] == 1
+    pretrained(folders, offload="never").encode([SIGN])
+    assert most[0] == 3
+
+
+def test_in_bf16_too_a_prompt_does_not_depend_on_what_is_beside_it(folders):
+    model = pretrained(folders, precision="bf16")
+    together = model.encode(PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        alone = model.encode([prompt])
+        for name in ENCODERS:
+            x, y = (f[name][r][f[name + "_mask"][r]].float()
+                    for f, r in ((together, i), (alone, 0)))
+            assert x.shape == y.shape and torch.allclose(x, y, atol=0.05, rtol=0.02), name
+
+
 @pytest.mark.parametrize("offload,held", [("disk", ()), ("cpu", ENCODERS), ("never", ENCODERS)])
 def test_where_an_encoder_waits(folders, offload, held):
     model = pretrained(folders, offload=offload)
@@ -450,6 +495,12 @@ def test_a_wrong_source_is_one_line(folders, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="concepts .*empty: neither a folder with") as e:
         pretrained({**folders, "concepts": str(tmp_path / "empty")})
     assert "\n" not in str(e.value)
+    import shutil
+    shutil.copytree(folders["words"], tmp_path / "short")
+    file = tmp_path / "short" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="words .*short: neither a folder with"):
+        pretrained({**folders, "words": str(tmp_path / "short")}).encode([SIGN])
     monkeypatch.setitem(text_cond.WIDTHS, folders["bytes"], 99)
     with pytest.raises(ValueError, match="24 features a token, not the 99"):
         pretrained(folders).encode([SIGN])
