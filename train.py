@@ -82,6 +82,7 @@ class ClipConfig:
     script: str = "latin"  # of its signs: latin | chinese
     count: int = 6144  # M: clips in the data set that the DiT is trained on
     max_interval: int = 4  # real videos: take every n-th frame, n drawn from 1 .. max_interval
+    tell_fps: bool = False  # real videos: captions begin with the frame rate of the clip, FPS-12
     workers: int = 2  # processes that decode real videos
 
 
@@ -106,6 +107,7 @@ class TrainConfig:
     motion: int = 1  # tae: motion curriculum, up to so many times as fast in the end; 1 is off
     finish: float = 0.0  # tae: the last part of the steps, on whole clips without a crowd
     drop: float = 0.1  # dit: condition dropout
+    drop_each: bool = False  # dit: each text encoder is dropped for itself, not all three together
     align: float = 0.0  # dit: weight of the loss that aligns the toy MetaCLIP with the picture
 
 
@@ -236,7 +238,12 @@ def finish_config(cfg: Config) -> Config:
         if getattr(cfg.sample, name) < 1:
             raise UserError(f"--sample.{name} {getattr(cfg.sample, name)}: must be 1 or more")
     one_of("--sample.solver", cfg.sample.solver, (*flow.SOLVERS, "dopri5"))
-    one_of("--sample.schedule", cfg.sample.schedule, ("linear", "linear_quadratic", "shifted"))
+    try:
+        flow.schedule(cfg.sample.schedule, cfg.sample.steps, shift=cfg.flow.shift)
+    except ValueError as error:
+        raise UserError(f"--sample.{error}") from None
+    if cfg.flow.objective == "diffusion" and cfg.sample.solver != "euler":
+        raise UserError(f"--sample.solver {cfg.sample.solver}: diffusion is sampled with euler")
     one_of("--tae", cfg.variant, VARIANTS)
     patches = {"patch": cfg.patch}
     if cfg.variant == "vidtwin":
@@ -544,16 +551,18 @@ class VideoFolder:
         key = f"{split}/{self.cfg.seed}/{i // CROPS}"
         if self.window[0] != key:
             self.window = key, self._window(split, i // CROPS, random.Random(key), done)
-        x, size = self.window[1], self.cfg.clips.size                               # (T, h, w, 3)
+        (x, fps), size = self.window[1], self.cfg.clips.size                        # (T, h, w, 3)
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}/crop")
         top, left = (rng.randint(0, n - size) for n in x.shape[1:3])
         x = x[:, top : top + size, left : left + size]
-        return rearrange(x, "t h w c -> c t h w").float() / 127.5 - 1, self._video(i)[1]
+        told = f"FPS-{fps:.3g} " if self.cfg.clips.tell_fps else ""                 # [MG s3.1.4]
+        return rearrange(x, "t h w c -> c t h w").float() / 127.5 - 1, told + self._video(i)[1]
 
     def _video(self, i: int) -> tuple[Path, str, int, float]:
         return self.videos[i // CROPS % len(self.videos)]
 
-    def _window(self, split: str, w: int, rng: random.Random, done: float | None) -> Tensor:
+    def _window(self, split: str, w: int, rng: random.Random,
+                done: float | None) -> tuple[Tensor, float]:
         c, most = self.cfg.clips, self.cfg.clips.max_interval
         if done is not None and self.cfg.train_tae.motion > 1:
             most = int(autoencoder.motion_interval(rng, done, self.cfg.train_tae.motion))
@@ -564,7 +573,8 @@ class VideoFolder:
         interval = rng.randint(1, max(1, min(most, (hi - lo) // c.frames)))
         start = rng.randint(lo, max(lo, hi - interval * (c.frames - 1) - 1))
         short_side = round(c.size * rng.uniform(1.0, 1.5))
-        return read_window(path, start, interval, c.frames, short_side, rate)
+        x = read_window(path, start, interval, c.frames, short_side, rate)
+        return x, rate / interval
 
 
 def read_captions(root: Path, files: list[Path]) -> dict[str, str]:
@@ -1198,7 +1208,8 @@ def encode_latents(run: Run, clips) -> None:
             with safe_open(folder / name, "pt") as f:
                 captions += json.loads(f.metadata()["captions"])
         unique = list(dict.fromkeys(captions))
-        features = text_cond.TextConditioner(run.cfg.text).to(run.device).encode(unique)
+        conditioner = text_cond.TextConditioner(text_config(run.cfg, run.folder)).to(run.device)
+        features = conditioner.encode(unique)
         save_tensors(folder / "text.safetensors", features)
         where = {c: i for i, c in enumerate(unique)}
         write_json(folder / "captions.json",
@@ -1206,6 +1217,11 @@ def encode_latents(run: Run, clips) -> None:
         write_json(folder / "index.json", {"shards": {n: crc(folder / n) for n in names}})
     run.spent("latents", time.monotonic() - began)
     barrier()
+
+
+def text_config(cfg: Config, folder: Path) -> text_cond.TextConfig:
+    """cfg.text, with a place where the features of frozen encoders are kept: the run folder."""
+    return replace(cfg.text, cache=cfg.text.cache or str(folder / "text"))
 
 
 @dataclass
@@ -1229,17 +1245,22 @@ def load_latents(run: Run) -> Latents:
                    load_tensors(folder / "text.safetensors"))
 
 
-def caption_groups(latents: Latents) -> Tensor:
+def caption_groups(latents: Latents, size: int = 32) -> Tensor:
     """(M,) int64 groups within which SDOT couples: clips of the same caption; where captions are
-    unique, clusters of 32 clips or more of similar captions (bags of hashed words)."""
+    unique, clusters of `size` clips or more of similar captions, by the mean of MetaCLIP's
+    features, or by bags of hashed words where the encoders are toys."""
     if len(latents.captions) <= len(latents.of) / 2:
         return latents.of
-    bags = torch.zeros(len(latents.captions), 256)
-    for row, text in zip(bags, latents.captions):
-        for word in text.lower().split():
-            row[zlib.crc32(word.encode()) % 256] += 1
+    if "concepts_mask" in latents.features:
+        x, there = latents.features["concepts"].float(), latents.features["concepts_mask"]
+        bags = (x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1)
+    else:
+        bags = torch.zeros(len(latents.captions), 256)
+        for row, text in zip(bags, latents.captions):
+            for word in text.lower().split():
+                row[zlib.crc32(word.encode()) % 256] += 1
     bags = nn.functional.normalize(bags, dim=1)
-    return sdot.cluster(bags[latents.of], size=32, seed=0)
+    return sdot.cluster(bags[latents.of], size, seed=0)
 
 
 def couple_latents(run: Run) -> None:
@@ -1249,14 +1270,16 @@ def couple_latents(run: Run) -> None:
     if not run.cfg.coupling.startswith("sdot") or path.exists():
         return
     began = time.monotonic()
+    latents, tae, size = load_latents(run), load_tae(run), run.cfg.sdot.cluster
+    if run.cfg.coupling == "sdot-global" and rank() == 0:
+        print("--coupling sdot-global ignores captions: unguided samples then do so too",
+              file=sys.stderr)
+    groups = caption_groups(latents, size) if run.cfg.coupling == "sdot" else None
+    z = tae.cpu().normalize(latents.mean)
+    coupling = sdot.Coupling.fit(
+        z, groups, cfg=run.cfg.sdot, progress=True, ranks=dist.is_initialized(),
+        device=run.device, checkpoint=run.folder / "coupling.partial")
     if rank() == 0:
-        latents, tae = load_latents(run), load_tae(run)
-        if run.cfg.coupling == "sdot-global":
-            print("--coupling sdot-global ignores captions: unguided samples then do so too",
-                  file=sys.stderr)
-        groups = caption_groups(latents) if run.cfg.coupling == "sdot" else None
-        z = tae.cpu().normalize(latents.mean)
-        coupling = sdot.Coupling.fit(z, groups, cfg=run.cfg.sdot, progress=True)
         print(coupling.report())
         coupling.save(path)
     run.spent("coupling", time.monotonic() - began)
@@ -1307,7 +1330,7 @@ def train_dit(run: Run) -> None:
             x0 = flow.minibatch_pairing(x0, mean[rows], latents.of[rows])
         noise = torch.randn(t.batch, *mean.shape[1:], generator=g)
         times = flow.sample_t(t.batch, cfg.flow, g)
-        drop = model.text.drop_mask(t.batch, t.drop, g)
+        drop = model.text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)
         x1 = mean[rows] + (0.5 * latents.logvar[rows]).exp() / scale * noise
         where = latents.of[rows][mine]
         features = {k: v[where].to(run.device) for k, v in latents.features.items()}
@@ -1349,6 +1372,8 @@ class Loaded:
 
     def prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """P (B, L, D), mask (B, L) of the prompts, and P, mask of as many null prompts."""
+        if self.cfg.clips.tell_fps:
+            prompts = [p if p.startswith("FPS-") else f"FPS-{self.fps} {p}" for p in prompts]
         features = {k: v.to(self.device) for k, v in self.text.encode(prompts).items()}
         return *self.text(features), *self.text.null_tokens(len(prompts))
 
@@ -1394,6 +1419,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
             f"--workdir {folder}: not finished; continue it with the command that began it"
         )
     model = TextToVideo(cfg)
+    model.text.cfg = text_config(cfg, folder)
     model.load_state_dict(load_tensors(folder / "dit" / "model.safetensors"))
     model.to(device).eval().requires_grad_(False)
     return Loaded(cfg, load_tae(Run(folder, cfg, device)), model.text, model.dit, device)
@@ -1510,18 +1536,8 @@ def validation_loss(loaded: Loaded, posteriors: list, captions: list[str]) -> fl
     prefer."""
     x1 = loaded.tae.normalize(torch.cat([p.mean for p in posteriors]))
     P, mask, _, _ = loaded.prompts(captions)
-    x0 = loaded.noise(list(range(len(x1))))
     v_fn = lambda x, t: loaded.dit(x, t, P, mask)
-    grid = [(i + 0.5) / 10 for i in range(10)]
-    return (
-        sum(
-            flow.loss(
-                v_fn, x1, x0, torch.full((len(x1),), t, device=x1.device), loaded.cfg.flow
-            ).item()
-            for t in grid
-        )
-        / 10
-    )
+    return flow.validation_loss(v_fn, x1, loaded.cfg.flow, times=10)[0]
 
 
 def draw_curves(folder: Path) -> None:
@@ -1646,8 +1662,8 @@ img { image-rendering: pixelated }
 def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Run:
     """A run on the autoencoder and the latents of another, which differs in what comes after them:
     `changes` maps fields to values ("dit.conditioning": "in_context"). Where they concern `clips.`
-    it shares the autoencoder alone. Where the run exists already, it is continued. Nothing is
-    copied where the file system has hard links."""
+    or `text.` (but for `without`) it shares the autoencoder alone. Where the run exists already, it
+    is continued. Nothing is copied where the file system has hard links."""
     base, folder = Path(base), Path(folder)
     if not (base / "latents" / "index.json").exists():
         raise UserError(f"{base}: no run with latents there; first: torchrun train.py --workdir "
@@ -1666,7 +1682,7 @@ def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Ru
         except OSError:
             shutil.copyfile(source, target)
 
-    other = any(name.startswith("clips.") for name in changes)
+    other = any(name.startswith(("clips.", "text.")) for name in changes.keys() - {"text.without"})
     for part in ("tae",) if other else ("tae", "latents"):
         if not (folder / part).exists():
             shutil.rmtree(folder / f"{part}.tmp", ignore_errors=True)
@@ -1677,10 +1693,10 @@ def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Ru
     return run
 
 
-def _compared(base: Path, folder: Path, changes: dict[str, object]) -> None:
+def _compared(folder: Path) -> None:
     torch.set_num_threads(1)
-    run = fork(base, folder, changes)
-    clips = clips_of(run.cfg)
+    cfg = from_dict(Config, json.loads((folder / "config.json").read_text()))
+    run, clips = Run(folder, cfg, torch.device("cpu")), clips_of(cfg)
     encode_latents(run, clips)
     couple_latents(run)
     train_dit(run)
@@ -1692,7 +1708,8 @@ def compare(base: Path, out: Path, variants: dict[str, dict[str, object]], seeds
             workers: int = 2, shown: tuple[str, ...] = COMPARED) -> list[dict]:
     """Train, sample and judge each variant (name -> changes for `fork`) on the latents of `base`,
     `seeds` times, each on one thread, `workers` at a time. Prints mean and spread of the figures in
-    `shown`; writes them all to out/study.json, and out/study.png -> one row for each run."""
+    `shown`; writes them all to out/study.json, and out/study.png -> one row for each run. UserError
+    for a base without a judge, and where `out` holds a study of other settings."""
     import multiprocessing
 
     import matplotlib
@@ -1700,20 +1717,21 @@ def compare(base: Path, out: Path, variants: dict[str, dict[str, object]], seeds
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    jobs = {(name, seed): (base, out / "study" / f"{name}-{seed}",
-                           {"seed": seed, "coupling": "independent", "sample.prompts": 80,
-                            **changes})
-            for seed in range(seeds) for name, changes in variants.items()}
-    done = lambda job: (job[1] / "report.json").exists()
-    todo = [job for job in jobs.values() if not done(job)]
-    out.mkdir(parents=True, exist_ok=True)
+    if (base / "config.json").exists() and not (base / "judge.json").exists():
+        raise UserError(f"{base}: a run on videos; a study needs the judge of the toy world")
+    runs = {(name, seed): out / "study" / f"{name}-{seed}"
+            for seed in range(seeds) for name in variants}
+    for (name, seed), folder in runs.items():
+        fork(base, folder, {"seed": seed, "coupling": "independent", "sample.prompts": 80,
+                            **variants[name]})
+    todo = [folder for folder in runs.values() if not (folder / "report.json").exists()]
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        waiting = [pool.apply_async(_compared, job) for job in todo]
-        for result in tqdm(waiting, desc="study", unit="run", initial=len(jobs) - len(todo),
-                           total=len(jobs)):
+        waiting = [pool.apply_async(_compared, (folder,)) for folder in todo]
+        for result in tqdm(waiting, desc="study", unit="run", initial=len(runs) - len(todo),
+                           total=len(runs)):
             result.get()
     rows = []
-    for (name, seed), (_, folder, _) in jobs.items():
+    for (name, seed), folder in runs.items():
         report = json.loads((folder / "report.json").read_text())
         steps = json.loads((folder / "config.json").read_text())["train_dit"]["steps"]
         rows.append({"variant": name, "seed": seed, "folder": str(folder), "steps": steps,
@@ -1852,19 +1870,18 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     if args.text is not None:
         one_of("--text", args.text, ("toy", "pretrained"))
         cfg.text = replace(cfg.text, mode=args.text)
+    changes: dict[str, dict[str, object]] = {}
     for name, text in given.items():
-        if text is None:
-            continue
-        value = convert(name, text, defaults[name])
-        section, _, key = name.rpartition(".")
+        if text is not None:
+            section, _, key = name.rpartition(".")
+            changes.setdefault(section, {})[key] = convert(name, text, defaults[name])
+    for key, value in changes.pop("", {}).items():
+        setattr(cfg, key, value)
+    for section, values in changes.items():  # together: a width and its number of heads
         try:
-            if section:
-                more = {"ffn": 0} if name == "dit.dim" and given["dit.ffn"] is None else {}
-                setattr(cfg, section, replace(getattr(cfg, section), **{key: value}, **more))
-            else:
-                setattr(cfg, key, value)
-        except ValueError as error:  # a stage's own check
-            raise UserError(f"--{name} {' '.join(text)}: {error}") from None
+            setattr(cfg, section, replace(getattr(cfg, section), **values))
+        except ValueError as error:  # a stage's own check, which names the field
+            raise UserError(f"--{section}.{error}") from None
     if cfg.data and given["clips.count"] is None:
         cfg.clips.count = min(cfg.clips.count, 1024)  # windows of real videos cost a decoding each
     if args.data is not None and not args.data:
@@ -1948,11 +1965,22 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
         print(f"look at {run.folder / 'index.html'}")
 
 
+def ours(error: BaseException) -> bool:
+    """Whether a file of this repository raised it: then it is one of our checks, and says what is
+    wrong with the input. Any other ValueError is a defect, and keeps its traceback."""
+    frame = error.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    return Path(frame.tb_frame.f_code.co_filename).parent == Path(__file__).parent
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line -> exit status."""
     try:
         work(*parse_args(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+    except ValueError as error:
+        if not (isinstance(error, UserError) or ours(error)):
+            raise
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)
         return 2
