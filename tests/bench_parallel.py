@@ -1,0 +1,225 @@
+"""Speed-up of each parallel mode on two ranks, one thread a rank, over one process: the same clip,
+the modes in turn, the median of the ratios of each round. With `--links`, again behind a limited
+link: two network namespaces joined by a veth pair with a token bucket (tbf). That takes root and
+Linux; where it cannot be had, it says so and goes on without.
+
+    python tests/bench_parallel.py                                    # about 8 minutes on 2 cores
+    python tests/bench_parallel.py --links none 1gbit 100mbit         # about 25 minutes
+
+Model: D 192, 6 heads, 8 layers, 784 tokens, guided, 8 Euler steps, fp32, random weights. `ideal`:
+the modes' formula with a link that takes no time (`cost` in sample_parallel.py), which knows of no
+caches: two cores that share one may do better. Also the time of `ParallelSampler` on one rank over
+that of a loop written by hand. Writes out/sample_parallel/bench.json and bench.png.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import dit
+import sample_parallel as sp
+
+STEPS, GUIDANCE = 8, 3.0
+MODES = {"CFG": {"cfg": 2}, "Ring": {"ring": 2}, "Ulysses": {"ulysses": 2},
+         "PipeFusion M 2": {"pp": 2, "patches": 2}, "PipeFusion M 4": {"pp": 2, "patches": 4},
+         "PipeFusion M 8": {"pp": 2, "patches": 8}}
+SPACES = ("filmstrip-a", "filmstrip-b")
+ADDRESS = ("10.77.0.1", "10.77.0.2")
+
+
+def case():
+    """model, x0, text, null: the same on every rank."""
+    torch.manual_seed(0)
+    model = dit.DiT(dit.DiTConfig((dit.Stream(4, (1, 2, 2), (4, 28, 28)),), 192, 8, 6)).eval()
+    with torch.no_grad():
+        for w in model.parameters():
+            w.add_(torch.randn_like(w), alpha=0.02)
+    return model, torch.randn(1, 4, 4, 28, 28), torch.randn(1, 16, 192), torch.randn(1, 1, 192)
+
+
+@torch.no_grad()
+def by_hand(model, x0, text, null):
+    """What one process does: both branches of guidance in one batch, Euler."""
+    both, x = torch.cat([text, null.expand(1, 16, -1)]), x0
+    for i in range(STEPS):
+        v, v0 = model(x.expand(2, -1, -1, -1, -1), torch.full((2,), i / STEPS), both).chunk(2)
+        x = x + (v0 + GUIDANCE * (v - v0)) / STEPS
+    return x
+
+
+def rank_main(rank, address, port, rounds):
+    """One of two ranks; rank 0 prints a JSON object: mode -> its seconds."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=2)
+    model, x0, text, null = case()
+    null16 = null.expand(1, 16, -1)
+    samplers = {}
+    for name, flags in MODES.items():
+        flags = dict(flags)
+        patches = flags.pop("patches", 0)
+        samplers[name] = sp.ParallelSampler(model, sp.make_mesh(**flags), patches=patches)
+    seconds = {name: [] for name in ("one process", *MODES)}
+    reference = by_hand(model, x0, text, null)
+    for turn in range(rounds + 1):                              # the first warms up
+        for name in seconds:
+            dist.barrier()
+            began = time.perf_counter()
+            if name != "one process":
+                x1 = samplers[name].sample(x0, text, None, null16, None, GUIDANCE, STEPS)
+                if not name.startswith("Pipe"):
+                    assert sp.difference(x1, reference) < 1e-4
+            elif rank == 0:                                     # the other rank waits, idle
+                by_hand(model, x0, text, null)
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    if rank == 0:
+        print(json.dumps(seconds))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def overhead(rounds):
+    """ParallelSampler on one rank over the loop by hand: the median ratio."""
+    model, x0, text, null = case()
+    sampler, null16, ratios = sp.ParallelSampler(model), null.expand(1, 16, -1), []
+    for turn in range(rounds + 1):
+        began = time.perf_counter()
+        by_hand(model, x0, text, null)
+        between = time.perf_counter()
+        sampler.sample(x0, text, None, null16, None, GUIDANCE, STEPS)
+        if turn:
+            ratios.append((time.perf_counter() - between) / (between - began))
+    return statistics.median(ratios)
+
+
+def sh(command):
+    subprocess.run(command.split(), check=True, capture_output=True)
+
+
+def link(rate):
+    """Two namespaces with a link of this rate between them; "none" is without a limit."""
+    unlink()
+    for space in SPACES:
+        sh(f"ip netns add {space}")
+    sh(f"ip link add fs0 netns {SPACES[0]} type veth peer name fs1 netns {SPACES[1]}")
+    for i, space in enumerate(SPACES):
+        sh(f"ip -n {space} addr add {ADDRESS[i]}/24 dev fs{i}")
+        sh(f"ip -n {space} link set fs{i} up")
+        sh(f"ip -n {space} link set lo up")
+        if rate != "none":
+            sh(f"ip netns exec {space} tc qdisc add dev fs{i} root tbf rate {rate} burst 64kb "
+               "latency 400ms")
+
+
+def unlink():
+    for space in SPACES:
+        subprocess.run(["ip", "netns", "del", space], capture_output=True)
+
+
+def two_ranks(rounds, apart):
+    """Both ranks of `rank_main`, each in its namespace or both on this host -> seconds by mode."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    address = ADDRESS[0] if apart else "127.0.0.1"
+    ranks = []
+    for rank in range(2):
+        inside = ["ip", "netns", "exec", SPACES[rank]] if apart else []
+        env = {**os.environ, "OMP_NUM_THREADS": "1"} | (
+            {"GLOO_SOCKET_IFNAME": f"fs{rank}"} if apart else {})
+        ranks.append(subprocess.Popen(
+            [*inside, sys.executable, __file__, "--rank", str(rank), address, str(port),
+             "--rounds", str(rounds)], stdout=subprocess.PIPE, text=True, env=env))
+    out = [r.communicate()[0] for r in ranks]
+    if any(r.returncode for r in ranks):
+        raise SystemExit("bench_parallel.py: a rank failed, see above")
+    return json.loads(out[0].splitlines()[-1])
+
+
+def ideal(name):
+    """The speed-up that the formula allows on a link that takes no time."""
+    flags = {"cfg": 1, "pp": 1, "ring": 1, "ulysses": 1, **MODES[name]}
+    M = flags.pop("patches", 1)
+    model, x0, *_ = case()
+    size, N = sp.live_size(model, x0.shape[1:])
+    base = sp.cost(size, N, STEPS, 1, 1, 1e30, 1e12, cfg=1, pp=1, ring=1, ulysses=1)[0]
+    return base / sp.cost(size, N, STEPS, 1, M, 1e30, 1e12, **flags)[0]
+
+
+def draw(found, ideals, path):
+    """Bars of the speed-ups, by mode and link, with the ideal as a line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, ax = plt.subplots(figsize=(8, 3.4))
+    width = 0.8 / len(found)
+    for i, (rate, speedups) in enumerate(found.items()):
+        label = "no limit" if rate == "none" else rate.replace("gbit", " Gbit/s").replace(
+            "mbit", " Mbit/s")
+        ax.bar([j + i * width for j in range(len(MODES))], [speedups[n] for n in MODES], width,
+               label=label)
+    for j, name in enumerate(MODES):
+        ax.hlines(ideals[name], j - width / 2, j + 0.8 - width / 2, color="k", lw=1,
+                  label="ideal" if j == 0 else None)
+    ax.axhline(1, color="gray", lw=0.8, ls=":")
+    ax.set_xticks([j + 0.4 - width / 2 for j in range(len(MODES))], list(MODES), fontsize=8)
+    ax.set(ylabel="speed-up on 2 ranks")
+    ax.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--links", nargs="+", default=["none"], metavar="RATE",
+                        help="none, or a rate that tc knows: 1gbit, 100mbit")
+    parser.add_argument("--rank", nargs=3, metavar=("RANK", "ADDRESS", "PORT"), help="internal")
+    args = parser.parse_args()
+    if args.rank:
+        return rank_main(int(args.rank[0]), args.rank[1], args.rank[2], args.rounds)
+    torch.set_num_threads(1)
+    folder = Path("out/sample_parallel")
+    folder.mkdir(parents=True, exist_ok=True)
+    ideals = {name: ideal(name) for name in MODES}
+    found, raw = {}, {}
+    for rate in args.links:
+        apart = args.links != ["none"]
+        if apart:
+            try:
+                link(rate)
+            except (OSError, subprocess.CalledProcessError) as e:
+                print(f"link {rate}: skipped, no network namespaces here ({e})")
+                continue
+        try:
+            raw[rate] = two_ranks(args.rounds, apart)
+        finally:
+            unlink()
+        ones = raw[rate]["one process"]
+        found[rate] = {n: statistics.median(a / b for a, b in zip(ones, raw[rate][n]))
+                       for n in MODES}
+        print(f"link {rate}: one process {statistics.median(ones):.2f} s", flush=True)
+        for n in MODES:
+            print(f"| {n} | {rate} | {found[rate][n]:.2f} | ideal {ideals[n]:.2f} |", flush=True)
+    ratio = overhead(args.rounds)
+    print(f"ParallelSampler on one rank: {ratio:.3f} times the loop by hand")
+    (folder / "bench.json").write_text(json.dumps(
+        {"ideal": ideals, "speedup": found, "seconds": raw, "overhead": ratio}, indent=1))
+    if found:
+        draw(found, ideals, folder / "bench.png")
+        print(f"wrote {folder / 'bench.json'}, {folder / 'bench.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Speed of the semi-discrete solver beside POT's `ot.semidiscrete` and AlignFlow's recipe: seconds
+to a given rms mass error, on the same latents, in one process, one after the other.
+
+    python tests/bench_sdot.py                          # N 2000, d 64: about 5 minutes on 2 cores
+    python tests/bench_sdot.py --problems 20000x1024    # hours on 2 cores
+    python tests/bench_sdot.py --only couple memory     # the rest
+
+`solve`: a rival has no stopping rule, so it is run for 100, 200 and 400 noises a target, each time
+from its start; only the first run that reaches the target counts, and the mass error is measured
+off the clock, by noise that no solver has seen. A run is cut short at `--patience` times our time.
+`couple`: seconds of the pairing over those of the bare matrix product. `memory`: the largest
+resident set of a process that solves 20 steps and pairs a batch at N = 10^5, d = 1024, less the
+imports (the data set itself is 0.38 GiB), and the plan for 10^6 x 4096. `step`: the share of a
+training step of `train.py --scale small` that pairing takes, a data set of 10,000 clips in captions
+of 64. Writes out/sdot/bench.json.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import sdot
+
+LEVELS = (100, 200, 400)        # noises a target
+
+
+class Late(Exception):
+    """A run took longer than it was given."""
+
+
+def clocked(draw, limit):
+    """`draw`, which raises Late after `limit` seconds: POT offers no other way to stop."""
+    began = time.perf_counter()
+
+    def sampler(n):
+        if time.perf_counter() - began > limit:
+            raise Late
+        return draw(n)
+    return sampler
+
+
+def pot(Y, level, limit, tuned):
+    """Dual weights by POT after level * N noises; by default it takes 32 at a time."""
+    from ot.semidiscrete import solve_semidiscrete
+    N, d = Y.shape
+    g = torch.Generator().manual_seed(0)
+    draw = clocked(lambda n: torch.randn(n, d, generator=g), limit)
+    if not tuned:
+        dual = solve_semidiscrete(Y, draw, max_iter=level * N // 32)
+        return (dual - Y.square().sum(1)) / 2
+    b = torch.full((N,), 1 / N, dtype=torch.float64)
+    sigma, (m, q), batch = sdot.spread(Y, b), sdot.expected_max(N), max(512, N // 4)
+    start = (-2 * q * sigma + Y.double().square().sum(1)).float()
+    dual = solve_semidiscrete(Y, draw, max_iter=level * N // batch, batch_size=batch,
+                              lr0=(sigma.mean() / m).item() * N, init_potential=start,
+                              decreasing_reg=False)
+    return (dual - Y.square().sum(1)) / 2
+
+
+def alignflow(Y, level, limit):
+    """[AF]'s CIFAR-10 recipe, shortened in proportion to level * N noises: Adam with amsgrad on the
+    dual g from 0, three stages of (lr, share of the noises, batch, temperature, EMA), each from the
+    average that the one before has left."""
+    N, d = Y.shape
+    gen = torch.Generator().manual_seed(0)
+    draw = clocked(lambda n: torch.randn(n, d, generator=gen), limit)
+    square, mean = Y.square().sum(1), torch.zeros(N)
+    for lr, share, batch, eps, ema in ((10.0, 0.01, 1024, 1.0, 0.99),
+                                       (0.1, 0.198, 4096, 1.0, 0.999),
+                                       (0.1, 0.792, 16384, 0.01, 0.999)):
+        g = mean.clone().requires_grad_()
+        opt = torch.optim.Adam([g], lr, amsgrad=True)
+        batch = min(batch, max(32, int(share * level * N / 50)))        # at least 50 steps a stage
+        for _ in range(max(1, int(share * level * N / batch))):
+            mass = torch.zeros(N)
+            for x in draw(batch).split(512):
+                cost = (x.square().sum(1)[:, None] - 2 * x @ Y.T + square).clamp_min(0)
+                mass += ((g.detach() - cost) / eps).softmax(1).sum(0)
+            g.grad = mass / batch - 1 / N
+            opt.step()
+            mean = ema * mean + (1 - ema) * g.detach()
+    return (mean - square) / 2
+
+
+METHODS = {"POT, tuned": lambda *a: pot(*a, tuned=True), "AlignFlow's recipe": alignflow,
+           "POT, defaults": lambda *a: pot(*a, tuned=False)}
+
+
+def solve(N, d, target, patience, per_target):
+    """Rows of seconds, noises a target and mass error: ours, then the rivals."""
+    Y = sdot.toy_latents(N, d)
+    began = time.perf_counter()
+    state = sdot.fit(Y, cfg=sdot.SDOTConfig(target=target))
+    ours = time.perf_counter() - began
+    error = sdot.mass_error(Y, state.avg, per_target)
+    rows = [{"N": N, "d": d, "method": "sdot.fit", "seconds": ours, "noises": state.samples / N,
+             "error": error, "reached": error <= 1.05 * target}]
+    for name, method in METHODS.items():
+        for level in LEVELS:
+            began, row = time.perf_counter(), {"N": N, "d": d, "method": name, "noises": level}
+            try:
+                h = method(Y, level, patience * ours)
+            except Late:
+                rows.append({**row, "seconds": patience * ours, "error": None, "reached": False})
+                break
+            spent = time.perf_counter() - began
+            error = sdot.mass_error(Y, h, per_target)
+            row |= {"seconds": spent, "error": error, "reached": error <= 1.05 * target}
+            rows.append(row)
+            if row["reached"]:
+                break
+    print(f"N {N}, d {d}, to an rms mass error of {target:g}\n"
+          "| solver | noises a target | seconds | seconds / ours | mass error |\n"
+          "|---|---|---|---|---|")
+    for r in rows:
+        found = "not finished" if r["error"] is None else f"{r['error']:.3f}"
+        print(f"| {r['method']} | {r['noises']:.0f} | {r['seconds']:.1f} | "
+              f"{r['seconds'] / ours:.1f} | {found} |", flush=True)
+    return rows
+
+
+def couple(N=20000, d=1024, B=1024, repeats=7):
+    """Pairing B noises within one group of N over the bare product, in turn."""
+    c = sdot.Coupling.fit(sdot.toy_latents(N, d), budget=0.01)
+    x, seconds = torch.randn(B, d), {"couple": [], "product": []}
+    for i in range(repeats + 1):
+        for name, call in (("couple", lambda: c.couple(x)), ("product", lambda: x @ c.Y.T)):
+            began = time.perf_counter()
+            call()
+            if i:
+                seconds[name].append(time.perf_counter() - began)
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values()))
+    print(f"couple: {B} noises, N {N}, d {d}: {ratio:.2f} times the bare matrix product")
+    return {"N": N, "d": d, "B": B, "ratio": ratio, **seconds}
+
+
+def memory(N=100_000, d=1024):
+    """Resident set of a fresh process less its imports, in GiB."""
+    code = ("import resource, sys, torch; sys.path.insert(0, '.'); import sdot\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20\n"
+            f"x, before = torch.randn(8, 8), peak()\nN, d = {N}, {d}\n"
+            "Y = torch.randn(N, d, generator=torch.Generator().manual_seed(0))\n"
+            "class Enough(Exception): pass\n"
+            "def stop(s):\n    if s.steps == 20: raise Enough\n"
+            "try: sdot.fit(Y, cfg=sdot.SDOTConfig(batch=512), on_step=stop)\n"
+            "except Enough: pass\n"
+            "sdot.assign(torch.randn(1024, d), Y, torch.zeros(N))\nprint(peak() - before)")
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                         cwd=Path(__file__).parent.parent)
+    print(f"memory: N {N}, d {d}: {float(out.stdout):.2f} GiB at most; for 10^6 x 4096:")
+    print(sdot.plan(10 ** 6, 4096))
+    return {"N": N, "d": d, "gib": float(out.stdout)}
+
+
+def step(M=10_000, group=64, repeats=3):
+    """The share of one training step of the small preset that drawing and pairing take."""
+    import dit
+    import train
+    cfg = train.PRESETS["small"]
+    batch, s = cfg.train_dit.batch, cfg.dit.streams[0]
+    z = torch.randn(M, s.numel)
+    c = sdot.Coupling.fit(z, torch.arange(M) // group, budget=0.01)
+    model = dit.DiT(cfg.dit)
+    opt = torch.optim.AdamW(model.parameters())
+    text = torch.randn(batch, 32, cfg.dit.text_width)
+    seconds: dict[str, list[float]] = {"pairing": [], "step": []}
+    for i in range(repeats + 1):
+        x0 = torch.randn(batch, s.numel)
+        began = time.perf_counter()
+        rows = c.couple(x0, c.draw_group(batch))
+        paired = time.perf_counter()
+        shape = (batch, s.channels, *s.size)
+        x1, t = z[rows].view(shape), torch.rand(batch)
+        x_t = x0.view(shape) + t.view(-1, 1, 1, 1, 1) * (x1 - x0.view(shape))
+        (model(x_t, t, text) - (x1 - x0.view(shape))).square().mean().backward()
+        opt.step(); opt.zero_grad()
+        if i:
+            seconds["pairing"].append(paired - began)
+            seconds["step"].append(time.perf_counter() - began)
+    share = statistics.median(a / b for a, b in zip(*seconds.values()))
+    print(f"step: pairing takes {100 * share:.2f} % of a step of small, batch {batch}")
+    return {"share": share, **seconds}
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--problems", nargs="+", default=["2000x64"], metavar="NxD")
+    parser.add_argument("--target", type=float, default=0.1)
+    parser.add_argument("--patience", type=float, default=12.0)
+    parser.add_argument("--per-target", type=int, default=400, help="noises of the measurement")
+    parser.add_argument("--only", nargs="+", choices=("solve", "couple", "memory", "step"),
+                        default=("solve", "couple", "memory", "step"))
+    args = parser.parse_args()
+    path = Path("out/sdot/bench.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, seed 0")
+    found = {}
+    if "solve" in args.only:
+        found["solve"] = [solve(*map(int, p.split("x")), args.target, args.patience,
+                                args.per_target) for p in args.problems]
+    for name, fn in (("couple", couple), ("memory", memory), ("step", step)):
+        if name in args.only:
+            found[name] = fn()
+    path.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
