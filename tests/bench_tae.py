@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--frames", type=int, nargs="+", default=[17, 33])
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--skip-memory", action="store_true", help="seconds alone")
     parser.add_argument("--memory", nargs=2, metavar=("NAME", "FRAMES"), help="of one, and stop")
     args = parser.parse_args()
     if args.memory:
@@ -80,10 +81,13 @@ def main() -> None:
     rows = []
     for frames in args.frames:
         for name in NAMES:
+            rows.append({"model": name, "frames": frames, "peak_mib": "-"})
+            if args.skip_memory:
+                continue
             out = subprocess.run([sys.executable, __file__, "--memory", name, str(frames)],
                                  check=True, capture_output=True, text=True,
                                  env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
-            rows.append({"model": name, "frames": frames, "peak_mib": round(float(out.stdout))})
+            rows[-1]["peak_mib"] = round(float(out.stdout))
             print(f"{name}, {frames} frames: {out.stdout.strip()} MiB", flush=True)
     text_cond.make_torchvision_importable()
     models = {name: build(name) for name in NAMES}
