@@ -15,11 +15,13 @@ that of a loop written by hand. Writes out/sample_parallel/bench.json and bench.
 import argparse
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -60,7 +62,8 @@ def by_hand(model, x0, text, null):
 def rank_main(rank, address, port, rounds):
     """One of two ranks; rank 0 prints a JSON object: mode -> its seconds."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=2,
+                            timeout=timedelta(minutes=5))
     model, x0, text, null = case()
     null16 = null.expand(1, 16, -1)
     samplers = {}
@@ -122,7 +125,7 @@ def link(rate):
 
 
 def unlink():
-    for space in SPACES:
+    for space in SPACES if shutil.which("ip") else ():
         subprocess.run(["ip", "netns", "del", space], capture_output=True)
 
 
@@ -200,8 +203,11 @@ def main():
             try:
                 link(rate)
             except (OSError, subprocess.CalledProcessError) as e:
-                print(f"link {rate}: skipped, no network namespaces here ({e})")
-                continue
+                why = (getattr(e, "stderr", None) or str(e).encode()).decode().strip()
+                print(f"link {rate}: no such namespaces or rate here ({why})")
+                if rate != "none":
+                    continue
+                apart = False
         try:
             raw[rate] = two_ranks(args.rounds, apart)
         finally:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -568,6 +569,33 @@ def test_a_rank_that_dies(degrees, tmp_path):
     said = (tmp_path / "said").read_text()
     assert said.startswith("rank 0: lost contact with another rank in step") and "\n" not in said
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"ring": 2}, {"pp": 2}, {"cfg": 2}], ids=str)
+def test_a_rank_that_hangs_is_noticed_within_the_time_out(degrees, tmp_path):
+    """Not dead, so its sockets stay open: only a time-out tells, that of the mesh's own groups."""
+    model, inputs = tiny()
+
+    def rank():
+        me = dist.get_rank()
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/again", rank=me,
+                                world_size=2, timeout=timedelta(seconds=3))
+        sampler = ParallelSampler(model, make_mesh(**degrees))
+        if me == 1:
+            embed, calls = model.condition, []
+            model.condition = lambda t: (calls.append(t), len(calls) == 3 and time.sleep(25),
+                                         embed(t))[2]
+        start = time.monotonic()
+        try:
+            sampler.sample(**inputs)
+        except sp.LostRank as error:
+            (tmp_path / "said").write_text(f"{time.monotonic() - start} {error}")
+            os._exit(9)
+    with pytest.raises(RuntimeError):
+        launch(rank, 2, timeout=20)
+    seconds, said = (tmp_path / "said").read_text().split(" ", 1)
+    assert said.startswith("rank 0: lost contact") and float(seconds) < 10
 
 
 def test_launch_reports_the_first_error_and_ends_the_rest():
