@@ -193,8 +193,8 @@ def rms_norm(x):
 
 
 def modulate(x, shift, scale):
-    """x (1 + scale) + shift [DIT s3.2]: with 0 and 0 nothing happens."""
-    return x * (1 + scale) + shift
+    """x (1 + scale) + shift [DIT s3.2], in one pass over x: with 0 and 0 nothing happens."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def timestep_embedding(t, dim=256):
@@ -294,7 +294,10 @@ class Block(nn.Module):
         else:
             m = self.table[None]                                                    # (1, K, D)
         m = m.split(1, dim=1)                                                       # (B, 1, D) each
-        return m if self.K == 6 else (*m[:2], 1, *m[2:], 1)
+        if self.K == 6:
+            return m
+        one = m[0].new_ones(())
+        return *m[:2], one, *m[2:], one
 
     def forward(self, h, pos, c, text, mask=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)           # (B, 1, D) each
@@ -305,10 +308,10 @@ class Block(nn.Module):
         # mainly in time. They join the residual stream, which so holds n pos after n closed blocks.
         h = fp32(h) + pos                                                           # (B, N, D)
         x = modulate(rms_norm(h), shift1, scale1)
-        h = h + gate1 * self.self_attention(x, self.attend)
+        h = torch.addcmul(h, gate1, self.self_attention(x, self.attend))            # h + gate * .
         h = h + self.cross_attention(rms_norm(h), text, mask)
         x = modulate(rms_norm(h), shift2, scale2)
-        return h + gate2 * self.ffn(x)                                              # (B, N, D)
+        return torch.addcmul(h, gate2, self.ffn(x))                                 # (B, N, D)
 
 
 class Head(nn.Module):
