@@ -242,17 +242,15 @@ def make_mesh(cfg=1, pp=1, ring=1, ulysses=1, device="cpu"):
         return None
     mesh = init_device_mesh(device, (cfg, pp, ring, ulysses), mesh_dim_names=AXES)
     for name in AXES:
-        as_patient(mesh.get_group(name))
+        dist.distributed_c10d._set_pg_timeout(patience(), mesh.get_group(name))
     return mesh
 
 
-def as_patient(group):
-    """The group, with the time-out of the whole world. torch gives a new one half an hour, for
-    which a rank would wait in silence if another one hung."""
+def patience():
+    """The time-out of the whole world, for the groups made after it: torch would give them half an
+    hour, for which all would wait in silence if one rank hung."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    limit = dist.group.WORLD._get_backend(device).options._timeout
-    dist.distributed_c10d._set_pg_timeout(limit, group)
-    return group
+    return dist.group.WORLD._get_backend(device).options._timeout
 
 
 @dataclass
@@ -672,9 +670,8 @@ class ParallelSampler:
         self.there = self.back = None
         if self.pp.size > 1:
             for line in rearrange(mesh.mesh, "c p r u -> (c r u) p").tolist():
-                groups = dist.new_group(line), dist.new_group(line)
-                if self.rank in line:
-                    self.there, self.back = map(as_patient, groups)
+                groups = [dist.new_group(line, patience()) for _ in range(2)]
+                self.there, self.back = groups if self.rank in line else (self.there, self.back)
         self.wire, self.events, self.facts = Wire(), [], {}
         self._agree(weights=self._fingerprint(),
                     settings=(self.degrees, self.M, warmup, patch_axis, baseline))
@@ -1040,7 +1037,7 @@ class Halo(TorchFunctionMode):
 @lru_cache(maxsize=1)
 def pairs_of(world):
     """A process group of its own for point-to-point traffic."""
-    return as_patient(dist.new_group())
+    return dist.new_group(timeout=patience())
 
 
 def everyone():

@@ -592,8 +592,9 @@ def test_a_rank_that_hangs_is_noticed_within_the_time_out(degrees, tmp_path):
         except sp.LostRank as error:
             (tmp_path / "said").write_text(f"{time.monotonic() - start} {error}")
             os._exit(9)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError) as e:
         launch(rank, 2, timeout=20)
+    assert (tmp_path / "said").exists(), e.value
     seconds, said = (tmp_path / "said").read_text().split(" ", 1)
     assert said.startswith("rank 0: lost contact") and float(seconds) < 10
 
