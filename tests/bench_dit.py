@@ -4,11 +4,13 @@ alternating.
 
     pip install diffusers && python tests/bench_dit.py          # about 15 minutes on 2 cores
 
-Prints a table of tokens per second, and of the time over that of the bare matrix products and
-attention calls of our blocks (`bare`), which nothing can beat; writes out/dit/bench.json. Each
-transformer has its own idea of text: Wan and Latte attend to it, CogVideoX carries it along with
-the video. Latte does not let every token see every other one: half of its blocks look at space,
-half at time, so from some number of tokens on it does less work than the others.
+Prints a table of tokens per second, of the FLOPs of a forward pass (counted by torch), and of the
+time over that of the bare matrix products and attention calls of our blocks (`bare`), which no
+model of these FLOPs can beat; medians over the rounds, in which the order goes round. Writes
+out/dit/bench.json. Each transformer has its own idea of text: Wan and Latte attend to it; CogVideoX
+carries it along with the video, so it has two matrices less in a block. Latte does not let every
+token see every other one: half of its blocks look at space and half at time, and those without
+text: it does less work than the others, the less the more tokens there are.
 """
 
 import argparse
@@ -99,8 +101,9 @@ def measure(models, floor, grid, backward, repeats):
     T, H, W = grid
     x, text = torch.randn(1, 16, T, 2 * H, 2 * W), torch.randn(1, L, D)
     seconds = {name: [] for name in [*models, "bare"]}
+    names = list(seconds)
     for repeat in range(repeats + 1):
-        for name in seconds:
+        for name in names[repeat % len(names):] + names[:repeat % len(names)]:
             began = time.perf_counter()
             with torch.set_grad_enabled(backward):
                 if name == "bare":
@@ -117,31 +120,42 @@ def measure(models, floor, grid, backward, repeats):
     return seconds
 
 
+def gflop(forward, grid):
+    """GFLOPs of a forward pass, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+    T, H, W = grid
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward(torch.randn(1, 16, T, 2 * H, 2 * W), torch.tensor([0.5]), torch.randn(1, L, D))
+    return counter.get_total_flops() / 1e9
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=list(GRIDS), choices=list(GRIDS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (at 512 tokens: four times)")
     args = parser.parse_args()
     text_cond.make_torchvision_importable()
     rows = []
     print(f"width {D}, depth {DEPTH}, {HEADS} heads, {L} text tokens, {torch.get_num_threads()} "
-          "threads\n| tokens | pass | transformer | parameters, M | tokens/s | time / bare |\n"
-          "|---|---|---|---|---|---|")
+          "threads\n| tokens | pass | transformer | parameters, M | GFLOP | tokens/s | "
+          "time / bare |\n|---|---|---|---|---|---|---|")
     for N in args.tokens:
         torch.manual_seed(0)
         models = {name: make(GRIDS[N]) for name, make in MODELS.items()}
-        floor = bare(GRIDS[N])
+        floor, cost = bare(GRIDS[N]), {k: gflop(f, GRIDS[N]) for k, (_, f) in models.items()}
         for backward in (False, True):
-            seconds = measure(models, floor, GRIDS[N], backward, args.repeats)
-            least = statistics.median(seconds["bare"])
+            rounds = args.repeats * (4 if N == 512 else 1)
+            seconds = measure(models, floor, GRIDS[N], backward, rounds)
             for name, (model, _) in models.items():
                 s = statistics.median(seconds[name])
+                over = statistics.median(a / b for a, b in zip(seconds[name], seconds["bare"]))
                 rows.append({"tokens": N, "pass": "forward + backward" if backward else "forward",
                              "model": name, "seconds": seconds[name], "bare": seconds["bare"],
-                             "parameters_m": sum(p.numel() for p in model.parameters()) / 1e6})
+                             "parameters_m": sum(p.numel() for p in model.parameters()) / 1e6,
+                             "gflop": cost[name]})
                 print(f"| {N} | {rows[-1]['pass']} | {name} | {rows[-1]['parameters_m']:.1f} | "
-                      f"{N / s:.0f} | {s / least:.2f} |", flush=True)
+                      f"{cost[name]:.0f} | {N / s:.0f} | {over:.2f} |", flush=True)
     path = Path("out/dit/bench.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=1))
