@@ -1794,12 +1794,12 @@ def study(out: Path, seconds: float = 180.0, seeds: int = 3, workers: int = 2) -
 
 
 def reenactments(out: Path, seconds: float = 900.0, seed: int = 0) -> None:
-    """VidTwin, trained on clips of one object for so many CPU seconds (kept in reenact.pt), then:
-    the structure of one clip with the dynamics of another. reenact.png, and what the judge of
-    train.py sees in 64 of them, against what was in the first and in the second clip."""
+    """VidTwin, trained on clips of one object for so many CPU seconds (kept in `out`), then: the
+    structure of one clip with the dynamics of another. reenact.png, and what the judge of train.py
+    sees in 64 of them, against what was in the first and in the second clip."""
     import train
 
-    weights = out / "reenact.pt"
+    weights = out / f"reenact-{seconds:g}-{seed}.pt"
     out.mkdir(parents=True, exist_ok=True)
     if weights.exists():
         tae = VidTwin(VIDTWIN_PRESETS["toy"]).eval()
