@@ -571,7 +571,9 @@ def test_a_rank_that_dies(degrees, tmp_path):
     assert time.monotonic() - start < 30
 
 
-@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"ring": 2}, {"pp": 2}, {"cfg": 2}], ids=str)
+@pytest.mark.parametrize("degrees", [
+    {"ulysses": 2}, {"pp": 2}, pytest.param({"ring": 2}, marks=pytest.mark.slow),
+    pytest.param({"cfg": 2}, marks=pytest.mark.slow)], ids=str)
 def test_a_rank_that_hangs_is_noticed_within_the_time_out(degrees, tmp_path):
     """Not dead, so its sockets stay open: only a time-out tells, that of the mesh's own groups."""
     model, inputs = tiny()
