@@ -4,8 +4,8 @@ alternating.
 
     pip install diffusers && python tests/bench_dit.py          # about 15 minutes on 2 cores
 
-Prints a table of tokens per second, of the FLOPs of a forward pass (counted by torch), and of the
-time over that of the bare matrix products and attention calls of our blocks (`bare`), which no
+Prints a table of tokens per second, of the FLOPs of the matrix products of a forward pass (counted
+by torch, which leaves out attention on a CPU), and of the time over that of the bare matrix products and attention calls of our blocks (`bare`), which no
 model of these FLOPs can beat; medians over the rounds, in which the order goes round. Writes
 out/dit/bench.json. Each transformer has its own idea of text: Wan and Latte attend to it; CogVideoX
 carries it along with the video, so it has two matrices less in a block. Latte does not let every
@@ -121,7 +121,7 @@ def measure(models, floor, grid, backward, repeats):
 
 
 def gflop(forward, grid):
-    """GFLOPs of a forward pass, as torch counts them."""
+    """GFLOPs of the matrix products of a forward pass, as torch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
     T, H, W = grid
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -138,7 +138,7 @@ def main():
     text_cond.make_torchvision_importable()
     rows = []
     print(f"width {D}, depth {DEPTH}, {HEADS} heads, {L} text tokens, {torch.get_num_threads()} "
-          "threads\n| tokens | pass | transformer | parameters, M | GFLOP | tokens/s | "
+          "threads\n| tokens | pass | transformer | parameters, M | linear GFLOP | tokens/s | "
           "time / bare |\n|---|---|---|---|---|---|---|")
     for N in args.tokens:
         torch.manual_seed(0)
