@@ -5,12 +5,12 @@ alternating.
     pip install diffusers && python tests/bench_dit.py          # about 15 minutes on 2 cores
 
 Prints a table of tokens per second, of the FLOPs of the matrix products of a forward pass (counted
-by torch, which leaves out attention on a CPU), and of the time over that of the bare matrix products and attention calls of our blocks (`bare`), which no
-model of these FLOPs can beat; medians over the rounds, in which the order goes round. Writes
-out/dit/bench.json. Each transformer has its own idea of text: Wan and Latte attend to it; CogVideoX
-carries it along with the video, so it has two matrices less in a block. Latte does not let every
-token see every other one: half of its blocks look at space and half at time, and those without
-text: it does less work than the others, the less the more tokens there are.
+by torch, which leaves out attention on a CPU), and of the time over that of the bare matrix
+products and attention calls of our blocks (`bare`), which no model of these FLOPs can beat; medians
+over the rounds, in which the order goes round. Writes out/dit/bench.json. Each transformer has its
+own idea of text: Wan and Latte attend to it; CogVideoX carries it along with the video, so it has
+fewer matrices in a block. Latte does not let every token see every other one: half of its blocks
+look at space and half at time, and those without text.
 """
 
 import argparse
