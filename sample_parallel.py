@@ -1720,8 +1720,6 @@ def parse(argv=None):
         fail("--device cuda: torch sees no CUDA device here")
     if args.gpus > 4096:
         fail(f"--gpus {args.gpus}: a table of at most 4096")
-    if args.warmup < 1:
-        fail(f"--warmup {args.warmup}: must be 1 or more")
     if args.mode == "auto" and (args.patches or args.shard):
         fail("--mode auto: chooses --patches itself, and shards nothing; leave out --patches and "
              "--shard")
@@ -1730,6 +1728,7 @@ def parse(argv=None):
 
 def plan_command(args):
     """--plan: the cost table."""
+    check_degrees(1, warmup=args.warmup)
     try:
         T, H, W = (int(n) for n in args.resolution.lower().split("x"))
         assert min(T, H, W) > 0
@@ -1920,9 +1919,9 @@ def main(argv=None):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("--workdir: needed under torchrun (the demo forks ranks of its own)")
         return 0 if demo() else 1
+    except BrokenPipeError:                                 # `| head` has seen enough
+        os._exit(0)
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):              # `| head` has seen enough
-            os._exit(0)
         fail(str(error).strip().splitlines()[0])
     except RuntimeError as error:          # LostRank, or gloo's own words during start and decoding
         if not is_loss(error):

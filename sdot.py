@@ -269,6 +269,16 @@ def span(Y: Tensor) -> Tensor:
     return (V[:, keep] * lam[keep].sqrt()).float()
 
 
+def check_problem(name: str, Y: Tensor, mass: Tensor | None) -> None:
+    """ValueError for a row of Y (N, d) that is not finite, or masses that are not N numbers > 0."""
+    finite = torch.cat([y.isfinite().all(1) for y in Y.split(4096)])
+    if not finite.all():
+        raise ValueError(f"{name}: row {(~finite).nonzero()[0].item()} has NaN or infinity")
+    if mass is not None and (mass.shape != (len(Y),) or not (mass > 0).all()
+                             or not mass.isfinite().all()):
+        raise ValueError(f"mass {tuple(mass.shape)}: need {len(Y)} numbers above 0")
+
+
 def fit(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = None, key: int = 0,
         state: State | None = None, ranks: bool = False,
         on_step: Callable[[State], None] | None = None) -> State:
@@ -285,13 +295,7 @@ def fit(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = No
         raise ValueError(f"targets {tuple(targets.shape)}: need (N, ...), N 1 or more")
     Y = targets.flatten(1).float()
     N = len(Y)
-    for y, i in zip(Y.split(4096), range(0, N, 4096)):
-        if not y.isfinite().all():
-            row = i + (~y.isfinite().all(1)).nonzero()[0].item()
-            raise ValueError(f"targets: row {row} has NaN or infinity")
-    if mass is not None and (mass.shape != (N,) or not (mass > 0).all()
-                             or not mass.isfinite().all()):
-        raise ValueError(f"mass {tuple(mass.shape)}: need {N} numbers above 0")
+    check_problem("targets", Y, mass)
     b = torch.full((N,), 1 / N) if mass is None else mass / mass.sum()
     b = b.double().to(Y.device)
     if Y.shape[1] / 2 > N - 1 and N <= LARGE:
@@ -521,7 +525,8 @@ class Coupling:
         self.twins = torch.argsort(copies, stable=True)
         self.count = torch.bincount(copies, minlength=len(copies))
         self.first = self.count.cumsum(0) - self.count
-        self.heaped = mass[self.order[self.twins]].cumsum(0)         # their masses, one on another
+        heap = mass[self.order[self.twins]].double().cumsum(0)       # their masses, one on another
+        self.heaped = torch.cat([torch.zeros(1, dtype=torch.float64), heap])        # (M + 1,)
         self.Y = None
 
     # -- make
@@ -539,15 +544,11 @@ class Coupling:
         M, d = Y.shape
         if M == 0:
             raise ValueError("latents (0, ...): there is nothing to couple with")
-        finite = torch.cat([y.isfinite().all(1) for y in Y.split(4096)])
-        if not finite.all():
-            raise ValueError(f"latents: row {(~finite).nonzero()[0].item()} has NaN or infinity")
+        mass = torch.ones(M) if mass is None else torch.as_tensor(mass).cpu()
+        check_problem("latents", Y, mass)
         groups = torch.zeros(M).long() if groups is None else torch.as_tensor(groups).long().cpu()
         if groups.shape != (M,):
             raise ValueError(f"groups {tuple(groups.shape)}: need one id for each of {M} latents")
-        mass = torch.ones(M) if mass is None else torch.as_tensor(mass).cpu()
-        if mass.shape != (M,) or not (mass > 0).all() or not mass.isfinite().all():
-            raise ValueError(f"mass {tuple(mass.shape)}: need {M} numbers above 0")
         if cfg.pca > d:
             raise ValueError(f"pca {cfg.pca}: a latent has only {d} numbers")
         mass = mass.double() / mass.double().sum()
@@ -686,9 +687,8 @@ class Coupling:
     def _twin(self, at: Tensor, u: Tensor) -> Tensor:
         """Of the copies that `at` (n,) stands for, the one in whose share u (n,), 0 to 1, falls."""
         first, last = self.first[at], self.first[at] + self.count[at] - 1
-        heaped = torch.cat([torch.zeros(1, dtype=torch.float64), self.heaped])
-        low, high = heaped[first], heaped[last + 1]
-        found = torch.searchsorted(self.heaped, low + u * (high - low), right=True)
+        low, high = self.heaped[first], self.heaped[last + 1]
+        found = torch.searchsorted(self.heaped[1:], low + u * (high - low), right=True)
         return self.twins[torch.minimum(torch.maximum(found, first), last)]
 
     def _project(self, x0: Tensor) -> Tensor:
