@@ -637,7 +637,9 @@ class ParallelSampler:
         patch_axis   bands of frames (t), rows (h) or columns (w)           pieces      see Ulysses
         baseline     "distrifusion" or "no_exchange", on the mesh's ring axis
         record       keep `events`: (stage, step, patch, start, end, age of each K, V slot)
-    After a sample, `wire.sent` holds the bytes sent, and `facts` what `traffic` predicts them from.
+    After a sample, `wire.sent` holds the bytes sent in its steps (not those that deal out the noise
+    and the text, and put the clip together: once each), and `facts` what `traffic` predicts them
+    from.
     ValueError for settings that cannot work, on every rank; LostRank when another one is gone."""
 
     def __init__(self, model, mesh=None, patches=0, warmup=1, patch_axis="t", baseline=None,
@@ -690,15 +692,17 @@ class ParallelSampler:
         everyone = [None] * self.world
         dist.all_gather_object(everyone, mine)
         for name in mine:
+            first = {}                    # weight -> (rank, sum): a stage has only some of them
             for rank, theirs in enumerate(everyone):
-                a, b = everyone[0][name], theirs[name]
-                if name == "weights":           # a stage has only some; the others' sums must agree
-                    ok = all(math.isclose(a[k], b[k], rel_tol=1e-6, abs_tol=1e-6)
-                             for k in a.keys() & b.keys())
-                else:
-                    ok = a == b
-                if not ok:
-                    raise ValueError(f"{name}: rank {rank} has others than rank 0")
+                if name != "weights":
+                    if theirs[name] != everyone[0][name]:
+                        raise ValueError(f"{name}: rank {rank} has others than rank 0")
+                    continue
+                for weight, total in theirs[name].items():
+                    other, wanted = first.setdefault(weight, (rank, total))
+                    if not math.isclose(total, wanted, rel_tol=1e-6, abs_tol=1e-6):
+                        raise ValueError(f"weights: rank {rank} has another {weight} than rank "
+                                         f"{other}")
 
     def _from_rank0(self, x):
         if x is None or self.world == 1:
@@ -758,7 +762,7 @@ class ParallelSampler:
         blocks, heads = list(model.blocks[self.mine]), []
 
         def look(q, k, v):
-            heads.append(q.shape[1])
+            heads.extend((q.shape[1], q.element_size()))
             return attention(q, k, v)
         with swapped_attention({blocks[0]: look}):
             h = model.embed(torch.cat([x[:, :1]] * (b // B)).to(dtype))
@@ -767,7 +771,7 @@ class ParallelSampler:
         check_degrees(self.world, **self.degrees, heads=heads[0])
         self.facts = {"N": N, "D": D, "L": len(model.blocks), "P": x.shape[-1], "B": B,
                       "branches": 1 + guided, "S": S, "W": self.warmup, "M": self.M,
-                      "size": h.element_size(), "heads": heads[0]}
+                      "size": heads[1], "hidden_size": h.element_size(), "heads": heads[0]}
 
         attends = {block: self._attend(layout, now, wire) for block in blocks}
         items = [(i, None) for i in range(S if self.pp.size == 1 else self.warmup)]
@@ -926,6 +930,7 @@ class Halo(TorchFunctionMode):
         padding above and below    the neighbour's rows; the picture's own edge keeps its padding
         group norm                 mean and variance over all bands
         attention over space       K and V of all bands; attention over time stays as it is
+        pooling, norms over rows   refused
     Layouts: pictures (frames, C, H, W) or (B, C, T, H, W), attention (sequences, heads, tokens, d)
     with tokens row by row. What cannot be split (strides across rows, smooth interpolation) is a
     ValueError, not a wrong picture."""
@@ -938,8 +943,11 @@ class Halo(TorchFunctionMode):
             F.conv2d: self.conv, F.conv3d: self.conv, F.pad: self.pad,
             F.group_norm: self.group_norm,
             F.scaled_dot_product_attention: self.attend, F.interpolate: self.interpolate,
-            F.conv_transpose2d: self.refuse, F.conv_transpose3d: self.refuse,
-            F.instance_norm: self.refuse}
+            F.layer_norm: self.layer_norm}
+        self.replace |= dict.fromkeys((
+            F.conv_transpose2d, F.conv_transpose3d, F.instance_norm, F.avg_pool2d, F.avg_pool3d,
+            F.max_pool2d, F.max_pool3d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+            F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.grid_sample), self.refuse)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self.replace:
@@ -1010,9 +1018,18 @@ class Halo(TorchFunctionMode):
         y = y if weight is None else y * weight.view(shape)
         return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
+    def layer_norm(self, func, x, normalized_shape, *args, **kwargs):
+        if len(normalized_shape) > 1:
+            self.refuse(func)
+        return func(x, normalized_shape, *args, **kwargs)
+
     def attend(self, func, q, k, v, *args, **kwargs):
+        # Tokens that are a multiple of the band's pixels: over space. Sequences that are: over
+        # time. What one rank cannot tell, another may, so they say what is possible for each.
         n, pixels = k.shape[-2], self.rows[self.axis.index] * self.width
-        space, elsewhere = n % pixels == 0, q.shape[0] % pixels == 0
+        possible = torch.tensor([n % pixels == 0, q.shape[0] % pixels == 0], device=q.device).int()
+        dist.all_reduce(possible, dist.ReduceOp.MIN, group=self.axis.group)
+        space, elsewhere = possible.tolist()
         if space == elsewhere:
             raise ValueError(f"decode halo: attention of {q.shape[0]} sequences of {n} tokens: "
                              "over space or over time? use --decode one")
@@ -1113,8 +1130,8 @@ def tiled_decode(decode, z, tile=4, overlap=2):
 
 # ---- 8. What it costs ----------------------------------------------------------------------------
 
-def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, cfg=1, pp=1, ring=1, ulysses=1,
-            **_):
+def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None, cfg=1, pp=1,
+            ring=1, ulysses=1, **_):
     """Bytes that one rank sends during S steps, by purpose, for equal shares [XD table 1, made
     exact].
 
@@ -1123,15 +1140,15 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, cfg=1, pp=1, rin
         cfg       B n P                    the output, once a step, fp32
         hidden    b n D                    a stage to the next. No L: it does not grow with depth
         latent    B n P                    the last stage to the first, fp32, but for the last step
-    A rank of the last stage has cfg and latent, one of any other has hidden. size: bytes of an
-    activation."""
+    A rank of the last stage has cfg and latent, one of any other has hidden. size: bytes of a
+    number in q, k, v; hidden_size: between blocks, where that differs (autocast)."""
     b, n, layers = B * branches / cfg, N / (ring * ulysses), math.ceil(L / pp)
     rounds = W + (S - W) * M if pp > 1 else S
     sent = {
         "ulysses": 4 * b * n * D * (ulysses - 1) / ulysses * layers * size * S,
         "ring": 2 * b * n * D * (ring - 1) * layers * size * rounds,
         "cfg": B * n * P * 4 * S if cfg == 2 else 0,
-        "hidden": b * n * D * size * S if pp > 1 else 0,
+        "hidden": b * n * D * (hidden_size or size) * S if pp > 1 else 0,
         "latent": B * n * P * 4 * (S - 1) if pp > 1 else 0,
     }
     return {k: v for k, v in sent.items() if v}
@@ -1803,21 +1820,21 @@ def sample_run(args):
     device = args.device
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    run = train.load_run(args.workdir, device=device)
-    if run.config["flow"]["objective"] != "flow":
+    sketch = train.load_run(args.workdir, device="meta")        # all shapes, no weights
+    if sketch.config["flow"]["objective"] != "flow":
         raise ValueError(f"--workdir {args.workdir}: trained by diffusion, not a flow to follow")
-    model, shape, settings = run.dit, tuple(run.latent_shape), run.config["sample"]
+    shape, settings = tuple(sketch.latent_shape), sketch.config["sample"]
     if settings["solver"] != "euler" and rank == 0:
         print(f"the run samples with {settings['solver']}; here it is Euler", file=sys.stderr)
     args.steps = args.steps or settings["steps"]
     guidance = settings["guidance"] if args.guidance is None else args.guidance
-    ts = run.schedule(args.steps, args.schedule)
+    ts = sketch.schedule(args.steps, args.schedule)
     patches = args.patches
     if args.mode != "auto":
         check_degrees(world, **degrees, patches=patches, warmup=args.warmup, steps=args.steps,
-                      depth=len(model.blocks), heads=model.cfg.heads)
+                      depth=len(sketch.dit.blocks), heads=sketch.dit.cfg.heads)
     else:
-        size, N = live_size(model, shape)
+        size, N = live_size(sketch.dit, shape)
         rows = plan(size, N, world, args.steps, args.warmup, args.link * 1e9, args.tflops * 1e12,
                     args.memory * 1e9)
         if not rows:
@@ -1836,15 +1853,14 @@ def sample_run(args):
                     shares = (f"ring {r}: ranks {ranks}" for r, ranks in enumerate(stage))
                     print(f"  cfg {c}  stage {s}: " + " | ".join(shares))
     baseline = args.mode if args.mode in ("distrifusion", "no_exchange") else None
-    sampler = ParallelSampler(model, mesh, patches, args.warmup, args.patch_axis, baseline)
+    pp, stage = degrees["pp"], mesh["pp"].get_local_rank() if mesh is not None else 0
+    run = train.load_run(args.workdir, device, prepare=lambda dit: keep_stage(dit, pp, stage))
     reference = None
-    if args.check and rank == 0:           # a copy: the sampler's own loses blocks, or gets sharded
-        import copy
-        reference = copy.deepcopy(model)
-    if degrees["pp"] > 1:
-        keep_stage(model, degrees["pp"], sampler.pp.index)
+    if args.check and rank == 0:                # all blocks, unsharded, whatever the sampler's are
+        reference = train.load_run(args.workdir, device).dit
+    sampler = ParallelSampler(run.dit, mesh, patches, args.warmup, args.patch_axis, baseline)
     if args.shard:
-        shard_weights(model, mesh)
+        shard_weights(run.dit, mesh)
     halo = args.decode == "halo" or (args.decode == "auto" and world > 1 and len(shape) == 4
                                      and shape[2] >= world)
     ok = True
@@ -1854,12 +1870,18 @@ def sample_run(args):
         inputs = {"x0": x0, "text": text, "mask": mask, "null": null, "null_mask": null_mask,
                   "guidance": guidance, "ts": ts}
         z, row = measure(sampler, **inputs, progress=True)
+        clip = None
         if halo:
-            clip = halo_decode(run.decode, z)
-        elif args.decode == "tiles":
+            try:
+                clip = halo_decode(run.decode, z)
+            except ValueError:                   # raised by all ranks: this decoder cannot be split
+                if args.decode == "halo":
+                    raise
+                halo = False
+        if args.decode == "tiles":
             clip = tiled_decode(run.decode, z)
-        else:
-            clip = run.decode(z) if rank == 0 else None
+        elif not halo and rank == 0:
+            clip = run.decode(z)
         if rank == 0:
             clip = clip[..., :run.config["clips"]["size"], :]           # without the TAE's padding
             path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{j}")
@@ -1868,11 +1890,23 @@ def sample_run(args):
         if reference is not None:
             ok &= check(sampler, reference, inputs, z, row, clip, run.decode, args,
                         prompt if len(prompts) > 1 else "")
-    verdict = [ok]
+        ok = after_rank0(f"prompt {j}", ok)
     if world > 1:
-        dist.broadcast_object_list(verdict, 0)            # the others wait here while rank 0 checks
         dist.destroy_process_group()
-    return 0 if verdict[0] else 1
+    return 0 if ok else 1
+
+
+def after_rank0(what, verdict):
+    """Wait until rank 0 got here -> its verdict. Decoding and checking alone may take it longer
+    than any time-out that is there to find a silent rank: so the others look, and do not listen."""
+    if not dist.is_initialized():
+        return verdict
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set(what, str(int(verdict)))
+    while not store.check([what]):                            # raises when whoever keeps it is gone
+        time.sleep(0.1)
+    return store.get(what) == b"1"
 
 
 def check(sampler, model, inputs, z, row, clip, decode, args, prompt=""):
@@ -1892,9 +1926,12 @@ def check(sampler, model, inputs, z, row, clip, decode, args, prompt=""):
         sent, expected = (row[k].get(kind, 0) / row["steps"] / 1e3 for k in ("sent", "expected"))
         print(f"    {kind:45s} {sent:9.1f}   {expected:7.1f}")
     if mode != "exact":
-        exact = emulate("exact", model, **inputs)
-        stale = (z - exact).norm() / exact.norm()
+        ts, exact = inputs["ts"], emulate("exact", model, **inputs)
+        halves = torch.cat([torch.stack((ts[:-1], (ts[:-1] + ts[1:]) / 2), 1).flatten(), ts[-1:]])
+        finer = emulate("exact", model, **dict(inputs, ts=halves))
+        stale, euler = ((a.norm() / exact.norm()).item() for a in (z - exact, 2 * (finer - exact)))
         print(f"  error of {mode} against the exact clip, L2: {stale:.3f} (what staleness costs)")
+        print(f"  error of Euler itself at these steps, by half steps: {euler:.3f}")
     ok = diff < tolerance and bytes_agree(row)
     if args.decode != "tiles" and sampler.world > 1:
         alone = difference(clip, decode(z)[..., :clip.shape[-2], :])

@@ -42,7 +42,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -51,7 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from einops import rearrange
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -770,10 +770,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
     os.replace(tmp, path)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file; UserError that names it if it is damaged."""
+def load_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """A safetensors file, or those of its tensors that have these names; UserError that names it
+    if it is damaged."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as f:
+            there = f.keys()
+            return {k: f.get_tensor(k) for k in there if names is None or k in names}
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: damaged or missing ({error}); remove it and start the run again"
@@ -1200,8 +1203,6 @@ def encode_latents(run: Run, clips) -> None:
     bar.close()
     barrier()
     if rank() == 0:
-        from safetensors import safe_open
-
         captions = []
         names = [f"shard_{s:05d}.safetensors" for s in range(-(-M // SHARD))]
         for name in names:
@@ -1406,8 +1407,11 @@ class Loaded:
         return self.decode(z)
 
 
-def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """The trained stages of a run folder. Reads safetensors and JSON only."""
+def load_run(folder: str | Path, device: str | torch.device = "cpu",
+             prepare: Callable[[nn.Module], object] = lambda dit: None) -> Loaded:
+    """The trained stages of a run folder. Reads safetensors and JSON only; on device "meta" no
+    weights at all, for what only asks for shapes. prepare(dit) may take blocks out of the backbone
+    before anything is read: what is not there is never read, and takes no memory."""
     folder, device = Path(folder), torch.device(device)
     if not (folder / "config.json").exists():
         raise UserError(
@@ -1418,9 +1422,13 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
         raise UserError(
             f"--workdir {folder}: not finished; continue it with the command that began it"
         )
-    model = TextToVideo(cfg)
+    with torch.device("meta"):                              # neither memory nor random numbers
+        model = TextToVideo(cfg)
+    prepare(model.dit)
     model.text.cfg = text_config(cfg, folder)
-    model.load_state_dict(load_tensors(folder / "dit" / "model.safetensors"))
+    if device.type != "meta":
+        model.load_state_dict(load_tensors(folder / "dit" / "model.safetensors",
+                                           model.state_dict().keys()), assign=True)
     model.to(device).eval().requires_grad_(False)
     return Loaded(cfg, load_tae(Run(folder, cfg, device)), model.text, model.dit, device)
 

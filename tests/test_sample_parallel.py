@@ -170,6 +170,13 @@ def test_nothing_has_to_divide():
         compare(model, inputs, modes, world)
 
 
+def test_three_ranks():
+    """A number of ranks that divides neither tokens, heads nor blocks."""
+    model, inputs = tiny()
+    modes = [dict(ulysses=3), dict(ring=3), dict(pp=3, patches=3), dict(pp=3, patches=5, warmup=2)]
+    compare(model, inputs, modes, 3, bitwise=lambda m: only(m, "ulysses", "pp"))
+
+
 def test_batches_no_guidance_and_a_schedule():
     model, inputs = tiny()
     x0, text = torch.randn(3, *SHAPE[1:]), torch.randn(3, 4, 32)
@@ -455,6 +462,9 @@ def test_halo_refuses_what_it_cannot_split():
     cases = {
         "strided": lambda z: conv(z[:, :, 0])[:, :, None],
         "smooth": lambda z: F.interpolate(z[:, :, 0], scale_factor=2, mode="bilinear")[:, :, None],
+        "pooled": lambda z: F.avg_pool2d(z[:, :, 0], 3, 1, 1)[:, :, None],
+        "largest": lambda z: F.max_pool2d(z[:, :, 0], 3, 1, 1)[:, :, None],
+        "normed": lambda z: F.layer_norm(z, z.shape[-2:]),
         "ambiguous": lambda z: F.scaled_dot_product_attention(*[z.reshape(8, 1, 8, 1)]
                                                               * 3).view(z.shape)}
 
@@ -470,6 +480,23 @@ def test_halo_refuses_what_it_cannot_split():
         return said
     for said in launch(rank, 2, timeout=60):
         assert said.keys() == cases.keys() and all("--decode one" in s for s in said.values())
+
+
+def test_halo_attention_that_one_rank_cannot_tell():
+    """6 frames, bands of 3 and 2 rows of 2 columns: rank 0's 6 sequences of 6 tokens may be either,
+    rank 1's can only be one of the two."""
+    z = torch.randn(1, 2, 6, 5, 2)
+
+    def decode(z):
+        B, C, T, H, W = z.shape
+        x = z.permute(0, 2, 3, 4, 1).reshape(T, 1, H * W, C)                      # over space
+        x = F.scaled_dot_product_attention(x, x, x).view(B, T, H * W, C)
+        x = x.transpose(1, 2).reshape(H * W, 1, T, C)                             # over time
+        x = F.scaled_dot_product_attention(x, x, x)
+        return x.view(B, H, W, T, C).permute(0, 4, 3, 1, 2)
+
+    want = decode(z)
+    assert sp.difference(launch(sp.halo_decode, 2, decode, z, timeout=60)[0], want) < 1e-5
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------
@@ -542,7 +569,25 @@ def test_ranks_that_disagree_say_so(what):
             ParallelSampler(model, make_mesh(ulysses=2)).sample(**mine)
         except ValueError as error:
             return str(error)
-    assert launch(rank, 2, timeout=60) == [f"{what}: rank 1 has others than rank 0"] * 2
+    wanted = ("weights: rank 1 has another blocks.1.qkv.weight than rank 0" if what == "weights"
+              else f"{what}: rank 1 has others than rank 0")
+    assert launch(rank, 2, timeout=60) == [wanted] * 2
+
+
+def test_weights_that_rank_0_does_not_have_are_compared_too():
+    model, _ = tiny()
+
+    def rank():
+        mesh = make_mesh(pp=2, ulysses=2)
+        sp.keep_stage(model, 2, mesh["pp"].get_local_rank())
+        if dist.get_rank() == 3:
+            torch.nn.init.normal_(model.blocks[3].qkv.weight)
+        try:
+            ParallelSampler(model, mesh)
+        except ValueError as error:
+            return str(error)
+    assert set(launch(rank, 4, timeout=60)) == {
+        "weights: rank 3 has another blocks.3.qkv.weight than rank 2"}
 
 
 @pytest.mark.parametrize("degrees", [dict(ulysses=2), dict(ring=2), dict(cfg=2), dict(pp=2)])
@@ -753,6 +798,44 @@ def test_torchrun_ends_when_the_mesh_does_not_fit():
                            capture_output=True,
                           text=True, timeout=120)
     assert done.returncode != 0 and done.stderr.count("not the number of ranks, 2") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--cfg 2 --patch-axis h", "--pp 2 --patches 4 --shard",
+                                   "--mode auto --link 0.001", "--mode distrifusion --decode tiles",
+                                   "--pp 2 --ulysses 2 --shard --schedule linear"])
+def test_the_command_line_samples_a_run_and_checks_itself(flags, tmp_path, capfd):
+    """A run of random weights; --check compares the ranks with one process, and takes longer than
+    --timeout here: the other ranks must bear it."""
+    import train
+    cfg = train.finish_config(train.SCALES["toy"]())
+    cfg.dit.depth, cfg.sample.steps = 2, 6
+    cfg = train.finish_config(cfg)
+    folder = tmp_path / "run"
+    torch.manual_seed(0)
+    model = train.TextToVideo(cfg)
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    tae = train.autoencoder.autoencoder(cfg.autoencoder_config)
+    train.save_tensors(folder / "dit/model.safetensors", model.state_dict())
+    train.save_tensors(folder / "tae/tae.safetensors", tae.state_dict())
+    train.write_json(folder / "config.json", train.asdict(cfg))
+    flags = [*flags.split(), "--workdir", str(folder), "--prompt", "a red circle", "--prompt",
+             "a blue star", "--check", "--timeout", "8", "--out", str(tmp_path / "clip.gif")]
+    world = 4 if "--ulysses" in flags else 2
+    if "--shard" in flags and world == 2:
+        with pytest.raises(SystemExit):
+            sp.main(flags)
+        assert "--shard" in capfd.readouterr().err
+        return
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
+                           str(world), "sample_parallel.py", *flags], cwd=ROOT, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASS") == 2 and "FAIL" not in done.stdout
+    assert {p.name for p in tmp_path.glob("*.gif")} == {"clip-0.gif", "clip-1.gif"}
 
 
 def test_the_model_file_knows_nothing_of_ranks():
