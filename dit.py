@@ -31,7 +31,7 @@ and no line here has heard of ranks.
 
     python dit.py             # shapes, zero output, overfits one clip; out/dit/gates.png       25 s
     python dit.py --table     # parameters by part, FLOPs and memory of every preset             6 s
-    python dit.py --study runs/toy      # the four conditionings at equal size and time      30 min
+    python dit.py --study runs/toy      # the four conditionings at equal size and time      37 min
 
 Differences from the paper
     - adaLN is shared by all blocks, with one table for each, as in PixArt. For the video model

@@ -28,7 +28,7 @@ Contract
     python text_cond.py 'a red sign saying "CAT" moving left'        # who sees what             3 s
     python text_cond.py --text pretrained --words DIR --concepts DIR 'a prompt'
     python text_cond.py --run runs/toy 'a red circle moving left'    # where its video tokens look
-    python text_cond.py --study runs/toy        # each encoder taken away in turn           30 min
+    python text_cond.py --study runs/toy        # each encoder taken away in turn           55 min
 
 Differences from the paper
     - Its long-prompt MetaCLIP (256 tokens) is not public. A public one is stretched from 77, for
@@ -803,11 +803,11 @@ def main():
     parser.add_argument("--study", metavar="RUN", type=Path,
                         help="train on its latents with each encoder taken away in turn")
     parser.add_argument("--steps", type=int,
-                        help="training steps of the demo (300), or of each run of the study (480)")
+                        help="training steps of the demo (300), or of each run of the study (400)")
     parser.add_argument("--out", type=Path, default=Path("out/text_cond"), help="figure's folder")
     args = parser.parse_args()
     if args.steps is None:
-        args.steps = 480 if args.study else 300
+        args.steps = 400 if args.study else 300
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: not a positive number")
     if args.prompt is not None and not args.prompt.strip():
