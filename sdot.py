@@ -1045,9 +1045,9 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 def sweep(folder: Path, clips: int = 64) -> list[dict]:
     """One run of train.py sampled on the captions of held-out clips, without guidance (whose bent
-    paths would hide the coupling's), by number of steps, and without a coupling by schedule: the share of clips in which
-    all that the caption says is right, the energy distance of their latents to the real ones, and
-    the curvature of the paths. Kept in folder/sweep.json."""
+    paths would hide the coupling's), by number of steps, and without a coupling by schedule: the
+    share of clips in which all that the caption says is right, the energy distance of their latents
+    to the real ones, and the curvature of the paths. Kept in folder/sweep.json."""
     import json
 
     import train

@@ -499,6 +499,34 @@ def test_halo_attention_that_one_rank_cannot_tell():
     assert sp.difference(launch(sp.halo_decode, 2, decode, z, timeout=60)[0], want) < 1e-5
 
 
+# ---- somebody else's model -----------------------------------------------------------------------
+
+def test_the_readmes_wrapper_of_diffusers_wan():
+    """The code in the README, on Wan's own forward: an Euler loop by hand, with Wan's clock."""
+    pytest.importorskip("text_cond").make_torchvision_importable()
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    (code,) = [part for part in (ROOT / "README.md").read_text().split("```python\n")
+               if "class Seams" in part]
+    names = {}
+    exec(code.split("```")[0], names)
+    torch.manual_seed(0)
+    wan = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=24, in_channels=4,
+        out_channels=4, text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=32)
+    x0, raw = torch.randn(1, 4, 4, 8, 6), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        x = x0
+        for i in range(4):
+            v, v0 = (-wan.eval()(x, torch.tensor([1000 * (1 - i / 4)]), row, return_dict=False)[0]
+                     for row in raw.split(1))
+            x = x + (v0 + 3 * (v - v0)) / 4
+        text = wan.condition_embedder.text_embedder(raw)
+    model = names["Seams"](wan).eval()
+    inputs = dict(x0=x0, text=text[:1], null=text[1:], guidance=3.0, steps=4)
+    assert sp.difference(emulate("exact", model, **inputs), x) < 1e-5
+    compare(model, inputs, [dict(ulysses=2), dict(cfg=2), dict(ring=2), dict(pp=2, patches=3)], 2)
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("world, settings, message", [
