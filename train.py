@@ -18,10 +18,12 @@ Run.   torchrun train.py --scale toy               # all stages: no download, no
 
 Starting a run again continues it: finished stages are skipped, an unfinished one resumes at its
 last checkpoint. Every random number comes from (seed, stage, step), so that the resumed run is
-the uninterrupted one.
+the uninterrupted one. SIGTERM and SIGUSR1 write a checkpoint first. A step whose loss or gradient
+is not finite is skipped; after three in a row the weights of the last checkpoint are taken again.
 
 A run folder: config.json, metrics.csv (stage; step; loss, the mean over elements and ranks; lr;
-grad_norm before clipping), tae/, latents/, coupling.pt, dit/, samples/, report.json, index.html.
+grad_norm before clipping), events.jsonl (starts, stops, checkpoints, skipped steps), tae/,
+latents/, coupling.pt, dit/, samples/, report.json, index.html.
 Nothing in it can run code: tensors are safetensors or are read with weights_only=True, and the one
 pickle, the table of contents of a distributed checkpoint, may name only the classes of such a one.
 
@@ -38,13 +40,15 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -58,6 +62,7 @@ from tqdm import tqdm
 
 import dit as backbone
 import flow
+import sample_parallel
 import sdot
 import tae as autoencoder
 import text_cond
@@ -106,6 +111,7 @@ class TrainConfig:
     window: int = 16  # tae: frames of a training clip
     motion: int = 1  # tae: motion curriculum, up to so many times as fast in the end; 1 is off
     finish: float = 0.0  # tae: the last part of the steps, on whole clips without a crowd
+    accumulate: int = 1  # dit: a rank's clips of a step, in so many parts one after another
     drop: float = 0.1  # dit: condition dropout
     drop_each: bool = False  # dit: each text encoder is dropped for itself, not all three together
     align: float = 0.0  # dit: weight of the loss that aligns the toy MetaCLIP with the picture
@@ -212,7 +218,8 @@ def finish_config(cfg: Config) -> Config:
             raise UserError(f"--clips.{name} {getattr(c, name)}: must be 1 or more")
     for section in ("train_tae", "train_dit"):
         t = getattr(cfg, section)
-        for name in ("batch", "every", "image_batch", "crowd", "window", "motion"):
+        for name in ("batch", "every", "image_batch", "crowd", "window", "motion",
+                     "accumulate"):
             if getattr(t, name) < 1:
                 raise UserError(f"--{section}.{name} {getattr(t, name)}: must be 1 or more")
         if t.steps < 0 or t.image_steps < 0:
@@ -675,6 +682,12 @@ class _Split(torch.utils.data.Dataset):
         return self.clips.clip(self.split, *(i if isinstance(i, tuple) else (i,)))
 
 
+def _deaf(_) -> None:
+    """A worker goes on when all of a job are asked to stop: its trainer needs it for the step."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(clips, split: str, indices: list[list]) -> Iterator[tuple[Tensor, list[str]]]:
     """(B, 3, T, H, W) and captions for each list of clips, in order: a clip is its index, or index
     and share of the training that is past. Videos are decoded by worker processes."""
@@ -686,7 +699,8 @@ def batches(clips, split: str, indices: list[list]) -> Iterator[tuple[Tensor, li
 
     return iter(
         torch.utils.data.DataLoader(
-            _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=collate
+            _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=collate,
+            worker_init_fn=_deaf
         )
     )
 
@@ -773,10 +787,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
 def load_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """A safetensors file, or those of its tensors that have these names; UserError that names it
     if it is damaged."""
+    with opened(path) as f:
+        return {k: f.get_tensor(k) for k in f.keys() if names is None or k in names}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def opened(path: Path):
+    """A safetensors file; UserError that names it if it is damaged."""
     try:
         with safe_open(path, "pt") as f:
-            there = f.keys()
-            return {k: f.get_tensor(k) for k in there if names is None or k in names}
+            yield f
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: damaged or missing ({error}); remove it and start the run again"
@@ -923,6 +943,16 @@ class Run:
             table[stage] = round(table.get(stage, 0) + seconds, 2)
             write_json(path, table)
 
+    def event(self, stage: str, step: int, what: str, detail: str = "") -> None:
+        """A line of events.jsonl; what is not routine is also said."""
+        if rank() == 0:
+            row = {"time": round(time.time(), 2), "stage": stage, "step": step, "event": what,
+                   "detail": detail}
+            with (self.folder / "events.jsonl").open("a") as f:
+                f.write(json.dumps(row) + "\n")
+            if what not in ("start", "checkpoint", "end"):
+                print(f"{stage} step {step}: {what}{detail and ', ' + detail}", file=sys.stderr)
+
     def log_from(self, stage: str, step: int) -> "Metrics":
         return Metrics(self.folder / "metrics.csv", stage, step)
 
@@ -970,6 +1000,48 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
+def read_events(path: Path) -> list[dict]:
+    """Rows of events.jsonl; a half-written last line is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+class Stopped(Exception):
+    """The run was asked to end, and can go on where it is."""
+
+
+class Stop:
+    """SIGTERM, and SIGUSR1, which SLURM can send before it takes the machine, ask for an end:
+    within a training loop after the step and a checkpoint, elsewhere at once (whatever is written
+    there is written whole or not at all)."""
+
+    asked, patient = "", False
+
+    @classmethod
+    def listen(cls) -> None:
+        cls.asked, cls.patient = "", False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, cls._hear)
+
+    @classmethod
+    def _hear(cls, number: int, _) -> None:
+        cls.asked = signal.Signals(number).name
+        if not cls.patient:
+            raise Stopped(f"stopped by {cls.asked}; start again to continue")
+
+
+def silent_ranks(seconds: float = 3.0) -> list[int]:
+    """After a collective failed: the ranks that do not say within `seconds` that it failed for
+    them, too. They hang, or are gone."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"alive/{rank()}", "1")
+    time.sleep(seconds)
+    return [r for r in range(world_size()) if not store.check([f"alive/{r}"])]
+
+
 def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
     """Linear warm-up, flat, then a cosine down to 0 over the last `decay` of the steps."""
     up = min(1.0, (step + 1) / max(1, t.warmup))
@@ -981,16 +1053,23 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
              losses: Callable[[int], Iterator[Callable[[nn.Module], Tensor]]]) -> dict[str, Tensor]:
     """Train `model` for `steps` and return its full state, or that of its moving average.
 
-    losses(first) yields, from step `first` on, one closure a step: closure(model) -> scalar loss
-    of this rank's part of the batch. Checkpoints go to `folder`; the run resumes at the last one.
-    With several ranks the parameters, gradients and optimizer state are sharded (FSDP2), and
-    gradients are averaged.
+    losses(first) yields, from step `first` on, a list of closures a step: closure(model) -> scalar
+    loss of one part of this rank's part of the batch (`closure.keys`: its rows of the data, for the
+    log). Checkpoints go to `folder`; the run resumes at the last one. With several ranks the
+    parameters, gradients and optimizer state are sharded (FSDP2, block by block where the model has
+    a backbone), and gradients are averaged.
+
+    A step whose loss or gradient is not finite changes nothing. After three in a row the state of
+    the last checkpoint is taken again, and training goes on with the steps that follow: to repeat
+    the ones between would end the same way. Stopped after a SIGTERM or SIGUSR1.
     """
     if dist.is_initialized():
         from torch.distributed.fsdp import fully_shard
 
         for p in model.parameters():  # channels_last weights are not contiguous, which it asks for
             p.data = p.data.contiguous()
+        for block in model.dit.blocks if isinstance(model, TextToVideo) else ():
+            fully_shard(block)
         fully_shard(model)
     names = dict(model.named_parameters())
     lookup = lambda name: "table" in name or "embedding" in name
@@ -1010,44 +1089,90 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
     checkpoints = Checkpoints(folder)
     first = checkpoints.load(state)
     metrics, began = run.log_from(stage, first), time.monotonic()
+    run.event(stage, first, "start")
+
+    def save(step: int) -> None:
+        nonlocal began
+        checkpoints.save(step, state)
+        run.event(stage, step, "checkpoint")
+        metrics.flush()
+        run.spent(stage.split("/")[0], time.monotonic() - began)
+        began = time.monotonic()
+
     bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=rank() != 0,
                mininterval=1.0, dynamic_ncols=True)
-    source = losses(first)
+    source, Stop.patient = losses(first), True
+    bad, rewound, recent = 0, 0, []
     for step in range(first, steps):
         lr = learning_rate(step, t, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = next(source)(model)
-        loss.backward()
+        parts, loss = next(source), 0.0
+        for i, part in enumerate(parts):
+            if len(parts) > 1 and dist.is_initialized():
+                model.set_requires_gradient_sync(i == len(parts) - 1)
+            part_loss = part(model) / len(parts)
+            part_loss.backward()
+            loss = loss + part_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
-        optimizer.step()
+        asked = torch.full_like(loss, bool(Stop.asked))
+        if dist.is_initialized():                   # one rank that was asked to stop, stops all
+            norm, told = norm.full_tensor(), torch.stack([loss, asked])
+            dist.all_reduce(told, dist.ReduceOp.AVG if told.is_cuda else dist.ReduceOp.SUM)
+            loss, asked = told if told.is_cuda else told / world_size()
+        value, norm = loss.item(), norm.item()
+        if math.isfinite(value) and math.isfinite(norm):
+            bad = 0
+            optimizer.step()
+            if t.ema:
+                d = min(t.ema, (step + 1) / (step + 10))
+                for k, p in names.items():
+                    state["ema"][k].lerp_(p.detach(), 1 - d)
+        else:
+            bad += 1
+            run.event(stage, step, "skipped", f"loss {value:g}, gradient norm {norm:g}"
+                      + keys_of(parts))
         optimizer.zero_grad()
-        if t.ema:
-            d = min(t.ema, (step + 1) / (step + 10))
-            for k, p in names.items():
-                state["ema"][k].lerp_(p.detach(), 1 - d)
-        loss = loss.detach()
-        if dist.is_initialized():
-            dist.all_reduce(loss, dist.ReduceOp.AVG if loss.is_cuda else dist.ReduceOp.SUM)
-            loss = loss if loss.is_cuda else loss / world_size()
-            norm = norm.full_tensor()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UserError(f"{stage}: the loss is {value} at step {step}; lower the learning rate")
-        metrics.add(step, value, lr, norm.item())
+        metrics.add(step, value, lr, norm)
+        if len(recent) == 50:
+            mean = sum(recent) / 50
+            if value > mean + 6 * math.sqrt(sum((r - mean) ** 2 for r in recent) / 50):
+                run.event(stage, step, "spike", f"loss {value:.4g} after {mean:.4g}"
+                          + keys_of(parts))
+        recent = [*recent[-49:], value] if math.isfinite(value) else recent
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
         bar.update()
-        if (step + 1) % t.every == 0 and step + 1 < steps:
-            checkpoints.save(step + 1, state)
-            metrics.flush()
-            run.spent(stage.split("/")[0], time.monotonic() - began)
-            began = time.monotonic()
+        if bad == 3:
+            back = checkpoints.load(state) if rewound < 3 else 0
+            if not back:
+                raise UserError(f"{stage}: the loss is {value} at step {step}, for the third step "
+                                "in a row; lower the learning rate")
+            bad, rewound = 0, rewound + 1
+            run.event(stage, step, "rewound", f"to the weights of step {back}")
+        elif bad == 0 and (step + 1) % t.every == 0 and step + 1 < steps:
+            save(step + 1)
+            rewound = 0
+        if asked.item() and step + 1 < steps:
+            if (step + 1) % t.every or bad:
+                save(step + 1)
+            bar.close()
+            run.event(stage, step + 1, "stopped", f"by {Stop.asked or 'another rank'}")
+            raise Stopped(f"{stage}: stopped after {step + 1} steps, checkpoint written; start "
+                          "again to continue")
     bar.close()
     metrics.flush()
+    run.event(stage, steps, "end")
     run.spent(stage.split("/")[0], time.monotonic() - began)
+    Stop.patient = False
     best = state["ema"] if t.ema else state["model"]
     return {k: v.full_tensor() if hasattr(v, "full_tensor") else v.detach().clone()
             for k, v in best.items()}
+
+
+def keys_of(parts: list) -> str:
+    """The rows of the data that a step was made of, for the log; else nothing."""
+    keys = [k for part in parts for k in getattr(part, "keys", ())]
+    return f", clips {' '.join(map(str, keys))}" if keys else ""
 
 
 def shard(rows: int) -> slice:
@@ -1109,7 +1234,7 @@ def train_tae(run: Run, clips) -> None:
                 g = generator(cfg.seed, "tae", video, step, rank())
                 x = x.to(run.device)
 
-                yield lambda model, x=x, g=g, step=step: model(x, step, g)
+                yield [lambda model, x=x, g=g, step=step: model(x, step, g)]
 
         return source
 
@@ -1333,19 +1458,29 @@ def train_dit(run: Run) -> None:
         times = flow.sample_t(t.batch, cfg.flow, g)
         drop = model.text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)
         x1 = mean[rows] + (0.5 * latents.logvar[rows]).exp() / scale * noise
-        where = latents.of[rows][mine]
-        features = {k: v[where].to(run.device) for k, v in latents.features.items()}
-        return features, *(v[mine].to(run.device) for v in (drop, x1, x0, times))
+        parts = []
+        for part in spans(mine, t.accumulate):
+            features = {k: v[latents.of[rows[part]]].to(run.device)
+                        for k, v in latents.features.items()}
+            args = features, *(v[part].to(run.device) for v in (drop, x1, x0, times))
+            parts.append(partial(lambda args, model: model(*args), args))
+            parts[-1].keys = rows[part].tolist()
+        return parts
 
     def losses(first: int):
         for step in range(first, t.steps):
-            args = batch(step)
-            yield lambda model, args=args: model(*args)
+            yield batch(step)
 
     state = optimize(run, "dit", run.folder / "dit", model, t, t.steps, losses)
     if rank() == 0:
         save_tensors(final, state)
     barrier()
+
+
+def spans(rows: slice, parts: int) -> list[slice]:
+    """A slice cut into so many equal ones."""
+    n = (rows.stop - rows.start) // parts
+    return [slice(rows.start + i * n, rows.start + (i + 1) * n) for i in range(parts)]
 
 
 @dataclass
@@ -1409,28 +1544,52 @@ class Loaded:
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu",
              prepare: Callable[[nn.Module], object] = lambda dit: None) -> Loaded:
-    """The trained stages of a run folder. Reads safetensors and JSON only; on device "meta" no
-    weights at all, for what only asks for shapes. prepare(dit) may take blocks out of the backbone
-    before anything is read: what is not there is never read, and takes no memory."""
+    """The trained stages of a run folder, or of a file that --export wrote. Reads safetensors and
+    JSON only; on device "meta" no weights at all, for what only asks for shapes. prepare(dit) may
+    take blocks out of the backbone first: what is not there is not read, and takes no memory."""
     folder, device = Path(folder), torch.device(device)
-    if not (folder / "config.json").exists():
-        raise UserError(
-            f"--workdir {folder}: no run there; train first: torchrun train.py --workdir {folder}"
-        )
-    cfg = from_dict(Config, json.loads((folder / "config.json").read_text()))
-    if not (folder / "dit" / "model.safetensors").exists():
-        raise UserError(
-            f"--workdir {folder}: not finished; continue it with the command that began it"
-        )
+    if folder.is_file():
+        tae_file = dit_file = folder
+        of_tae, of_model = "tae.", "model."
+        with opened(folder) as f:
+            config = json.loads((f.metadata() or {}).get("config", "{}"))
+        if not config:
+            raise UserError(f"{folder}: not written by train.py --export")
+    else:
+        tae_file, dit_file = folder / "tae/tae.safetensors", folder / "dit/model.safetensors"
+        of_tae = of_model = ""
+        if not (folder / "config.json").exists():
+            raise UserError(f"--workdir {folder}: no run there; train first: torchrun train.py "
+                            f"--workdir {folder}")
+        if not dit_file.exists():
+            raise UserError(f"--workdir {folder}: not finished; continue it with the command that "
+                            "began it")
+        config = json.loads((folder / "config.json").read_text())
+    cfg = from_dict(Config, config)
     with torch.device("meta"):                              # neither memory nor random numbers
         model = TextToVideo(cfg)
+    tae = autoencoder.autoencoder(cfg.autoencoder_config)   # has tables that no file holds
     prepare(model.dit)
-    model.text.cfg = text_config(cfg, folder)
+    model.text.cfg = text_config(cfg, folder) if folder.is_dir() else cfg.text
     if device.type != "meta":
-        model.load_state_dict(load_tensors(folder / "dit" / "model.safetensors",
-                                           model.state_dict().keys()), assign=True)
-    model.to(device).eval().requires_grad_(False)
-    return Loaded(cfg, load_tae(Run(folder, cfg, device)), model.text, model.dit, device)
+        for part, path, prefix in ((model, dit_file, of_model), (tae, tae_file, of_tae)):
+            names = [prefix + k for k in part.state_dict()]
+            part.load_state_dict({k.removeprefix(prefix): v
+                                  for k, v in load_tensors(path, names).items()},
+                                 assign=part is model)
+    for part in (model, tae):
+        part.to(device).eval().requires_grad_(False)
+    return Loaded(cfg, tae, model.text, model.dit, device)
+
+
+def export(folder: Path, path: Path) -> None:
+    """A finished run as one safetensors file, with its config as metadata: load_run reads it."""
+    load_run(folder, "meta")                                # a run, and finished
+    config = json.dumps(json.loads((folder / "config.json").read_text()))
+    tensors = {f"{prefix}.{k}": v
+               for prefix, name in (("tae", "tae/tae"), ("model", "dit/model"))
+               for k, v in load_tensors(folder / f"{name}.safetensors").items()}
+    save_tensors(path, tensors, config=config)
 
 
 def make_samples(run: Run) -> None:
@@ -1529,6 +1688,7 @@ def make_report(run: Run, clips) -> dict:
                          "ranks": world_size(), "torch": torch.__version__}
 
     draw_curves(folder)
+    draw_timeline(folder)
     shown = [i for kind in ("trained", "heldout", "words", "words_heldout")
              for i, r in enumerate(rows) if r["kind"] == kind][:: max(1, len(rows) // 24)]
     contact_sheet(folder / "samples.gif", [made[i] for i in shown[:24]],
@@ -1560,7 +1720,8 @@ def draw_curves(folder: Path) -> None:
     figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(4 * max(1, len(stages)), 3),
                                 squeeze=False)
     for ax, stage in zip(axes[0], stages):
-        points = [(r["step"], r["loss"]) for r in rows if r["stage"] == stage]
+        points = [(r["step"], r["loss"]) for r in rows
+                  if r["stage"] == stage and math.isfinite(r["loss"])] or [(0, 1.0)]
         ax.plot(*zip(*points), lw=0.4, alpha=0.4, color="C0")
         k = max(1, len(points) // 50)
         means = [sum(p[1] for p in points[i : i + k]) / len(points[i : i + k])
@@ -1571,6 +1732,42 @@ def draw_curves(folder: Path) -> None:
         ax.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_timeline(folder: Path) -> None:
+    """timeline.png: steps a second between checkpoints, and what happened to the run, over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_events(folder / "events.jsonl")
+    figure, ax = plt.subplots(figsize=(10, 2.6))
+    zero = rows[0]["time"] if rows else 0.0
+    colors = {stage: f"C{i}" for i, stage in enumerate(dict.fromkeys(r["stage"] for r in rows))}
+    marks = {"skipped": "x", "spike": "^", "rewound": "<", "stopped": "s"}
+    for a, b in zip(rows, rows[1:]):
+        if b["event"] in ("checkpoint", "end", "stopped") and a["stage"] == b["stage"]:
+            rate = (b["step"] - a["step"]) / max(b["time"] - a["time"], 1e-3)
+            if rate > 0:
+                ax.plot([(a["time"] - zero) / 60, (b["time"] - zero) / 60], [rate, rate],
+                        color=colors[b["stage"]], lw=3)
+    for row in rows:
+        at = (row["time"] - zero) / 60
+        if row["event"] == "start":
+            ax.axvline(at, color=colors[row["stage"]], lw=1, ls="-" if row["step"] == 0 else ":",
+                       label=f"{row['stage']} " + ("starts" if row["step"] == 0 else "resumes"))
+        elif row["event"] in marks:
+            ax.plot(at, 0, marks[row["event"]], color="C3", transform=ax.get_xaxis_transform(),
+                    clip_on=False, label=row["event"])
+    labels = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    if labels:
+        ax.legend(labels.values(), labels, fontsize=7, loc="upper right")
+    ax.set(xlabel="minutes since the start", ylabel="steps a second")
+    ax.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "timeline.png", dpi=110)
     plt.close(figure)
 
 
@@ -1641,6 +1838,7 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
 <title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1><div class=figures>{table(report)}</div>
 <h2>Loss</h2><img class=curves src="curves.png">
+<h2>What happened when</h2><img class=curves src="timeline.png">
 <h2>Held-out clips: original and reconstruction</h2><div class=pairs>{pairs}</div>
 {sections}
 """)
@@ -1848,6 +2046,10 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--batch", metavar="N",
                         help="clips in a step of the dit stage (= --train_dit.batch)")
     parser.add_argument("--seed", metavar="N", help="of everything random (default 0)")
+    parser.add_argument("--export", metavar="FILE",
+                        help="write the finished run as one .safetensors file, and end")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS",
+                        help="several ranks: how long one waits for a silent one (default 600)")
     parser.add_argument("--device", default="", metavar="cpu|cuda",
                         help="default: cuda if there is one")
     special = {"scale", "data", "coupling", "seed"}
@@ -1861,6 +2063,10 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     one_of("--scale", args.scale, SCALES)
     one_of("--stage", args.stage, (*STAGES, "all"))
     one_of("--device", args.device, ("", "cpu", "cuda"))
+    if not 0 < args.timeout < math.inf:
+        raise UserError(f"--timeout {args.timeout:g}: must be above 0")
+    if args.export is not None and not args.export.endswith(".safetensors"):
+        raise UserError(f"--export {args.export}: must end in .safetensors")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here")
     cfg = SCALES[args.scale]()
@@ -1921,7 +2127,10 @@ def open_run(cfg: Config, folder: Path, device: torch.device) -> Run:
     if path.exists():
         try:
             there = json.loads(path.read_text())
-        except ValueError:
+            there = json.loads(json.dumps(asdict(from_dict(Config, there))))  # with new fields
+        except UserError:
+            raise
+        except (ValueError, TypeError, AttributeError):
             raise UserError(f"{path}: damaged; move it away or choose another --workdir") from None
         changed = differences(there, mine)
         if changed:
@@ -1944,11 +2153,21 @@ def open_run(cfg: Config, folder: Path, device: torch.device) -> Run:
 def work(cfg: Config, args: argparse.Namespace) -> None:
     """Ranks, data, run folder, then stage after stage."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.export:
+        export(args.workdir, Path(args.export))
+        print(f"wrote {args.export}")
+        return
+    Stop.listen()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if (int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and rank() == 0
+                and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+            print("--max-restarts: a restarted rank finds the dead one's address in torchrun's "
+                  "store; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=args.timeout))
         for flag, n in (("--batch", cfg.train_dit.batch),
                         ("--train_tae.batch", cfg.train_tae.batch),
                         ("--train_tae.image_batch", cfg.train_tae.image_batch)):
@@ -1957,6 +2176,9 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     elif "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         # some versions of torchrun allow each rank one thread; a single rank may have them all
         torch.set_num_threads(os.cpu_count() or 1)
+    if cfg.train_dit.batch % (world_size() * cfg.train_dit.accumulate):
+        raise UserError(f"--train_dit.accumulate {cfg.train_dit.accumulate}: the {world_size()} "
+                        f"ranks' shares of --batch {cfg.train_dit.batch} have no so many parts")
     clips = clips_of(cfg, quiet=rank() != 0)
     run = open_run(cfg, args.workdir, device)
     stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),
@@ -1966,6 +2188,8 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     for name, stage in stages.items():
         report = stage()
         barrier()
+        if Stop.asked:
+            raise Stopped(f"stopped by {Stop.asked} after {name}; start again to continue")
         if name == args.stage:
             break
     if report:
@@ -1995,6 +2219,17 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except Stopped as error:
+        if rank() == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        if world_size() == 1 or not sample_parallel.is_loss(error):
+            raise
+        lost = silent_ranks()
+        if rank() == min(set(range(world_size())) - set(lost)):
+            print(f"train.py: rank {', '.join(map(str, lost)) or 'unknown'}: hangs, or is gone; "
+                  "start again to continue at the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(1)                            # not through a process group that waits for the dead
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

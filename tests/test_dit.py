@@ -643,6 +643,10 @@ def test_the_table_of_presets_from_a_copied_file(tmp_path):
     rows = {line[:27].strip(): line[27:].split() for line in done.stdout.splitlines()}
     assert rows["parameters, B"] == ["0.005", "0.030", "0.928", "4.919", "29.336"]
     assert rows["video tokens N"][2:] == ["73,728"] * 3
+    attention = 4 * 73728 * (73728 + 896) * 1536 * 24 / 1e12            # scores and values, by hand
+    assert rows["forward, attention, TFLOP"][2] == f"{attention:.1f}"
+    assert rows["weights in bf16, GB"][4] == "58.7" and rows["training state, GB"][4] == "587"
+    assert rows["block inputs, GB a clip"][2] == f"{73728 * 1536 * 24 * 4 / 1e9:.1f}"
 
 
 def test_a_demo_that_has_not_learnt_fails(tmp_path):

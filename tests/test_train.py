@@ -383,6 +383,160 @@ def test_cuda_where_there_is_none(tmp_path, capfd):
     assert "--device cuda: torch sees no CUDA device here" in capfd.readouterr().err
 
 
+def test_an_export_is_the_run(finished, tmp_path, capfd):
+    path = tmp_path / "model.safetensors"
+    assert train.main(["--workdir", str(finished), "--export", str(path)]) == 0
+    a, b = train.load_run(finished), train.load_run(path)
+    assert a.config == b.config
+    prompts, seeds = ['a red circle moving left', 'a white sign saying "CAT" moving up'], [3, 4]
+    assert torch.equal(a.generate(prompts, seeds), b.generate(prompts, seeds))
+    train.save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
+    for bad, line in (("other.safetensors", "not written by train.py --export"),
+                      ("none.safetensors", "no run there")):
+        with pytest.raises(train.UserError, match=line):
+            train.load_run(tmp_path / bad)
+    assert train.main(["--workdir", str(tmp_path), "--export", str(path)]) == 2
+
+
+def test_shapes_without_weights_and_a_part_of_the_blocks(finished):
+    sketch = train.load_run(finished, "meta")
+    assert all(p.is_meta for p in sketch.dit.parameters())
+    assert sketch.latent_shape == train.load_run(finished).latent_shape
+    part = train.load_run(finished, prepare=lambda dit: dit.blocks.__delitem__(0))
+    whole = train.load_run(finished)
+    assert len(part.dit.blocks) == len(whole.dit.blocks) - 1
+    weights = dict(whole.dit.named_parameters())
+    assert torch.equal(part.dit.blocks[0].table, weights["blocks.1.table"])
+
+
+# ---- steps that go wrong, and ends that are asked for --------------------------------------------
+
+
+def toy_training(folder, poison=(), **changes):
+    """`optimize` on a line through noise; steps in `poison` have a loss that is not a number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = train.TrainConfig(**{"steps": 12, "every": 4, "ema": 0.9, **changes})
+    run = train.Run(folder, train.Config(), torch.device("cpu"))
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+
+    def losses(first):
+        for step in range(first, cfg.steps):
+            x = torch.randn(8, 3, generator=train.generator("toy", step))
+            bad = float("nan") if step in poison else 1.0
+            part = lambda model, x=x, bad=bad: ((model(x) - x.sum(1, keepdim=True)) * bad).square(
+                ).mean()
+            part.keys = [step]
+            yield [part]
+
+    state = train.optimize(run, "dit", folder / "dit", model, cfg, cfg.steps, losses)
+    return state, [(e["event"], e["step"]) for e in train.read_events(folder / "events.jsonl")]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, capfd):
+    plain, _ = toy_training(tmp_path / "a")
+    skipped, events = toy_training(tmp_path / "b", poison=(5,))
+    assert ("skipped", 5) in events and "clips 5" in capfd.readouterr().err
+    assert all(v.isfinite().all() for v in skipped.values())
+    assert not torch.equal(plain["weight"], skipped["weight"])
+    rows = train.read_metrics(tmp_path / "b" / "metrics.csv")
+    assert [r["step"] for r in rows if r["loss"] != r["loss"]] == [5]
+
+
+def test_three_in_a_row_take_the_last_checkpoint_again(tmp_path, capfd):
+    """Steps 5 to 7 fail: training goes on at 8 as if 4 had been the last one before it."""
+    state, events = toy_training(tmp_path / "a", poison=(5, 6, 7), ema=0.0)
+    assert [e for e in events if e[0] in ("skipped", "rewound")] == [
+        ("skipped", 5), ("skipped", 6), ("skipped", 7), ("rewound", 7)]
+    assert "to the weights of step 4" in capfd.readouterr().err
+    again, _ = toy_training(tmp_path / "b", poison=(4, 5, 6, 7), ema=0.0)  # 4 was trained, and lost
+    assert torch.equal(state["weight"], again["weight"])
+    with pytest.raises(train.UserError, match="third step in a row; lower the learning rate"):
+        toy_training(tmp_path / "c", poison=(0, 1, 2))
+
+
+def test_a_stop_that_is_asked_for_loses_nothing(tmp_path, monkeypatch):
+    plain, _ = toy_training(tmp_path / "a")
+    fire, calls = train.generator, []
+
+    def asked(*key):
+        calls.append(key)
+        if len(calls) == 7:
+            os.kill(os.getpid(), train.signal.SIGUSR1)
+        return fire(*key)
+
+    before = {n: train.signal.getsignal(n) for n in (train.signal.SIGTERM, train.signal.SIGUSR1)}
+    train.Stop.listen()
+    try:
+        with monkeypatch.context() as patch, pytest.raises(train.Stopped, match="after 7 steps"):
+            patch.setattr(train, "generator", asked)
+            toy_training(tmp_path / "b")
+    finally:
+        train.Stop.asked, train.Stop.patient = "", False
+        for number, handler in before.items():
+            train.signal.signal(number, handler)
+    state, events = toy_training(tmp_path / "b")
+    assert torch.equal(plain["weight"], state["weight"]) and events.count(("stopped", 7)) == 1
+    assert ("start", 7) in events
+    rows = train.read_metrics(tmp_path / "b" / "metrics.csv")
+    assert [r["step"] for r in rows] == list(range(12))
+
+
+def test_a_spike_is_named_with_its_clips(tmp_path, capfd):
+    folder, value = tmp_path / "a", {60: 1e3}
+    folder.mkdir()
+    run = train.Run(folder, train.Config(), torch.device("cpu"))
+    model = torch.nn.Linear(1, 1)
+
+    def losses(first):
+        for step in range(first, 70):
+            part = lambda model, step=step: model(torch.ones(1, 1)).sum() * 0 + value.get(
+                step, 1 + step % 7 / 10)
+            part.keys = [step, 99]
+            yield [part]
+
+    train.optimize(run, "dit", folder / "dit", model, train.TrainConfig(every=1000), 70, losses)
+    assert "dit step 60: spike, loss 1000 after 1.3, clips 60 99" in capfd.readouterr().err
+    train.draw_timeline(folder)
+    assert (folder / "timeline.png").stat().st_size > 3000
+
+
+def test_accumulated_parts_are_the_whole_batch(finished, tmp_path):
+    weights = {}
+    for parts in (1, 4):
+        changes = {"train_dit.accumulate": parts, "train_dit.align": 0.0, "train_dit.steps": 3,
+                   "coupling": "independent"}
+        run_ = train.fork(finished, tmp_path / str(parts), changes)
+        train.train_dit(run_)
+        weights[parts] = train.load_tensors(tmp_path / str(parts) / "dit" / "model.safetensors")
+    for k, w in weights[1].items():
+        assert torch.allclose(w, weights[4][k], atol=1e-5), k
+
+
+# ---- couplings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [
+    {"coupling": "minibatch"}, {"coupling": "sdot-global", "sdot.target": 0.5, "sdot.pca": 8}])
+def test_the_other_couplings_train(finished, tmp_path, changes, capfd):
+    run_ = train.fork(finished, tmp_path / "fork", {**changes, "train_dit.steps": 2})
+    train.couple_latents(run_)
+    train.train_dit(run_)
+    assert (tmp_path / "fork" / "dit" / "model.safetensors").exists()
+    assert ("ignores captions" in capfd.readouterr().err) == (changes["coupling"] == "sdot-global")
+
+
+def test_unique_captions_are_coupled_in_clusters():
+    words = ("a red boat on the sea", "two dogs run over green grass")
+    captions = [f"{words[i % 2]} take{i}" for i in range(128)]
+    latents = train.Latents(torch.zeros(128, 1, 1, 1, 1), torch.zeros(128, 1, 1, 1, 1),
+                            torch.arange(128), captions, {})
+    groups = train.caption_groups(latents, 32)
+    assert torch.bincount(groups)[groups].min() >= 32
+    for group in groups.unique():
+        assert len({int(i) % 2 for i in (groups == group).nonzero()}) == 1
+
+
 def test_unfinished_run_cannot_be_loaded(tmp_path, copy):
     with pytest.raises(train.UserError, match="no run there"):
         train.load_run(tmp_path / "nothing")
@@ -648,3 +802,57 @@ def test_sigkill_in_each_stage(finished, tmp_path):
     assert figures(folder) == figures(finished)
     assert (train.read_metrics(folder / "metrics.csv")
             == train.read_metrics(finished / "metrics.csv"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_writes_a_checkpoint_and_ends_well(finished, tmp_path, name):
+    """Asked to end in each stage: status 0, and the finished run is the uninterrupted one."""
+    import time
+
+    folder = tmp_path / "stopped"
+    command = [sys.executable, "train.py", "--workdir", str(folder), "--device", "cpu", *TINY]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for sign in ("config.json", "tae/step_*", "latents/shard_00000.safetensors", "dit/step_*"):
+        p = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env)
+        while p.poll() is None and not list(folder.glob(sign)):
+            time.sleep(0.01)
+        began = time.monotonic()
+        p.send_signal(getattr(train.signal, name))
+        said = p.communicate(timeout=60)[1]
+        assert p.returncode == 0 and time.monotonic() - began < 30, said
+        assert "start again to continue" in said and "Traceback" not in said, said
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert figures(folder) == figures(finished)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(finished, tmp_path):
+    """SIGSTOP of one of two ranks in the dit stage: the other says which, within --timeout."""
+    import signal
+    import time
+
+    folder = Path(shutil.copytree(finished, tmp_path / "hung"))
+    forget(folder, "dit", "samples", "report.json")
+    config = json.loads((folder / "config.json").read_text())
+    config["train_dit"]["steps"] = 4000
+    (folder / "config.json").write_text(json.dumps(config))
+    port = str(random.Random(str(folder)).randint(20000, 40000))
+    ranks = [subprocess.Popen(
+        [sys.executable, "train.py", "--workdir", str(folder), "--device", "cpu", *TINY, "--steps",
+         "4000", "--timeout", "5"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r),
+             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        for r in range(2)]
+    try:
+        while not list(folder.glob("dit/step_*")) and all(p.poll() is None for p in ranks):
+            time.sleep(0.05)
+        ranks[1].send_signal(signal.SIGSTOP)
+        said = ranks[0].communicate(timeout=60)[1]
+    finally:
+        for p in ranks:
+            p.kill()
+            p.wait()
+    assert ranks[0].returncode == 1 and "train.py: rank 1: hangs, or is gone" in said, said[-2000:]
+    assert "Traceback" not in said
