@@ -1018,13 +1018,19 @@ class Stop:
     within a training loop after the step and a checkpoint, elsewhere at once (whatever is written
     there is written whole or not at all)."""
 
-    asked, patient = "", False
+    asked, patient, before = "", False, {}
 
     @classmethod
     def listen(cls) -> None:
-        cls.asked, cls.patient = "", False
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, cls._hear)
+            cls.before[number] = signal.signal(number, cls._hear)
+
+    @classmethod
+    def forget(cls) -> None:
+        """As it was before `listen`."""
+        cls.asked, cls.patient = "", False
+        while cls.before:
+            signal.signal(*cls.before.popitem())
 
     @classmethod
     def _hear(cls, number: int, _) -> None:
@@ -2231,6 +2237,7 @@ def main(argv: list[str] | None = None) -> int:
                   "start again to continue at the last checkpoint", file=sys.stderr, flush=True)
         os._exit(1)                            # not through a process group that waits for the dead
     finally:
+        Stop.forget()
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0

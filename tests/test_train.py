@@ -465,16 +465,15 @@ def test_a_stop_that_is_asked_for_loses_nothing(tmp_path, monkeypatch):
             os.kill(os.getpid(), train.signal.SIGUSR1)
         return fire(*key)
 
-    before = {n: train.signal.getsignal(n) for n in (train.signal.SIGTERM, train.signal.SIGUSR1)}
+    before = train.signal.getsignal(train.signal.SIGUSR1)
     train.Stop.listen()
     try:
         with monkeypatch.context() as patch, pytest.raises(train.Stopped, match="after 7 steps"):
             patch.setattr(train, "generator", asked)
             toy_training(tmp_path / "b")
     finally:
-        train.Stop.asked, train.Stop.patient = "", False
-        for number, handler in before.items():
-            train.signal.signal(number, handler)
+        train.Stop.forget()
+    assert train.signal.getsignal(train.signal.SIGUSR1) == before
     state, events = toy_training(tmp_path / "b")
     assert torch.equal(plain["weight"], state["weight"]) and events.count(("stopped", 7)) == 1
     assert ("start", 7) in events
@@ -856,3 +855,38 @@ def test_a_rank_that_hangs_is_named(finished, tmp_path):
             p.wait()
     assert ranks[0].returncode == 1 and "train.py: rank 1: hangs, or is gone" in said, said[-2000:]
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_killed_rank(finished, tmp_path):
+    """The README's command: SIGKILL of one of two ranks, and the run ends by itself, with the
+    losses of one that nobody touched."""
+    import time
+
+    losses = {}
+    for killed in (False, True):
+        folder = Path(shutil.copytree(finished, tmp_path / str(killed)))
+        forget(folder, "dit", "samples", "report.json")
+        config = json.loads((folder / "config.json").read_text())
+        config["train_dit"]["steps"] = 60
+        (folder / "config.json").write_text(json.dumps(config))
+        port = random.Random(str(folder)).randint(20000, 40000)
+        p = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+             "--max-restarts", "3", "--master_port", str(port), "train.py", "--workdir",
+             str(folder), "--device", "cpu", *TINY, "--steps", "60", "--stage", "dit"], cwd=ROOT,
+            stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+        while killed and not list(folder.glob("dit/step_*")) and p.poll() is None:
+            time.sleep(0.02)
+        if killed:
+            ranks = Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()
+            os.kill(int(ranks[-1]), 9)
+        said = p.communicate(timeout=300)[1]
+        assert p.returncode == 0, said[-3000:]
+        losses[killed] = [r["loss"] for r in train.read_metrics(folder / "metrics.csv")
+                          if r["stage"] == "dit"]
+    starts = [e for e in train.read_events(folder / "events.jsonl")
+              if e["event"] == "start" and e["stage"] == "dit"]
+    assert starts[-1]["step"] > 0, "it was not killed in the middle"
+    assert losses[True] == losses[False] and len(losses[True]) == 60
