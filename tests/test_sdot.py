@@ -646,3 +646,15 @@ def test_energy_distance_in_closed_form():
     away = root * math.sqrt(2 / math.pi) * math.exp(-m**2 / 4) + m * math.erf(m / 2)
     within = 2 / math.sqrt(math.pi)
     assert sdot.energy_distance(a, b + m) == pytest.approx(2 * away - 2 * within, abs=0.03)
+
+
+def test_energy_distance_without_pairs_that_belong_together():
+    """32 samples near their own partners: counted, the pairs look like less than no distance."""
+    g = torch.Generator().manual_seed(0)
+    values = []
+    for _ in range(200):
+        a = torch.randn(32, 50, generator=g)
+        b = a + 0.1 * torch.randn(32, 50, generator=g)
+        values.append([sdot.energy_distance(a, b, paired) for paired in (False, True)])
+    counted, left_out = torch.tensor(values).mean(0).tolist()
+    assert counted < -0.4 and abs(left_out) < 0.02
