@@ -2168,7 +2168,8 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        if (int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and rank() == 0
+        if (int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+                and os.environ.get("RANK") == "0"
                 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
             print("--max-restarts: a restarted rank finds the dead one's address in torchrun's "
                   "store; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
