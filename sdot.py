@@ -1094,7 +1094,7 @@ def study(base: Path, out: Path, steps: int, seeds: int = 3) -> None:
     common = {"train_dit.steps": steps}
     variants = {c: {"coupling": c, **common} for c in train.COUPLINGS}
     # All clips in one problem: 1.3 N / target^2 noises against N latents of 2048 numbers would take
-    # longer than the training. 64 principal directions and half the precision take two minutes.
+    # longer than the training. 64 principal directions and half the precision: 8 minutes of a core.
     variants["sdot-global"] |= {"sdot.pca": 64, "sdot.target": 0.2}
     variants["diffusion"] = {"flow.objective": "diffusion", "flow.shift": 1.0, **common}
     runs = train.compare(base, out, variants, seeds)
@@ -1146,7 +1146,7 @@ def main() -> None:
     parser.add_argument("--plan", type=int, nargs=2, metavar=("M", "D"),
                         help="time, memory and gain for M latents of D numbers, and stop")
     parser.add_argument("--study", metavar="RUN", type=Path,
-                        help="compare couplings on the latents of a finished toy run: 40 minutes")
+                        help="compare couplings on the latents of a finished toy run: 54 minutes")
     parser.add_argument("--steps", type=int, default=400, help="study: training steps of each run")
     args = parser.parse_args()
     if args.steps < 1:

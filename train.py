@@ -1056,7 +1056,8 @@ def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
 
 
 def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfig, steps: int,
-             losses: Callable[[int], Iterator[Callable[[nn.Module], Tensor]]]) -> dict[str, Tensor]:
+             losses: Callable[[int], Iterator[list[Callable[[nn.Module], Tensor]]]]
+             ) -> dict[str, Tensor]:
     """Train `model` for `steps` and return its full state, or that of its moving average.
 
     losses(first) yields, from step `first` on, a list of closures a step: closure(model) -> scalar
@@ -1465,28 +1466,22 @@ def train_dit(run: Run) -> None:
         drop = model.text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)
         x1 = mean[rows] + (0.5 * latents.logvar[rows]).exp() / scale * noise
         parts = []
-        for part in spans(mine, t.accumulate):
-            features = {k: v[latents.of[rows[part]]].to(run.device)
-                        for k, v in latents.features.items()}
-            args = features, *(v[part].to(run.device) for v in (drop, x1, x0, times))
+        for clips, *args in zip(*(v[mine].chunk(t.accumulate)
+                                  for v in (rows, drop, x1, x0, times))):
+            where = latents.of[clips]
+            features = {k: v[where].to(run.device) for k, v in latents.features.items()}
+            args = features, *(v.to(run.device) for v in args)
             parts.append(partial(lambda args, model: model(*args), args))
-            parts[-1].keys = rows[part].tolist()
+            parts[-1].keys = clips.tolist()
         return parts
 
     def losses(first: int):
-        for step in range(first, t.steps):
-            yield batch(step)
+        return map(batch, range(first, t.steps))
 
     state = optimize(run, "dit", run.folder / "dit", model, t, t.steps, losses)
     if rank() == 0:
         save_tensors(final, state)
     barrier()
-
-
-def spans(rows: slice, parts: int) -> list[slice]:
-    """A slice cut into so many equal ones."""
-    n = (rows.stop - rows.start) // parts
-    return [slice(rows.start + i * n, rows.start + (i + 1) * n) for i in range(parts)]
 
 
 @dataclass
