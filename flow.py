@@ -97,15 +97,20 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 
 
 # ---- 2. The path of one pair ---------------------------------------------------------------------
+def fp32(x):
+    """Half precision to fp32; fp32 and fp64 stay."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def cond_ot_path(x0: Tensor, x1: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
     """x_t = t x1 + (1 - (1 - s) t) x0: the conditional-OT path of a pair [MG s3.1.2, FM s4]."""
-    t = like(t.float(), x1)
-    return t * x1.float() + (1 - (1 - sigma_min) * t) * x0.float()
+    t = like(fp32(t), x1)
+    return t * fp32(x1) + (1 - (1 - sigma_min) * t) * fp32(x0)
 
 
 def velocity(x0: Tensor, x1: Tensor, sigma_min: float = 1e-5) -> Tensor:
     """v = dx_t/dt = x1 - (1 - s) x0 [MG s3.1.2]: constant along the path, so it needs no t."""
-    return x1.float() - (1 - sigma_min) * x0.float()
+    return fp32(x1) - (1 - sigma_min) * fp32(x0)
 
 
 # With k = 1 - s the two lines above are solved for the ends without a division:
@@ -202,7 +207,7 @@ def noise_and_target(x0: Tensor, x1: Tensor, t: Tensor, cfg: FlowConfig) -> tupl
     if cfg.objective == "flow":
         return cond_ot_path(x0, x1, t, cfg.sigma_min), velocity(x0, x1, cfg.sigma_min)
     phi = like(angle(t), x1)
-    x0, x1 = x0.float(), x1.float()
+    x0, x1 = fp32(x0), fp32(x1)
     return phi.sin() * x1 + phi.cos() * x0, phi.cos() * x1 - phi.sin() * x0
 
 
@@ -227,7 +232,7 @@ def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = Non
     if t is None:
         t = sample_t(B, cfg, generator, x1.device)
     x_t, target = noise_and_target(x0, x1, t, cfg)
-    error = (v_fn(x_t, t).float() - target).square().flatten(1).mean(1)          # (B,)
+    error = (fp32(v_fn(x_t, t)) - target).square().flatten(1).mean(1)            # (B,)
     return error.mean() if reduce else error
 
 

@@ -73,6 +73,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
 
@@ -404,6 +405,9 @@ class Ulysses:
         """All-to-all: parts[u], flat, go to member u, and counts[u] numbers come from it."""
         sent = torch.cat([p for part in parts for p in part])
         sizes = [sum(p.numel() for p in part) for part in parts]
+        if sent.requires_grad:          # training: the same exchange, with its transpose backwards
+            got = all_to_all_single_autograd(sent, counts, sizes, self.axis.group)
+            return None, got, sent
         got = sent.new_empty(sum(counts))
         work = dist.all_to_all_single(got, sent, counts, sizes, group=self.axis.group,
                                       async_op=True)
@@ -426,7 +430,8 @@ class Ulysses:
             parts = [[a[:, span[u][i]].reshape(-1) for a in (q, k, v)] for u in range(U)]
             there.append(self._post(parts, [3 * b * mine[i] * t * d for t in tokens]))
         for i, (work, got, _) in enumerate(there):
-            work.wait()
+            if work is not None:
+                work.wait()
             got = got.split([3 * b * mine[i] * t * d for t in tokens])
             qkv = torch.cat([g.view(3, b, mine[i], t, d) for g, t in zip(got, tokens)], dim=3)
             o = self.cores[i](*qkv)                                   # (b, my heads, all tokens, d)
@@ -435,7 +440,8 @@ class Ulysses:
                                    [b * split(heads[u], pieces)[i] * n * d for u in range(U)]))
         out = torch.empty_like(q)
         for i, (work, got, _) in enumerate(back):
-            work.wait()
+            if work is not None:
+                work.wait()
             for u, g in enumerate(got.split([b * split(heads[u], pieces)[i] * n * d
                                              for u in range(U)])):
                 out[:, span[u][i]] = g.view(b, -1, n, d)

@@ -32,6 +32,7 @@ Letters: B batch, T frames, H W height and width, M clips in the data set, P tex
 
 import argparse
 import contextlib
+import copy
 import csv
 import json
 import math
@@ -58,6 +59,11 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import dit as backbone
@@ -89,6 +95,10 @@ class ClipConfig:
     max_interval: int = 4  # real videos: take every n-th frame, n drawn from 1 .. max_interval
     tell_fps: bool = False  # real videos: captions begin with the frame rate of the clip, FPS-12
     workers: int = 2  # processes that decode real videos
+    # What the dit stage sees beside clips of frames x size x size; a step has one shape:
+    lengths: tuple[int, ...] = ()  # also clips of so many frames
+    aspects: tuple[int, ...] = (1, 1)  # width, height, width, height, ...: of one area
+    images: float = 0.0  # images (one frame) for each clip; Movie Gen has 0.1
 
 
 @dataclass
@@ -112,6 +122,7 @@ class TrainConfig:
     motion: int = 1  # tae: motion curriculum, up to so many times as fast in the end; 1 is off
     finish: float = 0.0  # tae: the last part of the steps, on whole clips without a crowd
     accumulate: int = 1  # dit: a rank's clips of a step, in so many parts one after another
+    precision: str = "fp32"  # of the matrix products: fp32 | bf16 | fp64, which is for tests
     drop: float = 0.1  # dit: condition dropout
     drop_each: bool = False  # dit: each text encoder is dropped for itself, not all three together
     align: float = 0.0  # dit: weight of the loss that aligns the toy MetaCLIP with the picture
@@ -138,6 +149,7 @@ class Config:
     data: str = ""  # folder of captioned videos; empty: the toy world
     seed: int = 0
     coupling: str = "sdot"
+    phases: str = "one"  # of the dit stage: one | progressive (small images, small clips, clips)
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
     clips: ClipConfig = field(default_factory=ClipConfig)
     variant: str = "2.5d"  # --tae: 2.5d | 3d (both: `tae`) | vidtwin (`vidtwin`)
@@ -197,6 +209,7 @@ SCALES: dict[str, Callable[[], Config]] = {
 }
 COUPLINGS = ("independent", "minibatch", "sdot", "sdot-global")
 VARIANTS = ("2.5d", "3d", "vidtwin")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 COMPARED = ("loss", "color", "shape", "direction", "text", "heldout")  # figures of a study
 # Fields that follow from others, and are therefore no flags.
@@ -227,6 +240,7 @@ def finish_config(cfg: Config) -> Config:
         for name in ("finish", "drop", "decay", "ema"):
             if not 0 <= getattr(t, name) <= 1:
                 raise UserError(f"--{section}.{name} {getattr(t, name)}: must be from 0 to 1")
+        one_of(f"--{section}.precision", t.precision, PRECISIONS)
         if not t.lr > 0:
             raise UserError(f"--{section}.lr {t.lr}: must be above 0")
     one_of("--clips.script", c.script, autoencoder.SCRIPTS)
@@ -261,12 +275,25 @@ def finish_config(cfg: Config) -> Config:
         cfg.tae = replace(cfg.tae, variant=cfg.variant)
     with torch.device("meta"):
         model = autoencoder.autoencoder(cfg.autoencoder_config)
-    streams = model.streams(c.frames, c.size, c.size)
-    for (name, patch), (_, *size) in zip(patches.items(), streams):
-        if len(patch) != 3 or any(p < 1 or n % p for n, p in zip(size, patch)):
-            raise UserError(
-                f"--{name} {' '.join(map(str, patch))}: does not divide the latent {tuple(size)}"
-            )
+    one_of("--phases", cfg.phases, ("one", "progressive"))
+    several = len(c.aspects) > 2 or c.lengths or c.images or cfg.phases != "one"
+    if several and cfg.coupling.startswith("sdot"):
+        raise UserError(f"--coupling {cfg.coupling}: for clips of one shape only; with --phases, "
+                        "--clips.lengths, --clips.aspects or --clips.images: independent")
+    if several and cfg.variant == "vidtwin":
+        raise UserError("--tae vidtwin: its clips have one shape; without --phases, "
+                        "--clips.lengths, --clips.aspects and --clips.images")
+    for name, patch in patches.items():
+        if len(patch) != 3 or min(patch) < 1:
+            raise UserError(f"--{name} {' '.join(map(str, patch))}: not three numbers above 0")
+    streams = []
+    for shape in shapes_of(cfg):
+        here = model.streams(*shape)
+        for (name, patch), (_, *size) in zip(patches.items(), here):
+            if any(n % p for n, p in zip(size, patch)):
+                raise UserError(f"--{name} {' '.join(map(str, patch))}: does not divide the latent "
+                                f"{tuple(size)}")
+        streams = [tuple(map(max, *pair)) for pair in zip(streams or here, here)]
     cfg.dit = replace(
         cfg.dit,
         streams=tuple(
@@ -277,6 +304,70 @@ def finish_config(cfg: Config) -> Config:
     )
     cfg.text = replace(cfg.text, dim=cfg.dit.dim)
     return cfg
+
+
+def shapes_of(cfg: Config) -> list[tuple[int, int, int]]:
+    """The (T, H, W) that clips of the dit stage can have; the first is that of a sample. Those of
+    other aspects have about the same area, in whole tokens of the autoencoder's latent."""
+    c = cfg.clips
+    if any(n < 1 for n in (*c.lengths, *c.aspects)) or len(c.aspects) % 2 or not c.aspects:
+        raise UserError(f"--clips.lengths {' '.join(map(str, c.lengths))}, --clips.aspects "
+                        f"{' '.join(map(str, c.aspects))}: lengths and pairs width height, above 0")
+    if not 0 <= c.images < math.inf:
+        raise UserError(f"--clips.images {c.images:g}: must be 0 or more")
+    with torch.device("meta"):
+        (_, _, rows, columns), *_ = autoencoder.autoencoder(cfg.autoencoder_config).streams(
+            c.frames, c.size, c.size)
+    units = [c.size // n * p for n, p in zip((rows, columns), cfg.patch[1:])]   # pixels of a token
+    sides = [(c.size, c.size)]
+    for w, h in zip(c.aspects[::2], c.aspects[1::2]):
+        side = tuple(max(1, round(c.size * math.sqrt(a / b) / unit)) * unit
+                     for a, b, unit in ((h, w, units[0]), (w, h, units[1])))
+        if w != h and side not in sides:
+            sides.append(side)
+    lengths = dict.fromkeys((c.frames, *c.lengths, *([1] if c.images else [])))
+    return [(T, *side) for T in lengths for side in sides]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the dit stage on clips of one size. Its name is that of its folders."""
+
+    name: str
+    frames: int
+    size: int
+    steps: int
+    batch: int
+    lr: float
+    images: float
+
+
+def phases(cfg: Config) -> list[Phase]:
+    """One phase; or Movie Gen's three: images at a third of the size, clips of that size, clips at
+    full size, the last two with one image for ten clips. Steps, batches and rates are to each other
+    as 210k : 185k : 74.5k, 9216 : 1536 : 512 (rounded to `accumulate` x 8) and 1e-4 : 6e-5 : 6e-5
+    [MG table 3]; --train_dit.batch is that of the second, --train_dit.lr that of the first. (The
+    paper halves the last rate where the validation loss stands still; here it falls as a cosine.)
+    """
+    c, t = cfg.clips, cfg.train_dit
+    if cfg.phases == "one":
+        return [Phase("", c.frames, c.size, t.steps, t.batch, t.lr, c.images)]
+    unit = c.size // 12 if c.size % 12 == 0 else 8
+    small = max(8, round(c.size / 3 / unit) * unit)
+    cut = [round(t.steps * n / 469.5) for n in (210, 395)]
+    return [Phase("images", 1, small, cut[0], 6 * t.batch, t.lr, 0.0),
+            Phase("small", c.frames, small, cut[1] - cut[0], t.batch, 0.6 * t.lr, 0.1),
+            Phase("full", c.frames, c.size, t.steps - cut[1], max(1, t.batch // 3), 0.6 * t.lr,
+                  0.1)]
+
+
+def at_phase(cfg: Config, phase: Phase) -> Config:
+    """The config of one phase: that of a run which has no other."""
+    cfg = copy.deepcopy(cfg)
+    cfg.phases = "one"
+    cfg.clips = replace(cfg.clips, frames=phase.frames, size=phase.size, images=phase.images)
+    cfg.train_dit = replace(cfg.train_dit, steps=phase.steps, batch=phase.batch, lr=phase.lr)
+    return finish_config(cfg)
 
 
 # ---- 2. The toy world: captions and the judge ----------------------------------------------------
@@ -482,11 +573,17 @@ class ToyClips:
     or worker can make it."""
 
     def __init__(self, cfg: Config):
-        self.cfg = cfg
+        self.cfg, self.shapes = cfg, shapes_of(cfg)
 
-    def clip(self, split: str, i: int, done: float | None = None) -> tuple[Tensor, str]:
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """(T, H, W) of clip i of the dit stage."""
+        return drawn_shape(self.shapes, self.cfg, i)
+
+    def clip(self, split: str, i: int, done: float | None = None,
+             shape: tuple[int, int, int] | None = None) -> tuple[Tensor, str]:
         """(3, T, H, W) in [-1, 1] and its caption. Splits: `tae` (crowded), `train`, `heldout`.
-        done: share of the training that is past, for the motion curriculum; None leaves it out."""
+        done: share of the training that is past, for the motion curriculum; None leaves it out.
+        shape: another (T, H, W), the middle of a larger square."""
         c, most = self.cfg.clips, self.cfg.train_tae.motion
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
         things = max(c.things, self.cfg.train_tae.crowd) if split == "tae" else c.things
@@ -494,10 +591,32 @@ class ToyClips:
                                          script=c.script)
         faster = done is not None and most > 1
         interval = autoencoder.motion_interval(rng, done, most) if faster else 1.0
-        return autoencoder.render([world], c.frames, c.size, interval=interval)[0], caption(world)
+        T, H, W = shape or (c.frames, c.size, c.size)
+        (x,) = autoencoder.render([world], c.frames, max(H, W), interval=interval)
+        T0, H0, W0 = x.shape[1:]
+        top, left, start = (H0 - H) // 2, (W0 - W) // 2, (T0 - T) // 2
+        return x[:, start : start + T, top : top + H, left : left + W], caption(world)
 
 
 CROPS = 4
+
+
+def drawn_shape(shapes: list[tuple[int, int, int]], cfg: Config, i: int,
+                aspect: float | None = None) -> tuple[int, int, int]:
+    """(T, H, W) of clip i of the dit stage, from (seed, i): an image or a clip, then a length; the
+    nearest to an aspect H / W, or any. Clips of one window have one shape."""
+    c = cfg.clips
+    if len(shapes) == 1:
+        return shapes[0]
+    rng = random.Random(f"shape/{cfg.seed}/{i // CROPS}")
+    image = rng.random() < c.images / (1 + c.images)
+    T = 1 if image else rng.choice((c.frames, *c.lengths))
+    sides = [s for s in shapes if s[0] == T]
+    if aspect is None:
+        return rng.choice(sides)
+    return min(sides, key=lambda s: abs(math.log(s[1] / s[2] / aspect)))
+
+
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".gif")
 
 
@@ -514,6 +633,7 @@ class VideoFolder:
 
     def __init__(self, cfg: Config, quiet: bool = False):
         self.cfg, self.root, self.window = cfg, Path(cfg.data), ("", None)
+        self.shapes = shapes_of(cfg)
         say = (lambda *_: None) if quiet else (lambda line: print(line, file=sys.stderr))
         if not self.root.is_dir():
             raise UserError(f"--data {cfg.data}: no such folder")
@@ -527,21 +647,21 @@ class VideoFolder:
                 "metadata.csv"
             )
         self.videos: list[
-            tuple[Path, str, int, float]
-        ] = []  # file, caption, frames, frames per second
+            tuple[Path, str, int, float, float]
+        ] = []  # file, caption, frames, frames per second, height / width
         short = []
         for path in files:
             if path.name not in captions:
                 say(f"{path}: no caption, skipped")
                 continue
             try:
-                frames, rate = probe(path)
+                frames, rate, aspect = probe(path)
             except Exception as error:  # whatever PyAV raises for a stream that it cannot read
                 say(f"{path}: unreadable, skipped ({_reason(error)})")
                 continue
             if frames < cfg.clips.frames:
                 short.append(path.name)
-            self.videos.append((path, captions[path.name], frames, rate))
+            self.videos.append((path, captions[path.name], frames, rate, aspect))
         if short:
             say(
                 f"shorter than {cfg.clips.frames} frames, the last frame is repeated: "
@@ -552,35 +672,44 @@ class VideoFolder:
                 f"--data {cfg.data}: none of its {len(files)} videos can be read and has a caption"
             )
 
-    def clip(self, split: str, i: int, done: float | None = None) -> tuple[Tensor, str]:
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """(T, H, W) of clip i of the dit stage: the aspect nearest to its video's."""
+        return drawn_shape(self.shapes, self.cfg, i, self._video(i)[4])
+
+    def clip(self, split: str, i: int, done: float | None = None,
+             shape: tuple[int, int, int] | None = None) -> tuple[Tensor, str]:
         """(3, T, H, W) in [-1, 1] and its caption, drawn from (seed, split, i). CROPS consecutive
-        clips are crops of one window, because decoding is what costs. done: as in ToyClips."""
+        clips are crops of one window, because decoding is what costs. done, shape: as in ToyClips.
+        """
         key = f"{split}/{self.cfg.seed}/{i // CROPS}"
-        if self.window[0] != key:
-            self.window = key, self._window(split, i // CROPS, random.Random(key), done)
-        (x, fps), size = self.window[1], self.cfg.clips.size                        # (T, h, w, 3)
+        T, H, W = shape or (self.cfg.clips.frames, self.cfg.clips.size, self.cfg.clips.size)
+        if self.window[0] != (key, T, H, W):
+            window = self._window(split, i // CROPS, random.Random(key), done, (T, H, W))
+            self.window = (key, T, H, W), window
+        x, fps = self.window[1]                                                     # (T, h, w, 3)
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}/crop")
-        top, left = (rng.randint(0, n - size) for n in x.shape[1:3])
-        x = x[:, top : top + size, left : left + size]
+        top, left = (rng.randint(0, n - m) for n, m in zip(x.shape[1:3], (H, W)))
+        x = x[:, top : top + H, left : left + W]
         told = f"FPS-{fps:.3g} " if self.cfg.clips.tell_fps else ""                 # [MG s3.1.4]
         return rearrange(x, "t h w c -> c t h w").float() / 127.5 - 1, told + self._video(i)[1]
 
-    def _video(self, i: int) -> tuple[Path, str, int, float]:
+    def _video(self, i: int) -> tuple[Path, str, int, float, float]:
         return self.videos[i // CROPS % len(self.videos)]
 
-    def _window(self, split: str, w: int, rng: random.Random,
-                done: float | None) -> tuple[Tensor, float]:
-        c, most = self.cfg.clips, self.cfg.clips.max_interval
+    def _window(self, split: str, w: int, rng: random.Random, done: float | None,
+                shape: tuple[int, int, int]) -> tuple[Tensor, float]:
+        (T, H, W), most = shape, self.cfg.clips.max_interval
         if done is not None and self.cfg.train_tae.motion > 1:
             most = int(autoencoder.motion_interval(rng, done, self.cfg.train_tae.motion))
-        path, _, frames, rate = self._video(w * CROPS)
+        path, _, frames, rate, aspect = self._video(w * CROPS)
         lo, hi = (int(0.8 * frames), frames) if split == "heldout" else (0, int(0.8 * frames))
-        if hi - lo < c.frames:  # too short to hold anything out
+        if hi - lo < T:  # too short to hold anything out
             lo, hi = 0, frames
-        interval = rng.randint(1, max(1, min(most, (hi - lo) // c.frames)))
-        start = rng.randint(lo, max(lo, hi - interval * (c.frames - 1) - 1))
-        short_side = round(c.size * rng.uniform(1.0, 1.5))
-        x = read_window(path, start, interval, c.frames, short_side, rate)
+        interval = rng.randint(1, max(1, min(most, (hi - lo) // T)))
+        start = rng.randint(lo, max(lo, hi - interval * (T - 1) - 1))
+        covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # its short side
+        short_side = max(round(covering * rng.uniform(1.0, 1.5)), math.ceil(covering))
+        x = read_window(path, start, interval, T, short_side, rate)
         return x, rate / interval
 
 
@@ -618,8 +747,8 @@ def open_video(path: Path):
     return container, stream
 
 
-def probe(path: Path) -> tuple[int, float]:
-    """Number of frames and frames per second; raises if not even one frame decodes."""
+def probe(path: Path) -> tuple[int, float, float]:
+    """Number of frames, frames per second, height / width; raises if not even one frame decodes."""
     container, stream = open_video(path)
     with container:
         next(container.decode(stream))
@@ -628,7 +757,7 @@ def probe(path: Path) -> tuple[int, float]:
         if not frames:  # not in the header (GIF, WebM): count packets, which needs no decoding
             container.seek(0, stream=stream)
             frames = sum(1 for packet in container.demux(stream) if packet.size)
-    return max(frames, 1), rate
+    return max(frames, 1), rate, stream.codec_context.height / stream.codec_context.width
 
 
 def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float) -> Tensor:
@@ -678,7 +807,7 @@ class _Split(torch.utils.data.Dataset):
     def __init__(self, clips, split: str):
         self.clips, self.split = clips, split
 
-    def __getitem__(self, i: int | tuple[int, float]):
+    def __getitem__(self, i: int | tuple):
         return self.clips.clip(self.split, *(i if isinstance(i, tuple) else (i,)))
 
 
@@ -689,8 +818,8 @@ def _deaf(_) -> None:
 
 
 def batches(clips, split: str, indices: list[list]) -> Iterator[tuple[Tensor, list[str]]]:
-    """(B, 3, T, H, W) and captions for each list of clips, in order: a clip is its index, or index
-    and share of the training that is past. Videos are decoded by worker processes."""
+    """(B, 3, T, H, W) and captions for each list of clips, in order: a clip is its index, or the
+    arguments of `clip`. Videos are decoded by worker processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(clips.cfg.clips.workers, cores) if isinstance(clips, VideoFolder) else 0
 
@@ -757,6 +886,93 @@ def barrier() -> None:
     """Wait for all ranks, if there are several."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@dataclass
+class Mesh:
+    """replicate x dp x sp ranks, outermost to innermost: FSDP2 shards the parameters over the dp x
+    sp ranks of one replica; the clips of a step are shared out to replicate x dp; the sp ranks of a
+    clip share its tokens (Ulysses). Only the dit stage knows sp: to the others all ranks are alike.
+    """
+
+    replicate: int = 1
+    dp: int = 1
+    sp: int = 1
+    reshard: bool = True  # free a block's parameters after its forward; else after its backward
+    weights: DeviceMesh | None = None  # of FSDP2; None without torch.distributed
+    tokens: sample_parallel.Axis | None = None  # the ranks of this rank's clips; None: sp is 1
+
+    @property
+    def data(self) -> tuple[int, int]:
+        """This rank's part of the clips of a step: which one, of how many."""
+        return rank() // self.sp, self.replicate * self.dp
+
+
+def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True,
+              device: str = "cpu") -> Mesh:
+    """The ranks that there are as a Mesh; dp 0: as many as are left. UserError where the product is
+    another number."""
+    world = world_size()
+    for flag, n in (("--sp", sp), ("--replicate", replicate)):
+        if n < 1 or world % n:
+            raise UserError(f"{flag} {n}: does not divide the {world} ranks")
+    dp = dp or world // (sp * replicate)
+    if replicate * dp * sp != world:
+        raise UserError(f"--replicate {replicate} --dp {dp} --sp {sp}: {replicate * dp * sp} ranks "
+                        f"in all, but there are {world}")
+    mesh = Mesh(replicate, dp, sp, reshard)
+    if dist.is_initialized():
+        ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
+        mesh.weights = ranks if replicate > 1 else ranks["dp"]
+        groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
+        for name, m in (("replicate", ranks), ("dp", ranks), ("data", groups), ("sp", groups)):
+            dist.distributed_c10d._set_pg_timeout(sample_parallel.patience(), m.get_group(name))
+        if sp > 1:
+            group = groups.get_group("sp")
+            mesh.tokens = sample_parallel.Axis(sp, dist.get_rank(group), group)
+    return mesh
+
+
+class WholeDraws(TorchFunctionMode):
+    """Random values of sharded parameters as if they were whole, so that a model starts the same on
+    any number of ranks: each rank draws a whole tensor, keeps its rows, and forgets it before the
+    next one. No rank ever holds a whole model."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        x = args[0] if args else None
+        if func in (Tensor.uniform_, Tensor.normal_) and isinstance(x, DTensor):
+            whole = torch.empty(x.shape, dtype=x.dtype)
+            func(whole, *args[1:], **(kwargs or {}))
+            mine = distribute_tensor(whole.to(x.device), x.device_mesh, x.placements,
+                                     src_data_rank=None)    # no messages: each has all of it
+            return x.copy_(mine)
+        return func(*args, **(kwargs or {}))
+
+
+def place(run: "Run", model: nn.Module, precision: str = "fp32") -> nn.Module:
+    """The model on this rank's device: whole on one rank, else sharded over run.mesh (FSDP2, a
+    backbone block by block, in bf16 if asked: then gradients are still summed in fp32). A backbone
+    on the meta device comes to life here, in shards."""
+    model = model.double() if precision == "fp64" else model
+    parts = getattr(model, "dit", None)
+    for p in model.parameters():  # channels_last weights are not contiguous, which FSDP asks for
+        p.data = p.data.contiguous()
+    for child in () if parts is None else (c for c in model.children() if c is not parts):
+        child.to(run.device)
+    if parts is None:
+        model.to(run.device)
+    if run.mesh.weights is not None:
+        rule = {"mesh": run.mesh.weights, "reshard_after_forward": run.mesh.reshard}
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for block in () if parts is None else parts.blocks:
+            fully_shard(block, **rule, **({"mp_policy": half} if precision == "bf16" else {}))
+        fully_shard(model, **rule)
+    if parts is not None:
+        parts.to_empty(device=run.device)
+        torch.manual_seed(run.cfg.seed + 1)
+        with WholeDraws():
+            parts.init_weights()
+    return model
 
 
 def generator(*key) -> torch.Generator:
@@ -853,56 +1069,79 @@ def crc(path: Path) -> str:
     return f"{value:08x}"
 
 
-@contextlib.contextmanager
-def quiet_dcp():
-    """DCP warns at every call that there is one process only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+# DCP says at every call that there is one process only.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+class WholeWriter(dcp.FileSystemWriter):
+    """Writes a checkpoint beside its final place. When all ranks have written, rank 0 checksums it
+    and renames it: a folder step_0000200 is whole. The last two are kept."""
+
+    def __init__(self, final: Path, done: Callable[[], None]):
+        super().__init__(final.with_name(f".{final.name}.tmp"))
+        self.final, self.done = final, done
+
+    def finish(self, metadata, results) -> None:
+        super().finish(metadata, results)
+        tmp = Path(self.path)
+        write_json(tmp / "sums.json", {p.name: crc(p) for p in sorted(tmp.iterdir())})
+        shutil.rmtree(self.final, ignore_errors=True)
+        os.replace(tmp, self.final)
+        for old in sorted(self.final.parent.glob("step_*"), reverse=True)[2:]:
+            shutil.rmtree(old, ignore_errors=True)
+        self.done()
 
 
 class Checkpoints:
-    """DCP checkpoints step_0000200/ in a folder: written beside and renamed when complete,
-    checksummed, the last two kept."""
+    """DCP checkpoints in a folder, written behind the training: the state is copied, and a thread
+    writes the copy. done(step), on rank 0, once it is in its place."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, done: Callable[[int], None] = lambda step: None):
+        self.folder, self.done, self.writing, self.group = folder, done, None, None
+        if dist.is_initialized():  # messages of the thread must not meet those of the training
+            self.group = dist.new_group(backend="gloo", timeout=sample_parallel.patience())
+        self.clear()
+        barrier()
+
+    def clear(self) -> None:
+        """Away with what a run that was killed, or had no space, left half written."""
+        for left in self.folder.glob(".step_*.tmp") if rank() == 0 else ():
+            shutil.rmtree(left, ignore_errors=True)
 
     def steps(self) -> list[Path]:
         return sorted(self.folder.glob("step_*"), reverse=True)
 
     def save(self, step: int, state: dict) -> None:
+        """Begin to write; UserError if this one, or the one before, cannot be written."""
+        self.wait()
         final = self.folder / f"step_{step:07d}"
-        tmp = self.folder / f".step_{step:07d}.tmp"
         if rank() == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         barrier()
+        writer = WholeWriter(final, partial(self.done, step))
+        self.writing = final, dcp.async_save(state, storage_writer=writer, no_dist=not self.group,
+                                             process_group=self.group)
+
+    def wait(self) -> None:
+        """Until what is being written is in its place; UserError if it cannot be."""
+        if self.writing is None:
+            return
+        (final, future), self.writing = self.writing, None
         try:
-            with quiet_dcp():
-                dcp.save(state, checkpoint_id=tmp, no_dist=not dist.is_initialized())
-            if rank() == 0:
-                write_json(tmp / "sums.json", {p.name: crc(p) for p in sorted(tmp.iterdir())})
-        except Exception as error:  # DCP wraps what the file system says
-            shutil.rmtree(tmp, ignore_errors=True)
+            future.result()
+        except (Exception, CheckpointException) as error:  # what the file system says, wrapped
+            self.clear()
             kept = self.steps()
             raise UserError(
                 f"{final}: could not be written ({_reason(error)}); "
-                + (
-                    f"{kept[0].name} is kept, free some space and start again"
-                    if kept
-                    else "free some space and start again"
-                )
+                + (f"{kept[0].name} is kept, " if kept else "")
+                + "free some space and start again"
             ) from None
-        if rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(tmp, final)
-            for old in self.steps()[2:]:
-                shutil.rmtree(old, ignore_errors=True)
-        barrier()
 
     def load(self, state: dict) -> int:
         """Fill `state` from the newest checkpoint that is whole -> its step; 0 if there is none."""
+        self.wait()
+        barrier()
         for path in self.steps():
             try:
                 sums = json.loads((path / "sums.json").read_text())
@@ -910,12 +1149,11 @@ class Checkpoints:
                     if crc(path / name) != value:
                         raise ValueError(f"{name} is not what was written")
                 reader, alone = SafeReader(path), not dist.is_initialized()
-                with quiet_dcp():
-                    dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=alone)
+                dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=alone)
                 return int(path.name.removeprefix("step_"))
             except UserError:
                 raise
-            except Exception as error:
+            except (Exception, CheckpointException) as error:
                 if rank() == 0:
                     print(f"{path}: damaged ({_reason(error)}), using the one before it",
                           file=sys.stderr)
@@ -931,9 +1169,14 @@ def _reason(error: BaseException) -> str:
 class Run:
     """A run folder and the ranks that work on it."""
 
-    def __init__(self, folder: Path, cfg: Config, device: torch.device):
-        self.folder, self.cfg, self.device = folder, cfg, device
+    def __init__(self, folder: Path, cfg: Config, device: torch.device, mesh: Mesh | None = None):
+        self.folder, self.cfg, self.device, self.mesh = folder, cfg, device, mesh or Mesh()
         folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def latents(self) -> Path:
+        """Where the latents of this run lie, or those of its last phase."""
+        return self.folder / "latents" / phases(self.cfg)[-1].name
 
     def spent(self, stage: str, seconds: float) -> None:
         """Add to the seconds of a stage, which count over all restarts."""
@@ -1062,22 +1305,14 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
 
     losses(first) yields, from step `first` on, a list of closures a step: closure(model) -> scalar
     loss of one part of this rank's part of the batch (`closure.keys`: its rows of the data, for the
-    log). Checkpoints go to `folder`; the run resumes at the last one. With several ranks the
-    parameters, gradients and optimizer state are sharded (FSDP2, block by block where the model has
-    a backbone), and gradients are averaged.
+    log). Checkpoints go to `folder`; the run resumes at the last one, whatever number of ranks
+    wrote it. The model comes from `place`; where it is sharded, gradients are averaged over the
+    ranks. The state is complete on rank 0, and empty on the others.
 
     A step whose loss or gradient is not finite changes nothing. After three in a row the state of
     the last checkpoint is taken again, and training goes on with the steps that follow: to repeat
     the ones between would end the same way. Stopped after a SIGTERM or SIGUSR1.
     """
-    if dist.is_initialized():
-        from torch.distributed.fsdp import fully_shard
-
-        for p in model.parameters():  # channels_last weights are not contiguous, which it asks for
-            p.data = p.data.contiguous()
-        for block in model.dit.blocks if isinstance(model, TextToVideo) else ():
-            fully_shard(block)
-        fully_shard(model)
     names = dict(model.named_parameters())
     lookup = lambda name: "table" in name or "embedding" in name
     decayed = [p for k, p in names.items() if p.ndim >= 2 and not lookup(k)]
@@ -1093,16 +1328,15 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
     if t.ema:
         state["ema"] = {k: p.detach().clone() for k, p in names.items()}
 
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, lambda step: run.event(stage, step, "checkpoint"))
     first = checkpoints.load(state)
     metrics, began = run.log_from(stage, first), time.monotonic()
     run.event(stage, first, "start")
 
     def save(step: int) -> None:
         nonlocal began
-        checkpoints.save(step, state)
-        run.event(stage, step, "checkpoint")
         metrics.flush()
+        checkpoints.save(step, state)
         run.spent(stage.split("/")[0], time.monotonic() - began)
         began = time.monotonic()
 
@@ -1116,9 +1350,10 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             group["lr"] = lr
         parts, loss = next(source), 0.0
         for i, part in enumerate(parts):
-            if len(parts) > 1 and dist.is_initialized():
+            if len(parts) > 1 and run.mesh.weights is not None:
                 model.set_requires_gradient_sync(i == len(parts) - 1)
-            part_loss = part(model) / len(parts)
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=t.precision == "bf16"):
+                part_loss = part(model) / len(parts)
             part_loss.backward()
             loss = loss + part_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
@@ -1162,18 +1397,23 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
         if asked.item() and step + 1 < steps:
             if (step + 1) % t.every or bad:
                 save(step + 1)
+            checkpoints.wait()
             bar.close()
             run.event(stage, step + 1, "stopped", f"by {Stop.asked or 'another rank'}")
             raise Stopped(f"{stage}: stopped after {step + 1} steps, checkpoint written; start "
                           "again to continue")
     bar.close()
     metrics.flush()
+    checkpoints.wait()
     run.event(stage, steps, "end")
     run.spent(stage.split("/")[0], time.monotonic() - began)
     Stop.patient = False
-    best = state["ema"] if t.ema else state["model"]
-    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v.detach().clone()
-            for k, v in best.items()}
+    best = {}
+    for k, v in state["ema" if t.ema else "model"].items():     # one whole tensor at a time
+        whole = v.full_tensor() if isinstance(v, DTensor) else v.detach()
+        if rank() == 0:
+            best[k] = whole.to("cpu", torch.float32, copy=True)
+    return best
 
 
 def keys_of(parts: list) -> str:
@@ -1182,10 +1422,10 @@ def keys_of(parts: list) -> str:
     return f", clips {' '.join(map(str, keys))}" if keys else ""
 
 
-def shard(rows: int) -> slice:
-    """This rank's part of a batch."""
-    n = world_size()
-    return slice(rank() * rows // n, (rank() + 1) * rows // n)
+def shard(rows: int, index: int | None = None, of: int | None = None) -> slice:
+    """Part `index` of a batch that is cut into `of`: this rank's, of all, where it is not said."""
+    i, n = (rank(), world_size()) if of is None else (index, of)
+    return slice(i * rows // n, (i + 1) * rows // n)
 
 
 # ---- 5. The stages -------------------------------------------------------------------------------
@@ -1239,7 +1479,7 @@ def train_tae(run: Run, clips) -> None:
                     at = torch.randint(x.shape[2] - T + 1, (), generator=g).item()
                     x = x[:, :, at : at + T]
                 g = generator(cfg.seed, "tae", video, step, rank())
-                x = x.to(run.device)
+                x = x.to(run.device, torch.float64 if t.precision == "fp64" else torch.float32)
 
                 yield [lambda model, x=x, g=g, step=step: model(x, step, g)]
 
@@ -1247,12 +1487,12 @@ def train_tae(run: Run, clips) -> None:
 
     if cfg.variant == "vidtwin":
         torch.manual_seed(cfg.seed + 1)
-        tae = autoencoder.VidTwin(cfg.vidtwin).to(run.device)
+        tae = autoencoder.VidTwin(cfg.vidtwin)
     else:
         image = autoencoder.TAE(replace(cfg.tae, variant="2d"))
         if not image_file.exists():
             plain = replace(cfg.loss, opl=0.0, gan=0.0)  # what refines comes when time is learnt
-            model = autoencoder.Objective(image, plain, perceptual).to(run.device)
+            model = place(run, autoencoder.Objective(image, plain, perceptual), t.precision)
             source = losses(False, t.image_batch)
             state = optimize(run, "tae/image", folder / "image", model, t, t.image_steps, source)
             if rank() == 0:
@@ -1261,8 +1501,8 @@ def train_tae(run: Run, clips) -> None:
             image = autoencoder.TAE(replace(cfg.tae, variant="2d"))
         image.load_state_dict(load_tensors(image_file), strict=False)
         torch.manual_seed(cfg.seed + 1)  # the same start, were images trained just now or not
-        tae = autoencoder.inflate(image, cfg.tae.variant).to(run.device)
-    model = autoencoder.Objective(tae, cfg.loss, perceptual).to(run.device)
+        tae = autoencoder.inflate(image, cfg.tae.variant)
+    model = place(run, autoencoder.Objective(tae, cfg.loss, perceptual), t.precision)
     state = optimize(run, "tae/video", folder, model, t, t.steps, losses(True, t.batch))
     if rank() == 0:
         tae = autoencoder.autoencoder(cfg.autoencoder_config).eval()
@@ -1292,35 +1532,56 @@ def load_tae(run: Run) -> autoencoder.Autoencoder:
 SHARD = 256  # clips in one file of latents
 
 
+def shards_of(clips, count: int) -> list[tuple[tuple[int, int, int], list[int]]]:
+    """(shape, clips) of each shard: the clips of one shape in their order, SHARD to a shard."""
+    rows: dict[tuple[int, int, int], list[int]] = {}
+    for i in range(count):
+        rows.setdefault(clips.shape(i), []).append(i)
+    return [(shape, mine[i : i + SHARD]) for shape, mine in sorted(rows.items())
+            for i in range(0, len(mine), SHARD)]
+
+
 def encode_latents(run: Run, clips) -> None:
     """latents/: mean and logvar of each clip in shards, captions, and the frozen part of the text
-    encoders' work."""
-    folder, M = run.folder / "latents", run.cfg.clips.count
-    if (folder / "index.json").exists():
-        index = json.loads((folder / "index.json").read_text())
-        whole = lambda n, value: (folder / n).exists() and crc(folder / n) == value
-        todo = [n for n, value in index["shards"].items() if not whole(n, value)]
+    encoders' work; for each phase, if there are several."""
+    for phase in phases(run.cfg):
+        if phase.name:
+            cfg = at_phase(run.cfg, phase)
+            encode_phase(run, run.folder / "latents" / phase.name, clips_of(cfg, quiet=True))
+        else:
+            encode_phase(run, run.latents, clips)
+
+
+def encode_phase(run: Run, folder: Path, clips) -> None:
+    """The latents of one phase. What is there and whole is kept."""
+    M, shards, index = run.cfg.clips.count, {}, folder / "index.json"
+    for s, shard in enumerate(shards_of(clips, M)):
+        shards[f"shard_{s:05d}.safetensors"] = shard
+    todo = list(shards)
+    if index.exists():
+        sums = json.loads(index.read_text())["shards"]
+        whole = lambda n: (folder / n).exists() and crc(folder / n) == sums.get(n)
+        todo = [n for n in todo if not whole(n)]
         if not todo:
             return
         if rank() == 0:
             names = ", ".join(todo)
             print(f"{folder}: damaged or missing, encoded again: {names}", file=sys.stderr)
-    else:
-        folder.mkdir(exist_ok=True)
-        todo = [f"shard_{s:05d}.safetensors" for s in range(-(-M // SHARD))]
+    folder.mkdir(parents=True, exist_ok=True)
     began, tae = time.monotonic(), load_tae(run)
     mine = []
     for name in todo[rank() :: world_size()]:
         try:
-            if (folder / "index.json").exists():
+            if index.exists():
                 raise OSError
             load_file(folder / name)  # whole: an earlier start of this run wrote it
         except (SafetensorError, OSError):
             mine.append(name)
-    bar = tqdm(total=len(mine) * SHARD, desc="latents", unit="clip", disable=rank() != 0)
+    bar = tqdm(total=sum(len(shards[n][1]) for n in mine), desc="latents", unit="clip",
+               disable=rank() != 0)
     for name in mine:
-        low = int(name[6:11]) * SHARD
-        rows = list(range(low, min(low + SHARD, M)))
+        shape, rows = shards[name]
+        rows = [(i, None, shape) for i in rows]
         mean, logvar, texts = [], [], []
         with torch.no_grad():
             for x, captions in batches(clips, "train",
@@ -1335,19 +1596,20 @@ def encode_latents(run: Run, clips) -> None:
     bar.close()
     barrier()
     if rank() == 0:
-        captions = []
-        names = [f"shard_{s:05d}.safetensors" for s in range(-(-M // SHARD))]
-        for name in names:
+        captions = [""] * M
+        for name, (_, rows) in shards.items():
             with safe_open(folder / name, "pt") as f:
-                captions += json.loads(f.metadata()["captions"])
+                for i, text in zip(rows, json.loads(f.metadata()["captions"])):
+                    captions[i] = text
         unique = list(dict.fromkeys(captions))
         conditioner = text_cond.TextConditioner(text_config(run.cfg, run.folder)).to(run.device)
         features = conditioner.encode(unique)
         save_tensors(folder / "text.safetensors", features)
         where = {c: i for i, c in enumerate(unique)}
         write_json(folder / "captions.json",
-                   {"captions": unique, "of": [where[c] for c in captions]})
-        write_json(folder / "index.json", {"shards": {n: crc(folder / n) for n in names}})
+                   {"captions": unique, "of": [where[c] for c in captions],
+                    "rows": [rows for _, rows in shards.values()]})
+        write_json(index, {"shards": {n: crc(folder / n) for n in shards}})
     run.spent("latents", time.monotonic() - began)
     barrier()
 
@@ -1359,23 +1621,51 @@ def text_config(cfg: Config, folder: Path) -> text_cond.TextConfig:
 
 @dataclass
 class Latents:
-    """The data set that the DiT is trained on, in memory."""
+    """The data set that the DiT is trained on. Its shards are mapped into memory, not read: what is
+    not asked for stays on the disk."""
 
-    mean: Tensor  # (M, C, T', H', W'), of the posterior, not normalised
-    logvar: Tensor
+    shards: list[dict[str, Tensor]]  # mean, logvar (m, C, T', H', W') each, not normalised
+    where: Tensor  # (M, 2) int64: shard of each clip, and its row there
     of: Tensor  # (M,) int64: row of the caption of each clip
     captions: list[str]  # unique
     features: dict[str, Tensor]  # rows = captions
 
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """`mean` or `logvar` of these clips, which have one shape: (B, C, T', H', W')."""
+        return torch.stack([self.shards[s][name][row] for s, row in self.where[index].tolist()])
 
-def load_latents(run: Run) -> Latents:
-    """All shards of latents/ in memory."""
-    folder = run.folder / "latents"
-    shards = [load_tensors(p) for p in sorted(folder.glob("shard_*.safetensors"))]
+    def buckets(self) -> list[tuple[torch.Size, Tensor]]:
+        """(shape of a latent, the clips that have it)."""
+        shapes = [s["mean"].shape[1:] for s in self.shards]
+        kinds = list(dict.fromkeys(shapes))
+        kind = torch.tensor([kinds.index(s) for s in shapes])[self.where[:, 0]]
+        return [(shape, (kind == k).nonzero().flatten()) for k, shape in enumerate(kinds)]
+
+    @property
+    def mean(self) -> Tensor:
+        """(M, C, T', H', W'): all of them, read into memory. Only where all have one shape."""
+        return torch.cat([s["mean"] for s in self.shards])
+
+
+def load_latents(run: Run, folder: Path | None = None) -> Latents:
+    """Those of a folder; of latents/, or of the last phase, where none is given."""
+    folder = folder or run.latents
     table = json.loads((folder / "captions.json").read_text())
-    return Latents(torch.cat([s["mean"] for s in shards]), torch.cat([s["logvar"] for s in shards]),
+    where = torch.zeros(len(table["of"]), 2, dtype=torch.int64)
+    for s, rows in enumerate(table["rows"]):
+        where[rows, 0], where[rows, 1] = s, torch.arange(len(rows))
+    return Latents([load_tensors(p) for p in sorted(folder.glob("shard_*.safetensors"))], where,
                    torch.tensor(table["of"]), table["captions"],
                    load_tensors(folder / "text.safetensors"))
+
+
+def statistics_of(run: Run) -> autoencoder.Autoencoder:
+    """The autoencoder without its weights: it can normalise latents, and takes no memory."""
+    with torch.device("meta"):
+        tae = autoencoder.autoencoder(run.cfg.autoencoder_config)
+    there = load_tensors(run.folder / "tae" / "tae.safetensors", ("lat_mean", "lat_std"))
+    tae.load_state_dict(there, strict=False, assign=True)
+    return tae
 
 
 def caption_groups(latents: Latents, size: int = 32) -> Tensor:
@@ -1403,12 +1693,12 @@ def couple_latents(run: Run) -> None:
     if not run.cfg.coupling.startswith("sdot") or path.exists():
         return
     began = time.monotonic()
-    latents, tae, size = load_latents(run), load_tae(run), run.cfg.sdot.cluster
+    latents, tae, size = load_latents(run), statistics_of(run), run.cfg.sdot.cluster
     if run.cfg.coupling == "sdot-global" and rank() == 0:
         print("--coupling sdot-global ignores captions: unguided samples then do so too",
               file=sys.stderr)
     groups = caption_groups(latents, size) if run.cfg.coupling == "sdot" else None
-    z = tae.cpu().normalize(latents.mean)
+    z = tae.normalize(latents.mean)
     coupling = sdot.Coupling.fit(
         z, groups, cfg=run.cfg.sdot, progress=True, ranks=dist.is_initialized(),
         device=run.device, checkpoint=run.folder / "coupling.partial")
@@ -1421,12 +1711,13 @@ def couple_latents(run: Run) -> None:
 
 class TextToVideo(nn.Module):
     """What the dit stage trains: text projections (and toy encoders) and the backbone, with the
-    loss as its forward."""
+    loss as its forward. The backbone begins on the meta device: `place` or load_run fill it."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.text = text_cond.TextConditioner(cfg.text)
-        self.dit = backbone.DiT(cfg.dit)
+        with torch.device("meta"):
+            self.dit = backbone.DiT(cfg.dit)
         self.flow, self.align = cfg.flow, cfg.train_dit.align if cfg.text.mode == "toy" else 0.0
 
     def forward(self, features: dict[str, Tensor], drop: Tensor, x1: Tensor, x0: Tensor,
@@ -1436,41 +1727,137 @@ class TextToVideo(nn.Module):
         return loss + self.align * self.text.align(features, x1) if self.align else loss
 
 
+class GatherTokens(torch.autograd.Function):
+    """My tokens (B, n, P) -> everybody's (B, N, P). All ranks compute one and the same loss of
+    them, and gradients are averaged over ranks: so backwards each takes its own rows, `size` times.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: list[int], axis: sample_parallel.Axis) -> Tensor:
+        ctx.sizes, ctx.axis = sizes, axis
+        works, parts = sample_parallel.post_all_gather(x, sizes, 1, axis)
+        for work in works:
+            work.wait()
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.axis.size * grad.split(ctx.sizes, 1)[ctx.axis.index], None, None
+
+
+def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
+    """Sequence parallelism: from here on this rank carries its share of the tokens of a clip
+    through the blocks. Attention trades tokens for heads (Ulysses, the sampler's), and every rank
+    gets the whole velocity. The model is told nothing: its seams are enough."""
+    sizes: list[int] = []
+    patchify, positions, unpatchify = dit.patchify, dit.positions, dit.unpatchify
+
+    def mine(tokens: Tensor) -> Tensor:
+        sizes[:] = sample_parallel.split(tokens.shape[-2], axis.size)
+        return tokens.split(sizes, -2)[axis.index]
+
+    dit.patchify = lambda x: mine(patchify(x))
+    dit.positions = lambda shape: mine(positions(shape))
+    dit.unpatchify = lambda tokens, shape: unpatchify(
+        GatherTokens.apply(tokens, list(sizes), axis), shape)
+    ulysses = sample_parallel.Ulysses(axis, [sample_parallel.attention], lambda: sizes,
+                                      sample_parallel.Wire())
+    for block in dit.blocks:
+        block.attend = ulysses
+
+
+def draw_bucket(counts: list[int], g: torch.Generator) -> int:
+    """Which shape the clips of a step have, as often as there are clips of it."""
+    if len(counts) == 1:
+        return 0
+    at = torch.randint(sum(counts), (), generator=g).item()
+    return next(i for i in range(len(counts)) if at < sum(counts[: i + 1]))
+
+
+@torch.no_grad()
+def start_from(model: TextToVideo, path: Path, before: backbone.DiTConfig) -> None:
+    """Fill the model with the weights that another phase ended with, its position tables stretched
+    to the sizes of this one. One tensor at a time; each rank keeps its part."""
+    with torch.device("meta"):
+        grown = backbone.DiT(before)
+    tables = load_tensors(path, {f"dit.{k}" for k in grown.state_dict() if k.startswith("tables.")})
+    grown.load_state_dict(only(tables, "dit."), strict=False, assign=True)
+    grown.expand_positions(*(s.size for s in model.dit.cfg.streams))
+    tables = {f"dit.tables.{k}": v for k, v in grown.tables.state_dict().items()}
+    for name, p in model.named_parameters():
+        value = tables.get(name)
+        value = load_tensors(path, {name})[name] if value is None else value
+        value = value.to(p.device, p.dtype)
+        if isinstance(p, DTensor):
+            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        p.copy_(value)
+
+
 def train_dit(run: Run) -> None:
-    """dit/model.safetensors: the averaged weights of TextToVideo."""
-    cfg, t, final = run.cfg, run.cfg.train_dit, run.folder / "dit" / "model.safetensors"
-    if final.exists():
+    """dit/model.safetensors: the averaged weights of TextToVideo, phase after phase."""
+    folder = run.folder / "dit"
+    if (folder / "model.safetensors").exists():
         return
-    latents, tae = load_latents(run), load_tae(run).cpu()
-    mean, scale = tae.normalize(latents.mean), tae.spread(tae.lat_std)
-    M, mine, coupling = len(mean), shard(t.batch), None
+    before = None
+    for phase in phases(run.cfg):
+        if not phase.name:
+            train_phase(run, "dit", run.latents, folder, folder / "model.safetensors")
+            return
+        here = Run(run.folder, at_phase(run.cfg, phase), run.device, run.mesh)
+        final = folder / f"{phase.name}.safetensors"
+        if not final.exists():
+            train_phase(here, f"dit/{phase.name}", run.folder / "latents" / phase.name,
+                        folder / phase.name, final, before)
+        before = final, here.cfg.dit
+    if rank() == 0:
+        save_tensors(folder / "model.safetensors", load_tensors(final))
+    barrier()
+
+
+def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
+                before: tuple[Path, backbone.DiTConfig] | None = None) -> None:
+    """`final`: TextToVideo trained on the latents in `source`, from the start or from where the
+    phase `before` (its weights, its config) ended."""
+    cfg, t = run.cfg, run.cfg.train_dit
+    latents, tae = load_latents(run, source), statistics_of(run)
+    coupling, mine = None, shard(t.batch, *run.mesh.data)
     if cfg.coupling.startswith("sdot"):
-        coupling = sdot.Coupling.load(run.folder / "coupling.pt", mean)
+        coupling = sdot.Coupling.load(run.folder / "coupling.pt", tae.normalize(latents.mean))
     torch.manual_seed(cfg.seed)
-    model = TextToVideo(cfg).to(run.device)
+    model = place(run, TextToVideo(cfg), t.precision)
+    if before:
+        start_from(model, *before)
+    if run.mesh.tokens is not None:
+        split_tokens(model.dit, run.mesh.tokens)
+    buckets = latents.buckets()
+    dtype = torch.promote_types(PRECISIONS[t.precision], torch.float32)  # bf16: products alone
 
     def batch(step: int):
         """Everything random of a step comes from its number, for the whole batch; each rank takes
         its rows."""
         g = generator(cfg.seed, "dit", step)
-        x0 = torch.randn(t.batch, *mean.shape[1:], generator=g)
+        shape, there = buckets[draw_bucket([len(clips) for _, clips in buckets], g)]
+        x0 = torch.randn(t.batch, *shape, generator=g)
         if coupling is None:
-            rows = torch.randint(M, (t.batch,), generator=g)
+            rows = there[torch.randint(len(there), (t.batch,), generator=g)]
         else:  # the noise picks the clip, inside a group that is drawn independently of it
             groups = coupling.draw_group(t.batch, g) if cfg.coupling == "sdot" else None
             rows = coupling.couple(x0, groups)
         if cfg.coupling == "minibatch":
-            x0 = flow.minibatch_pairing(x0, mean[rows], latents.of[rows])
-        noise = torch.randn(t.batch, *mean.shape[1:], generator=g)
+            x0 = flow.minibatch_pairing(x0, tae.normalize(latents.rows("mean", rows)),
+                                        latents.of[rows])
+        noise = torch.randn(t.batch, *shape, generator=g)[mine]
         times = flow.sample_t(t.batch, cfg.flow, g)
         drop = model.text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)
-        x1 = mean[rows] + (0.5 * latents.logvar[rows]).exp() / scale * noise
+        rows, drop, x0, times = (v[mine] for v in (rows, drop, x0, times))
+        spread = (0.5 * latents.rows("logvar", rows)).exp()
+        x1 = tae.normalize(latents.rows("mean", rows) + spread * noise)
         parts = []
-        for clips, *args in zip(*(v[mine].chunk(t.accumulate)
-                                  for v in (rows, drop, x1, x0, times))):
+        for clips, dropped, *args in zip(*(v.chunk(t.accumulate)
+                                           for v in (rows, drop, x1, x0, times))):
             where = latents.of[clips]
             features = {k: v[where].to(run.device) for k, v in latents.features.items()}
-            args = features, *(v.to(run.device) for v in args)
+            args = features, dropped.to(run.device), *(v.to(run.device, dtype) for v in args)
             parts.append(partial(lambda args, model: model(*args), args))
             parts[-1].keys = clips.tolist()
         return parts
@@ -1478,7 +1865,7 @@ def train_dit(run: Run) -> None:
     def losses(first: int):
         return map(batch, range(first, t.steps))
 
-    state = optimize(run, "dit", run.folder / "dit", model, t, t.steps, losses)
+    state = optimize(run, stage, folder, model, t, t.steps, losses)
     if rank() == 0:
         save_tensors(final, state)
     barrier()
@@ -2049,6 +2436,13 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--seed", metavar="N", help="of everything random (default 0)")
     parser.add_argument("--export", metavar="FILE",
                         help="write the finished run as one .safetensors file, and end")
+    for flag, default, text in (
+            ("dp", 0, "ranks that share out parameters and clips (default: all that are left)"),
+            ("sp", 1, "ranks that share the tokens of a clip, in the dit stage (default 1)"),
+            ("replicate", 1, "copies of the sharded model, one or more nodes each (default 1)")):
+        parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=text)
+    parser.add_argument("--reshard", default="true", metavar="true|false",
+                        help="free a block's parameters after its forward pass (default true)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS",
                         help="several ranks: how long one waits for a silent one (default 600)")
     parser.add_argument("--device", default="", metavar="cpu|cuda",
@@ -2064,6 +2458,10 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     one_of("--scale", args.scale, SCALES)
     one_of("--stage", args.stage, (*STAGES, "all"))
     one_of("--device", args.device, ("", "cpu", "cuda"))
+    args.reshard = convert("reshard", [args.reshard], True)
+    for name, least in (("dp", 0), ("sp", 1), ("replicate", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
     if not 0 < args.timeout < math.inf:
         raise UserError(f"--timeout {args.timeout:g}: must be above 0")
     if args.export is not None and not args.export.endswith(".safetensors"):
@@ -2071,7 +2469,7 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here")
     cfg = SCALES[args.scale]()
-    given = {k: v for k, v in vars(args).items() if "." in k or k.startswith("patch")}
+    given = {k: v for k, v in vars(args).items() if k in flags_of(cfg) and k not in special}
     for short, long in (("steps", "train_dit.steps"), ("batch", "train_dit.batch")):
         if getattr(args, short) is not None:
             given[long] = [getattr(args, short)]
@@ -2121,7 +2519,25 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     return out
 
 
-def open_run(cfg: Config, folder: Path, device: torch.device) -> Run:
+def check_shares(cfg: Config, mesh: Mesh) -> None:
+    """UserError where clips or heads cannot be shared out to the ranks."""
+    shares, parts, heads = mesh.data[1], cfg.train_dit.accumulate, cfg.dit.heads
+    for flag, n, ranks in (("--batch", cfg.train_dit.batch, shares),
+                           ("--train_tae.batch", cfg.train_tae.batch, world_size()),
+                           ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())):
+        if n % ranks:
+            raise UserError(f"{flag} {n}: not a multiple of the {ranks} ranks")
+    if cfg.train_dit.batch % (shares * parts):
+        raise UserError(f"--train_dit.accumulate {parts}: the {shares} ranks' shares of --batch "
+                        f"{cfg.train_dit.batch} have no so many parts")
+    if mesh.sp > heads:
+        raise UserError(f"--sp {mesh.sp}: more than the {heads} attention heads")
+    if mesh.sp > 1 and cfg.dit.conditioning == "in_context":
+        raise UserError(f"--sp {mesh.sp}: not with --dit.conditioning in_context, whose time token "
+                        "is no video token")
+
+
+def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None = None) -> Run:
     """The run folder, new or continued; a folder of another configuration is refused, and left as
     it is."""
     path, mine = folder / "config.json", json.loads(json.dumps(asdict(cfg)))
@@ -2144,7 +2560,7 @@ def open_run(cfg: Config, folder: Path, device: torch.device) -> Run:
             f"--workdir {folder}: not empty, and not a run of train.py; choose another --workdir"
         )
     barrier()
-    run = Run(folder, cfg, device)
+    run = Run(folder, cfg, device, mesh)
     if rank() == 0 and not path.exists():
         write_json(path, mine)
     barrier()
@@ -2170,19 +2586,13 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
                   "store; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(seconds=args.timeout))
-        for flag, n in (("--batch", cfg.train_dit.batch),
-                        ("--train_tae.batch", cfg.train_tae.batch),
-                        ("--train_tae.image_batch", cfg.train_tae.image_batch)):
-            if n % world_size():
-                raise UserError(f"{flag} {n}: not a multiple of the {world_size()} ranks")
     elif "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         # some versions of torchrun allow each rank one thread; a single rank may have them all
         torch.set_num_threads(os.cpu_count() or 1)
-    if cfg.train_dit.batch % (world_size() * cfg.train_dit.accumulate):
-        raise UserError(f"--train_dit.accumulate {cfg.train_dit.accumulate}: the {world_size()} "
-                        f"ranks' shares of --batch {cfg.train_dit.batch} have no so many parts")
+    mesh = make_mesh(args.dp, args.sp, args.replicate, args.reshard, device.type)
+    check_shares(cfg, mesh)
     clips = clips_of(cfg, quiet=rank() != 0)
-    run = open_run(cfg, args.workdir, device)
+    run = open_run(cfg, args.workdir, device, mesh)
     stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),
               "coupling": lambda: couple_latents(run), "dit": lambda: train_dit(run),
               "sample": lambda: make_samples(run), "report": lambda: make_report(run, clips)}
