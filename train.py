@@ -938,15 +938,19 @@ class WholeDraws(TorchFunctionMode):
     any number of ranks: each rank draws a whole tensor, keeps its rows, and forgets it before the
     next one. No rank ever holds a whole model."""
 
+    draws = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        x = args[0] if args else None
-        if func in (Tensor.uniform_, Tensor.normal_) and isinstance(x, DTensor):
+        kwargs = dict(kwargs or {})
+        x = args[0] if args else kwargs.get("tensor")
+        if func in self.draws and isinstance(x, DTensor):
             whole = torch.empty(x.shape, dtype=x.dtype)
-            func(whole, *args[1:], **(kwargs or {}))
+            kwargs.pop("tensor", None)
+            func(whole, *args[1:], **kwargs)
             mine = distribute_tensor(whole.to(x.device), x.device_mesh, x.placements,
                                      src_data_rank=None)    # no messages: each has all of it
             return x.copy_(mine)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def place(run: "Run", model: nn.Module, precision: str = "fp32") -> nn.Module:
@@ -2519,19 +2523,20 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     return out
 
 
-def check_shares(cfg: Config, mesh: Mesh) -> None:
-    """UserError where clips or heads cannot be shared out to the ranks."""
-    shares, parts, heads = mesh.data[1], cfg.train_dit.accumulate, cfg.dit.heads
-    for flag, n, ranks in (("--batch", cfg.train_dit.batch, shares),
-                           ("--train_tae.batch", cfg.train_tae.batch, world_size()),
-                           ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())):
-        if n % ranks:
-            raise UserError(f"{flag} {n}: not a multiple of the {ranks} ranks")
-    if cfg.train_dit.batch % (shares * parts):
-        raise UserError(f"--train_dit.accumulate {parts}: the {shares} ranks' shares of --batch "
-                        f"{cfg.train_dit.batch} have no so many parts")
-    if mesh.sp > heads:
-        raise UserError(f"--sp {mesh.sp}: more than the {heads} attention heads")
+def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
+    """UserError where clips or heads cannot be shared out to the ranks in what is still to do."""
+    shares, parts = mesh.data[1], cfg.train_dit.accumulate
+    todo = [("--batch", phase.batch, shares * parts) for phase in phases(cfg)]
+    if not (folder / "tae/tae.safetensors").exists():
+        todo += [("--train_tae.batch", cfg.train_tae.batch, world_size()),
+                 ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())]
+    for flag, n, of in todo:
+        if n % of:
+            why = f" x --train_dit.accumulate {parts}" if parts > 1 and flag == "--batch" else ""
+            raise UserError(f"{flag} {n}: not a multiple of the {of // (parts if why else 1)} ranks"
+                            + why)
+    if mesh.sp > cfg.dit.heads:
+        raise UserError(f"--sp {mesh.sp}: more than the {cfg.dit.heads} attention heads")
     if mesh.sp > 1 and cfg.dit.conditioning == "in_context":
         raise UserError(f"--sp {mesh.sp}: not with --dit.conditioning in_context, whose time token "
                         "is no video token")
@@ -2590,7 +2595,7 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
         # some versions of torchrun allow each rank one thread; a single rank may have them all
         torch.set_num_threads(os.cpu_count() or 1)
     mesh = make_mesh(args.dp, args.sp, args.replicate, args.reshard, device.type)
-    check_shares(cfg, mesh)
+    check_shares(cfg, mesh, args.workdir)
     clips = clips_of(cfg, quiet=rank() != 0)
     run = open_run(cfg, args.workdir, device, mesh)
     stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),

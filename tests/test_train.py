@@ -1,5 +1,6 @@
 """train.py: judge, data, checkpoints, resuming, bad input. One tiny run of all stages is shared."""
 import json
+import math
 import os
 import pickle
 import random
@@ -714,30 +715,76 @@ def torchrun(folder, ranks, *extra, **kwargs):
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
 
+def dit_anew(finished, folder, **changes):
+    """A copy of the run before its dit stage, with other fields of train_dit; and their flags."""
+    shutil.copytree(finished, folder)
+    forget(folder, "dit", "samples", "report.json")
+    config = json.loads((folder / "config.json").read_text())
+    changes = {"align": 0.0, **changes}         # CLIP's loss sees the clips of one rank only
+    config["train_dit"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return [word for k, v in changes.items()
+            for word in ("--steps" if k == "steps" else f"--train_dit.{k}", str(v))]
+
+
+def dit_losses(folder):
+    return torch.tensor([r["loss"] for r in train.read_metrics(folder / "metrics.csv")
+                         if r["stage"] == "dit"], dtype=torch.float64)
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path):
+    """Twenty steps in fp64: one rank, and every axis of the mesh, step for step."""
+    losses, weights = {}, {}
+    for flags in ("", "--dp 2", "--sp 2", "--dp 4", "--replicate 2 --dp 2", "--dp 2 --sp 2",
+                  "--dp 4 --reshard false"):
+        folder = tmp_path / f"run{flags}".replace(" ", "")
+        changes = dit_anew(finished, folder, steps=20, every=7, precision="fp64")
+        ranks = math.prod(int(n) for n in flags.split() if n.isdigit())
+        done = torchrun(folder, ranks, "--stage", "dit", *flags.split(), *changes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[flags] = dit_losses(folder)
+        weights[flags] = train.load_tensors(folder / "dit" / "model.safetensors")
+    plain = losses.pop("")
+    assert len(plain) == 20 and plain[-1] < plain[0]
+    for flags, other in losses.items():
+        assert torch.allclose(plain, other, rtol=1e-9, atol=0), (flags, (plain - other).abs().max())
+        for k, w in weights[""].items():
+            assert torch.allclose(w, weights[flags][k], atol=1e-6), (flags, k)
+
+
 @pytest.mark.slow
 def test_two_ranks_train_the_same_dit(finished, tmp_path):
-    """From the same latents, 2 sharded ranks follow one rank, and resume its checkpoint."""
-    losses, weights = {}, {}
-    for ranks in (1, 2):
-        folder = Path(shutil.copytree(finished, tmp_path / str(ranks)))
-        forget(folder, "dit", "samples", "report.json")
-        config = json.loads((folder / "config.json").read_text())
-        config["train_dit"]["align"] = 0.0      # CLIP's loss sees the clips of one rank only
-        (folder / "config.json").write_text(json.dumps(config))
-        done = torchrun(folder, ranks, "--train_dit.align", "0")
+    """In fp32 two ranks follow one. In bf16, too, as near as 8 bits of mantissa allow."""
+    losses = {}
+    for precision, ranks in (("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)):
+        folder = tmp_path / f"{precision}{ranks}"
+        changes = dit_anew(finished, folder, steps=20, precision=precision)
+        done = torchrun(folder, ranks, "--stage", "dit", *changes)
         assert done.returncode == 0, done.stderr[-3000:]
-        losses[ranks] = torch.tensor([r["loss"] for r in train.read_metrics(folder / "metrics.csv")
-                                      if r["stage"] == "dit"])
-        weights[ranks] = train.load_tensors(folder / "dit" / "model.safetensors")
-    assert torch.allclose(losses[1], losses[2], rtol=1e-4) and len(losses[1]) == 8
-    for k, w in weights[1].items():
-        assert torch.allclose(w, weights[2][k], atol=2e-4), k
-    folder = tmp_path / "1"                     # one rank's last checkpoint, taken up by two
-    forget(folder, "dit/model.safetensors", "samples", "report.json")
-    done = torchrun(folder, 2, "--train_dit.align", "0")
-    assert done.returncode == 0, done.stderr[-3000:]
-    again = train.load_tensors(folder / "dit" / "model.safetensors")
-    assert all(torch.allclose(w, again[k], atol=2e-4) for k, w in weights[1].items())
+        losses[precision, ranks] = dit_losses(folder)
+    plain = losses["fp32", 1]
+    assert len(plain) == 20
+    assert torch.allclose(plain, losses["fp32", 2], rtol=1e-4)
+    assert torch.allclose(losses["bf16", 1], losses["bf16", 2], rtol=5e-3)
+    assert 0 < (plain - losses["bf16", 1]).abs().max() < 0.02     # and it is another precision
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_taken_up_by_another_number_of_ranks(finished, tmp_path):
+    """2 ranks, then 1, then 4, each for some of the steps: the curve of one rank alone."""
+    flags = dit_anew(finished, tmp_path / "whole", steps=18, every=6, precision="fp64")
+    assert torchrun(tmp_path / "whole", 1, "--stage", "dit", *flags).returncode == 0
+    folder = tmp_path / "parts"
+    dit_anew(finished, folder, steps=18, every=6, precision="fp64")
+    for ranks, too_new in ((2, "step_0000012"), (1, None), (4, None)):
+        done = torchrun(folder, ranks, "--stage", "dit", *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        forget(folder / "dit", "model.safetensors", *([too_new] if too_new else []))
+    rows = [e for e in train.read_events(folder / "events.jsonl")
+            if e["stage"] == "dit" and e["event"] == "start"]
+    assert [e["step"] for e in rows][-3:] == [0, 6, 12]
+    assert torch.allclose(dit_losses(tmp_path / "whole"), dit_losses(folder), rtol=1e-9, atol=0)
 
 
 @pytest.mark.slow
