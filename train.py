@@ -207,6 +207,42 @@ SCALES: dict[str, Callable[[], Config]] = {
         sample=SampleConfig(steps=50),
     ),
 }
+
+
+def paper_scale(name: str, clips: ClipConfig, train_tae: TrainConfig, train_dit: TrainConfig,
+                phases: str = "one") -> Config:
+    """The sizes of the papers: their autoencoder, their text encoders, bf16. Planned, with --plan,
+    and never run whole by us."""
+    return Config(
+        scale=name, coupling="independent", phases=phases, patch=(1, 2, 2), clips=clips,
+        tae=replace(autoencoder.PRESETS["paper"], checkpointing=True),
+        vidtwin=replace(autoencoder.VIDTWIN_PRESETS["paper"]),
+        loss=replace(autoencoder.LOSSES["paper"]),
+        train_tae=replace(train_tae, lr=1e-4, warmup=1000, every=1000, window=16, precision="bf16"),
+        text=replace(text_cond.PRESETS[name]), dit=replace(backbone.PRESETS[name]),
+        train_dit=replace(train_dit, warmup=2000, weight_decay=0.1, beta2=0.95, ema=0.9999,
+                          every=500, precision="bf16"),
+        sample=SampleConfig(steps=50, schedule="linear_quadratic", batch=1),
+    )
+
+
+SCALES |= {
+    # 8 GPUs, weeks: 4 s at 8 frames a second, 256 px; 4 x 16 x 16 = 1024 tokens
+    "1b": lambda: paper_scale(
+        "1b", ClipConfig(frames=32, size=256, count=1_000_000, images=0.1, workers=8),
+        TrainConfig(steps=100_000, batch=64, image_steps=50_000, image_batch=256),
+        TrainConfig(steps=200_000, batch=512, lr=2e-4)),
+    # 64 GPUs and more: 8 s at 16 frames a second, 256 px; 16 x 16 x 16 = 4096 tokens
+    "5b": lambda: paper_scale(
+        "5b", ClipConfig(frames=128, size=256, fps=16, count=4_000_000, images=0.1, workers=8),
+        TrainConfig(steps=200_000, batch=256, image_steps=100_000, image_batch=1024),
+        TrainConfig(steps=200_000, batch=1024, lr=1e-4)),
+    # thousands of GPUs: Movie Gen's three phases, to 16 s at 768 px, 73,728 tokens
+    "30b": lambda: paper_scale(
+        "30b", ClipConfig(frames=256, size=768, fps=16, count=10_000_000, tell_fps=True, workers=8),
+        TrainConfig(steps=200_000, batch=512, image_steps=100_000, image_batch=2048),
+        TrainConfig(steps=469_500, batch=1536, lr=1e-4), phases="progressive"),
+}
 COUPLINGS = ("independent", "minibatch", "sdot", "sdot-global")
 VARIANTS = ("2.5d", "3d", "vidtwin")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -1534,6 +1570,7 @@ def load_tae(run: Run) -> autoencoder.Autoencoder:
 
 
 SHARD = 256  # clips in one file of latents
+LARGE = 2**23  # pixels of a clip from which on the autoencoder sees one frame at a time
 
 
 def shards_of(clips, count: int) -> list[tuple[tuple[int, int, int], list[int]]]:
@@ -1586,11 +1623,14 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
     for name in mine:
         shape, rows = shards[name]
         rows = [(i, None, shape) for i in rows]
+        large = math.prod(shape) > LARGE
+        at_once = 1 if large else min(32, LARGE // math.prod(shape))
         mean, logvar, texts = [], [], []
         with torch.no_grad():
             for x, captions in batches(clips, "train",
-                                       [rows[i : i + 32] for i in range(0, len(rows), 32)]):
-                posterior = tae.encode(x.to(run.device))
+                                       [rows[i : i + at_once]
+                                        for i in range(0, len(rows), at_once)]):
+                posterior = tae.encode(x.to(run.device), **({"stream": True} if large else {}))
                 mean.append(posterior.mean.cpu())
                 logvar.append(posterior.logvar.cpu())
                 texts += captions
@@ -1914,7 +1954,9 @@ class Loaded:
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents (B, C, T', H', W') -> clips (B, 3, T, H, W) in [-1, 1]."""
         c = self.cfg.clips
-        return self.tae.decode(self.tae.denormalize(z), c.frames, (c.size, c.size)).clamp(-1, 1)
+        how = {"stream": True} if c.frames * c.size**2 > LARGE else {}
+        x = self.tae.decode(self.tae.denormalize(z), c.frames, (c.size, c.size), **how)
+        return x.clamp(-1, 1)
 
     def schedule(self, steps: int | None = None, name: str | None = None) -> Tensor:
         """The times (steps + 1,) to visit, 0 to 1; as configured, where not said."""

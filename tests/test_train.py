@@ -418,6 +418,128 @@ def test_shapes_without_weights_and_a_part_of_the_blocks(finished):
     assert all(torch.equal(w, whole[k]) for k, w in mine.items())
 
 
+# ---- clips of several shapes, and phases ---------------------------------------------------------
+
+SHAPES = """--coupling independent --patch 1 2 2 --phases progressive --clips.size 48
+  --clips.aspects 1 1 4 3 --clips.lengths 8 --steps 20""".split()
+
+
+def parsed(*flags):
+    return train.parse_args([*TINY, *flags])[0]
+
+
+def test_phases_are_movie_gens():
+    """Table 3 of the paper, from the 30B preset."""
+    cfg = train.finish_config(train.SCALES["30b"]())
+    rows = [(p.frames, p.size, p.batch, p.steps, round(p.lr, 9)) for p in train.phases(cfg)]
+    assert rows == [(1, 256, 9216, 210_000, 1e-4), (256, 256, 1536, 185_000, 6e-5),
+                    (256, 768, 512, 74_500, 6e-5)]
+    assert [round(p.batch * p.steps / 1e6, 1) for p in train.phases(cfg)] == [1935.4, 284.2, 38.1]
+    sizes = [train.at_phase(cfg, p).dit.streams[0].size for p in train.phases(cfg)]
+    assert sizes == [(1, 32, 32), (32, 32, 32), (32, 96, 96)]      # latents of 8 x 8 x 8
+
+
+def test_shapes_of_clips():
+    cfg = parsed("--coupling", "independent", "--patch", "1", "2", "2", "--clips.size", "96",
+                 "--clips.aspects", "1", "1", "16", "9", "9", "16", "--clips.lengths", "8",
+                 "--clips.images", "0.1")
+    shapes = train.shapes_of(cfg)
+    assert shapes[0] == (16, 96, 96) and len(shapes) == 9
+    for _, H, W in shapes:
+        assert H % 8 == W % 8 == 0 and 0.9 < H * W / 96**2 < 1.1
+        assert min(abs(W / H / a - 1) for a in (1, 16 / 9, 9 / 16)) < 0.15
+    assert all(m >= n for T, H, W in shapes
+               for m, n in zip(cfg.dit.streams[0].size, (-(-T // 4), H // 4, W // 4)))
+    clips = train.ToyClips(cfg)
+    drawn = [clips.shape(i) for i in range(0, 40_000, train.CROPS)]
+    share = sum(T == 1 for T, *_ in drawn) / len(drawn)
+    assert abs(share - 1 / 11) < 4 * (1 / 11 * 10 / 11 / len(drawn)) ** 0.5      # one in eleven
+    assert set(drawn) == set(shapes)
+    assert clips.shape(5) == clips.shape(7)                         # crops of one window
+    x, _ = clips.clip("train", 0, None, shapes[4])
+    assert x.shape == (3, *shapes[4])
+    g, counts = torch.Generator().manual_seed(0), [100, 300, 600]
+    bins = torch.tensor([train.draw_bucket(counts, g) for _ in range(4000)]).bincount() / 4000
+    assert (bins - torch.tensor([0.1, 0.3, 0.6])).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("aspects,shape", [("16 9 1 1", (16, 24, 40)), ("9 16 1 1", (16, 32, 32))])
+def test_videos_go_to_the_shape_nearest_to_theirs(tmp_path, aspects, shape):
+    folder = make_folder(tmp_path / "v")                            # 64 x 48
+    cfg = config(folder, "--coupling", "independent", "--patch", "1", "2", "2", "--clips.aspects",
+                 *aspects.split())
+    clips = train.VideoFolder(cfg)
+    assert {clips.shape(i) for i in range(0, 40, train.CROPS)} == {shape}
+    for other in clips.shapes:
+        assert clips.clip("train", 0, None, other)[0].shape == (3, *other)
+
+
+@torch.no_grad()
+def test_a_phase_starts_where_the_one_before_ended(tmp_path):
+    """Against expand_positions on a whole model, which dit.py's tests know."""
+    cfg = parsed(*SHAPES)
+    small, full = (train.at_phase(cfg, p) for p in train.phases(cfg)[1:])
+    run_ = train.Run(tmp_path, small, torch.device("cpu"))
+    old = train.place(run_, train.TextToVideo(small))
+    train.save_tensors(tmp_path / "old.safetensors", old.state_dict())
+    new = train.place(run_, train.TextToVideo(full))
+    train.start_from(new, tmp_path / "old.safetensors", small.dit)
+    old.dit.expand_positions(full.dit.streams[0].size)
+    a, b = old.state_dict(), new.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert len(b["dit.tables.0.1"]) > len(train.TextToVideo(small).dit.tables[0][1])
+
+
+def test_progressive_run_of_many_shapes(tmp_path, monkeypatch, capfd):
+    folder, add = tmp_path / "run", train.Metrics.add
+
+    def interrupt(self, s, *rest):
+        if (self.stage, s) == ("dit/small", 4):
+            raise KeyboardInterrupt
+        add(self, s, *rest)
+
+    monkeypatch.setattr(train.Metrics, "add", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, *SHAPES)
+    monkeypatch.undo()
+    assert run(folder, *SHAPES) == 0
+    rows = train.read_metrics(folder / "metrics.csv")
+    steps = {s: [r["step"] for r in rows if r["stage"] == s] for s in dict.fromkeys(
+        r["stage"] for r in rows) if s.startswith("dit")}
+    assert steps == {"dit/images": list(range(9)), "dit/small": list(range(8)),
+                     "dit/full": list(range(3))}
+    shapes = {}
+    for name in ("images", "small", "full"):
+        latents = train.load_latents(train.Run(folder, parsed(*SHAPES), torch.device("cpu")),
+                                     folder / "latents" / name)
+        shapes[name] = {tuple(shape) for shape, _ in latents.buckets()}
+        assert sum(len(clips) for _, clips in latents.buckets()) == 300
+    assert shapes["images"] == {(8, 1, 4, 4)}          # 16 px: 4 to 3 is no whole tokens from 1 to 1
+    assert {s[2:] for s in shapes["full"]} == {(12, 12), (10, 14)}
+    assert {s[1] for s in shapes["small"]} == {s[1] for s in shapes["full"]} == {1, 2, 4}
+    loaded = train.load_run(folder)
+    assert loaded.generate(["a red circle moving left"]).shape == (1, 3, 16, 48, 48)
+
+
+@pytest.mark.slow
+def test_two_ranks_go_through_the_phases(tmp_path):
+    losses = []
+    for ranks in (1, 2):
+        done = torchrun(tmp_path / str(ranks), ranks, *SHAPES, "--train_dit.precision", "fp64",
+                        "--train_dit.align", "0", "--stage", "latents")
+        assert done.returncode == 0, done.stderr[-3000:]
+        if ranks == 2:          # the same autoencoder and latents
+            for name in ("tae", "latents"):
+                shutil.rmtree(tmp_path / "2" / name)
+                shutil.copytree(tmp_path / "1" / name, tmp_path / "2" / name)
+        done = torchrun(tmp_path / str(ranks), ranks, *SHAPES, "--train_dit.precision", "fp64",
+                        "--train_dit.align", "0", "--stage", "dit")
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses.append(torch.tensor([r["loss"] for r in train.read_metrics(
+            tmp_path / str(ranks) / "metrics.csv") if r["stage"].startswith("dit")]))
+    assert len(losses[0]) == 20 and torch.allclose(*losses, rtol=1e-6)
+
+
 # ---- steps that go wrong, and ends that are asked for --------------------------------------------
 
 
