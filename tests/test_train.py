@@ -514,7 +514,7 @@ def test_progressive_run_of_many_shapes(tmp_path, monkeypatch, capfd):
                                      folder / "latents" / name)
         shapes[name] = {tuple(shape) for shape, _ in latents.buckets()}
         assert sum(len(clips) for _, clips in latents.buckets()) == 300
-    assert shapes["images"] == {(8, 1, 4, 4)}          # 16 px: 4 to 3 is no whole tokens from 1 to 1
+    assert shapes["images"] == {(8, 1, 4, 4)}          # 4 to 3 is 16 x 16, too
     assert {s[2:] for s in shapes["full"]} == {(12, 12), (10, 14)}
     assert {s[1] for s in shapes["small"]} == {s[1] for s in shapes["full"]} == {1, 2, 4}
     loaded = train.load_run(folder)
