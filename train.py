@@ -1211,6 +1211,7 @@ class Run:
 
     def __init__(self, folder: Path, cfg: Config, device: torch.device, mesh: Mesh | None = None):
         self.folder, self.cfg, self.device, self.mesh = folder, cfg, device, mesh or Mesh()
+        self.peak = 0.0  # FLOPs a second of a device, as the maker says; 0: measured
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -2121,8 +2122,9 @@ def make_report(run: Run, clips) -> dict:
     report["machine"] = {"threads": torch.get_num_threads(), "device": str(run.device),
                          "ranks": world_size(), "torch": torch.__version__}
 
+    report["dit"] = utilisation(run, read_events(folder / "events.jsonl"))
     draw_curves(folder)
-    draw_timeline(folder)
+    draw_timeline(folder, report["dit"])
     shown = [i for kind in ("trained", "heldout", "words", "words_heldout")
              for i, r in enumerate(rows) if r["kind"] == kind][:: max(1, len(rows) // 24)]
     contact_sheet(folder / "samples.gif", [made[i] for i in shown[:24]],
@@ -2169,8 +2171,47 @@ def draw_curves(folder: Path) -> None:
     plt.close(figure)
 
 
-def draw_timeline(folder: Path) -> None:
-    """timeline.png: steps a second between checkpoints, and what happened to the run, over time."""
+def stretches(rows: list[dict]) -> list[tuple[dict, dict]]:
+    """The pairs of events between which a stage made steps without an interruption."""
+    return [(a, b) for a, b in zip(rows, rows[1:]) if a["stage"] == b["stage"]
+            and b["event"] in ("checkpoint", "end", "stopped") and b["step"] > a["step"]]
+
+
+def measured_peak(device: torch.device, n: int = 2048) -> float:
+    """FLOPs a second of this device in a matrix product of n x n, fp32, or bf16 on a GPU; the best
+    of five. On a CPU this is of all threads."""
+    a, best = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda"
+                          else torch.float32), math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
+    """Model FLOPs utilisation of the dit stage: three forward passes a step (what is computed twice
+    counts once), by dit.py's formula, over what the ranks could do at --peak-tflops each, or as
+    measured here. {} where it did not run."""
+    pairs = [p for p in stretches(rows) if p[0]["stage"] == "dit"]
+    seconds = sum(b["time"] - a["time"] for a, b in pairs)
+    if not seconds:
+        return {}
+    steps, cfg = sum(b["step"] - a["step"] for a, b in pairs), run.cfg
+    with opened(run.latents / "text.safetensors") as f:
+        L = sum(f.get_slice(k).get_shape()[1] for k in text_cond.ENCODERS)
+    N = sum(math.prod(s.size) // math.prod(s.patch) for s in cfg.dit.streams)
+    flops = 3 * cfg.train_dit.batch * sum(backbone.flops(cfg.dit, N, L))
+    peak = run.peak or measured_peak(run.device)
+    figures = {"clips_per_second": steps * cfg.train_dit.batch / seconds,
+               "tflop_per_step": flops / 1e12, "peak_tflops": peak / 1e12,
+               "mfu_percent": 100 * flops * steps / seconds / peak / world_size()}
+    return {k: float(f"{v:.4g}") for k, v in figures.items()}
+
+
+def draw_timeline(folder: Path, dit: dict[str, float]) -> None:
+    """timeline.png: steps a second between checkpoints, and what happened to the run, over time;
+    dit: what `utilisation` found."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -2181,12 +2222,10 @@ def draw_timeline(folder: Path) -> None:
     zero = rows[0]["time"] if rows else 0.0
     colors = {stage: f"C{i}" for i, stage in enumerate(dict.fromkeys(r["stage"] for r in rows))}
     marks = {"skipped": "x", "spike": "^", "rewound": "<", "stopped": "s"}
-    for a, b in zip(rows, rows[1:]):
-        if b["event"] in ("checkpoint", "end", "stopped") and a["stage"] == b["stage"]:
-            rate = (b["step"] - a["step"]) / max(b["time"] - a["time"], 1e-3)
-            if rate > 0:
-                ax.plot([(a["time"] - zero) / 60, (b["time"] - zero) / 60], [rate, rate],
-                        color=colors[b["stage"]], lw=3)
+    for a, b in stretches(rows):
+        rate = (b["step"] - a["step"]) / max(b["time"] - a["time"], 1e-3)
+        ax.plot([(a["time"] - zero) / 60, (b["time"] - zero) / 60], [rate, rate],
+                color=colors[b["stage"]], lw=3)
     for row in rows:
         at = (row["time"] - zero) / 60
         if row["event"] == "start":
@@ -2198,7 +2237,10 @@ def draw_timeline(folder: Path) -> None:
     labels = dict(zip(*reversed(ax.get_legend_handles_labels())))
     if labels:
         ax.legend(labels.values(), labels, fontsize=7, loc="upper right")
-    ax.set(xlabel="minutes since the start", ylabel="steps a second")
+    ax.set(xlabel="minutes since the start", ylabel="steps a second", ylim=(0, None))
+    if dit:
+        ax.set_title("dit: {clips_per_second:.3g} clips a second, {mfu_percent:.3g} % of "
+                     "{peak_tflops:.3g} TFLOPs a second and rank".format(**dit), fontsize=9)
     ax.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(folder / "timeline.png", dpi=110)
@@ -2489,6 +2531,8 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=text)
     parser.add_argument("--reshard", default="true", metavar="true|false",
                         help="free a block's parameters after its forward pass (default true)")
+    parser.add_argument("--peak-tflops", type=float, default=0.0, metavar="X",
+                        help="of one GPU, for the report's utilisation (default: measured)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS",
                         help="several ranks: how long one waits for a silent one (default 600)")
     parser.add_argument("--device", default="", metavar="cpu|cuda",
@@ -2508,6 +2552,8 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     for name, least in (("dp", 0), ("sp", 1), ("replicate", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    if not 0 <= args.peak_tflops < math.inf:
+        raise UserError(f"--peak-tflops {args.peak_tflops:g}: must be above 0")
     if not 0 < args.timeout < math.inf:
         raise UserError(f"--timeout {args.timeout:g}: must be above 0")
     if args.export is not None and not args.export.endswith(".safetensors"):
@@ -2640,6 +2686,7 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     check_shares(cfg, mesh, args.workdir)
     clips = clips_of(cfg, quiet=rank() != 0)
     run = open_run(cfg, args.workdir, device, mesh)
+    run.peak = 1e12 * args.peak_tflops
     stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),
               "coupling": lambda: couple_latents(run), "dit": lambda: train_dit(run),
               "sample": lambda: make_samples(run), "report": lambda: make_report(run, clips)}

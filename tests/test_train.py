@@ -490,6 +490,7 @@ def test_a_phase_starts_where_the_one_before_ended(tmp_path):
     assert len(b["dit.tables.0.1"]) > len(train.TextToVideo(small).dit.tables[0][1])
 
 
+@pytest.mark.slow
 def test_progressive_run_of_many_shapes(tmp_path, monkeypatch, capfd):
     folder, add = tmp_path / "run", train.Metrics.add
 
@@ -627,8 +628,35 @@ def test_a_spike_is_named_with_its_clips(tmp_path, capfd):
 
     train.optimize(run, "dit", folder / "dit", model, train.TrainConfig(every=1000), 70, losses)
     assert "dit step 60: spike, loss 1000 after 1.3, clips 60 99" in capfd.readouterr().err
-    train.draw_timeline(folder)
+    train.draw_timeline(folder, {})
     assert (folder / "timeline.png").stat().st_size > 3000
+
+
+def test_utilisation_counts_what_was_done_while_it_ran(finished):
+    """10 steps of 8 clips in 20 seconds, with an hour between that nobody worked in."""
+    cfg = train.from_dict(train.Config, json.loads((finished / "config.json").read_text()))
+    run_ = train.Run(finished, cfg, torch.device("cpu"))
+    run_.peak = 5e9
+    rows = [("start", 0, 0), ("checkpoint", 5, 10), ("start", 5, 3610), ("end", 10, 3620)]
+    rows = [{"stage": "dit", "event": e, "step": s, "time": t} for e, s, t in rows]
+    rows.insert(0, {"stage": "tae", "event": "end", "step": 9, "time": -1})
+    found = train.utilisation(run_, rows)
+    assert found["clips_per_second"] == 4
+    with torch.device("meta"):      # the linear layers, counted by torch; attention by hand
+        model = train.TextToVideo(cfg).dit
+    features = train.load_tensors(finished / "latents/text.safetensors")
+    L = sum(features[k].shape[1] for k in ("words", "bytes", "concepts"))
+    from torch.utils.flop_counter import FlopCounterMode
+    x, t, P = (torch.empty(*s, device="meta") for s in ((8, 8, 4, 8, 8), (8,), (8, L, 48)))
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, P)
+    attention = 8 * 2 * (4 * 16 * 16 * 48 + 4 * 16 * L * 48)
+    counted = counter.get_flop_counts()["Global"]
+    linear = sum(n for op, n in counted.items() if "attention" not in str(op))
+    flops = 3 * (linear + attention)
+    assert abs(found["tflop_per_step"] * 1e12 / flops - 1) < 0.01
+    assert abs(found["mfu_percent"] / (100 * flops * 10 / 20 / 5e9) - 1) < 0.01
+    assert train.utilisation(run_, []) == {}
 
 
 def test_accumulated_parts_are_the_whole_batch(finished, tmp_path):
