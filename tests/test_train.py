@@ -642,20 +642,17 @@ def test_utilisation_counts_what_was_done_while_it_ran(finished):
     rows.insert(0, {"stage": "tae", "event": "end", "step": 9, "time": -1})
     found = train.utilisation(run_, rows)
     assert found["clips_per_second"] == 4
-    with torch.device("meta"):      # the linear layers, counted by torch; attention by hand
+    with torch.device("meta"):
         model = train.TextToVideo(cfg).dit
     features = train.load_tensors(finished / "latents/text.safetensors")
     L = sum(features[k].shape[1] for k in ("words", "bytes", "concepts"))
     from torch.utils.flop_counter import FlopCounterMode
     x, t, P = (torch.empty(*s, device="meta") for s in ((8, 8, 4, 8, 8), (8,), (8, L, 48)))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:     # attention, too: on meta it is two products
         model(x, t, P)
-    attention = 8 * 2 * (4 * 16 * 16 * 48 + 4 * 16 * L * 48)
-    counted = counter.get_flop_counts()["Global"]
-    linear = sum(n for op, n in counted.items() if "attention" not in str(op))
-    flops = 3 * (linear + attention)
-    assert abs(found["tflop_per_step"] * 1e12 / flops - 1) < 0.01
-    assert abs(found["mfu_percent"] / (100 * flops * 10 / 20 / 5e9) - 1) < 0.01
+    flops = 3 * counter.get_total_flops()
+    assert abs(found["tflop_per_step"] * 1e12 / flops - 1) < 1e-3
+    assert abs(found["mfu_percent"] / (100 * flops * 10 / 20 / 5e9) - 1) < 1e-3
     assert train.utilisation(run_, []) == {}
 
 
