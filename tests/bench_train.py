@@ -1,0 +1,162 @@
+"""Overhead of the training loop, and speed-up of two ranks, one thread a rank.
+
+    python tests/bench_train.py                       # about 10 minutes on 2 cores
+
+`overhead`: a step of the dit stage (batch made, forward, backward, clipping, optimizer, moving
+average, log, a checkpoint every 10 steps) over the bare forward, backward and optimizer step of
+such a batch, in turn in one process. `two ranks`: clips a second of two ranks over those of one, of
+one batch size; each measurement is a process of its own, in turn. Medians over the rounds. Latents
+are random numbers: what they are does not change the time. `small` has a batch of 16 here (its own
+is 256), for the sake of a CPU. Prints a table, and writes out/train/bench.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tae
+import train
+
+BATCH = {"toy": 64, "small": 16}
+STEPS = {"toy": 24, "small": 12}
+
+
+def make_run(scale, folder):
+    """A run that has come to its dit stage, with 1024 clips of noise."""
+    cfg = train.SCALES[scale]()
+    cfg.coupling, cfg.clips = "independent", replace(cfg.clips, count=1024)
+    cfg.train_dit = replace(cfg.train_dit, batch=BATCH[scale], steps=STEPS[scale], every=10)
+    run = train.Run(folder, train.finish_config(cfg), torch.device("cpu"), train.make_mesh())
+    if train.rank() == 0:
+        model = tae.autoencoder(run.cfg.autoencoder_config)
+        train.save_tensors(folder / "tae/tae.safetensors", model.state_dict())
+        shape = model.latent_shape(cfg.clips.frames, cfg.clips.size, cfg.clips.size)
+        clips, here = train.ToyClips(run.cfg), folder / "latents"
+        captions = [clips.clip("train", i)[1] for i in range(64)]
+        for s in range(4):
+            train.save_tensors(here / f"shard_{s:05d}.safetensors", {
+                "mean": torch.randn(256, *shape), "logvar": torch.full((256, *shape), -6.0)})
+        text = train.text_cond.TextConditioner(run.cfg.text)
+        train.save_tensors(here / "text.safetensors", text.encode(captions))
+        train.write_json(here / "captions.json", {
+            "captions": captions, "of": [i % 64 for i in range(1024)],
+            "rows": [list(range(256 * s, 256 * (s + 1))) for s in range(4)]})
+    train.barrier()
+    return run
+
+
+def loop(run, folder):
+    """Seconds of a step of train.py, without the first three."""
+    stamps, add = [], train.Metrics.add
+
+    def stamp(self, *args):
+        stamps.append(time.perf_counter())
+        add(self, *args)
+
+    train.Metrics.add = stamp
+    try:
+        train.train_phase(run, "dit", run.latents, folder, folder / "model.safetensors")
+    finally:
+        train.Metrics.add = add
+    return (stamps[-1] - stamps[2]) / (len(stamps) - 3)
+
+
+def bare(run):
+    """Seconds of forward, backward and optimizer on one batch of the same run."""
+    caught = []
+
+    def catch(run, stage, folder, model, t, steps, losses):
+        caught.extend((model, next(losses(0))))
+        raise StopIteration
+
+    optimize, train.optimize = train.optimize, catch
+    try:
+        train.train_phase(run, "dit", run.latents, run.folder, run.folder / "none.safetensors")
+    except StopIteration:
+        pass
+    finally:
+        train.optimize = optimize
+    model, (part,) = caught
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    for step in range(run.cfg.train_dit.steps):
+        if step == 3:
+            began = time.perf_counter()
+        part(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (time.perf_counter() - began) / (run.cfg.train_dit.steps - 3)
+
+
+def measure(scale):
+    """What one process, or one of two ranks, measures; rank 0 prints it."""
+    torch.set_num_threads(1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo")
+    name = [tempfile.mkdtemp() if train.rank() == 0 else ""]
+    if dist.is_initialized():
+        dist.broadcast_object_list(name)
+    folder, found = Path(name[0]), {}
+    run = make_run(scale, folder)
+    if train.world_size() == 1:
+        found = {"loop": loop(run, folder / "dit0"), "bare": bare(run)}
+    else:
+        found = {"loop": loop(run, folder / "dit0")}
+    if train.rank() == 0:
+        print("FOUND " + json.dumps(found), flush=True)
+        train.shutil.rmtree(folder)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(scale, ranks):
+    """One measurement in processes of its own."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([sys.executable, *(launch if ranks == 2 else []), __file__, "--measure",
+                           scale], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    if done.returncode or not lines:
+        raise SystemExit(done.stderr[-2000:])
+    return json.loads(lines[0].removeprefix("FOUND "))
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scales", nargs="+", default=list(BATCH), choices=list(BATCH))
+    parser.add_argument("--measure", choices=list(BATCH), help="internal")
+    args = parser.parse_args()
+    if args.measure:
+        return measure(args.measure)
+    raw = {}
+    print("| scale | batch | step, s | overhead | two ranks |\n|---|---|---|---|---|")
+    for scale in args.scales:
+        one, two = [], []
+        for _ in range(args.rounds):
+            one.append(start(scale, 1))
+            two.append(start(scale, 2))
+        raw[scale] = {"one": one, "two": two}
+        overhead = statistics.median(r["loop"] / r["bare"] for r in one)
+        speedup = statistics.median(a["loop"] / b["loop"] for a, b in zip(one, two))
+        step = statistics.median(r["loop"] for r in one)
+        print(f"| {scale} | {BATCH[scale]} | {step:.3f} | {overhead:.3f} | {speedup:.2f} |",
+              flush=True)
+    path = Path("out/train/bench.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(raw, indent=1))
+
+
+if __name__ == "__main__":
+    main()
