@@ -2479,15 +2479,21 @@ def convert(flag: str, text: list[str], default) -> object:
     kind = "numbers" if isinstance(default, tuple) else type(default).__name__
     try:
         if isinstance(default, tuple):
-            return tuple(int(t) for t in text)
-        (word,) = text
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[word.lower()]
-        return type(default)(word)
+            value = tuple(int(t) for t in text)
+        else:
+            (word,) = text
+            value = (type(default)(word) if not isinstance(default, bool) else
+                     {"true": True, "false": False}[word.lower()])
     except (ValueError, KeyError):
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false",
                   "numbers": "whole numbers", "str": "one word"}
         raise UserError(f"--{flag} {' '.join(text)}: not {wanted[kind]}") from None
+    for n in value if isinstance(value, tuple) else [value]:
+        if isinstance(n, float) and not math.isfinite(n):           # nan, inf, and 1e400 is inf
+            raise UserError(f"--{flag} {' '.join(text)}: not a finite number")
+        if isinstance(n, int) and abs(n) >= 2**63:                  # torch counts in 64 bits
+            raise UserError(f"--{flag} {' '.join(text)}: not a number of 64 bits")
+    return value
 
 
 class Parser(argparse.ArgumentParser):
