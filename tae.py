@@ -51,7 +51,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 
@@ -63,6 +63,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
+
+
+def at_least(cfg, bounds):
+    """ValueError unless each field, or each number in it, is its bound or more."""
+    for name, least in bounds.items():
+        value = getattr(cfg, name)
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if not all(n >= least for n in numbers):
+            raise ValueError(f"{name} {' '.join(map(str, numbers))}: must be {least} or more")
 
 
 @dataclass
@@ -84,12 +93,17 @@ class TAEConfig:
     def __post_init__(self):
         if self.variant not in ("2.5d", "3d", "2d"):
             raise ValueError(f"variant {self.variant}: not one of 2.5d, 3d, 2d")
+        at_least(self, {"channels": 1, "stem": 1, "latent_channels": 1, "heads": 1, "extra": 0,
+                        "mult": 1, "space": 1, "time": 1, "res_blocks": 0})
         if not len(self.mult) == len(self.res_blocks) == len(self.space) + 1 == len(self.time) + 1:
             raise ValueError(f"mult {self.mult}, res_blocks {self.res_blocks}, space {self.space}, "
                              f"time {self.time}: one stride less than there are levels")
         widths = zip(self.mult, self.mult[:1] + self.mult, self.res_blocks)
         if any(m != before and not blocks for m, before, blocks in widths):
             raise ValueError(f"res_blocks {self.res_blocks}: none where the width changes")
+        if self.channels * self.mult[-1] % self.heads:
+            raise ValueError(f"heads {self.heads}: does not divide the width "
+                             f"{self.channels * self.mult[-1]} of the last level")
 
     @property
     def space_factor(self) -> int:
@@ -122,6 +136,8 @@ class VidTwinConfig:
     checkpointing: bool = False
 
     def __post_init__(self):
+        sizes = [f.name for f in fields(self) if f.name != "checkpointing"]
+        at_least(self, {name: 0 if name.endswith("_down") else 1 for name in sizes})
         if self.size % self.patch:
             raise ValueError(f"patch {self.patch}: does not divide the size {self.size}")
         if self.width % (4 * self.heads) or self.query_width % self.query_heads:
@@ -150,6 +166,9 @@ class LossConfig:
     perceptual: float = 0.0     # needs the weights of VGG16
     gan: float = 0.0            # 0.05 to 0.2; times the adaptive weight
     gan_start: int = 0          # first step of the discriminator: once reconstruction has converged
+
+    def __post_init__(self):
+        at_least(self, {f.name: 0 for f in fields(self)})
 
 
 PRESETS = {

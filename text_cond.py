@@ -105,6 +105,11 @@ class TextConfig:
         for name in ("dim", "width", "heads", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be 1 or more")
+        if self.layers < 0:
+            raise ValueError(f"layers {self.layers}: must be 0 or more")
+        for name in ENCODERS:
+            if not getattr(self, name):
+                raise ValueError(f"{name} '': must be a name or a folder")
         if self.width % (2 * self.heads):
             raise ValueError(f"heads {self.heads}: twice that does not divide width {self.width}")
 
