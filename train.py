@@ -265,20 +265,26 @@ def finish_config(cfg: Config) -> Config:
     for name in ("frames", "size", "fps", "things", "count", "max_interval"):
         if getattr(c, name) < 1:
             raise UserError(f"--clips.{name} {getattr(c, name)}: must be 1 or more")
+    if c.workers < 0:
+        raise UserError(f"--clips.workers {c.workers}: must be 0 or more")
     for section in ("train_tae", "train_dit"):
         t = getattr(cfg, section)
         for name in ("batch", "every", "image_batch", "crowd", "window", "motion",
                      "accumulate"):
             if getattr(t, name) < 1:
                 raise UserError(f"--{section}.{name} {getattr(t, name)}: must be 1 or more")
-        if t.steps < 0 or t.image_steps < 0:
-            raise UserError(f"--{section}.steps {t.steps}: must be 0 or more")
+        for name in ("steps", "image_steps", "warmup", "weight_decay", "align"):
+            if not getattr(t, name) >= 0:
+                raise UserError(f"--{section}.{name} {getattr(t, name)}: must be 0 or more")
+        if not 0 <= t.beta2 < 1:
+            raise UserError(f"--{section}.beta2 {t.beta2}: must be from 0 to below 1")
         for name in ("finish", "drop", "decay", "ema"):
             if not 0 <= getattr(t, name) <= 1:
                 raise UserError(f"--{section}.{name} {getattr(t, name)}: must be from 0 to 1")
         one_of(f"--{section}.precision", t.precision, PRECISIONS)
-        if not t.lr > 0:
-            raise UserError(f"--{section}.lr {t.lr}: must be above 0")
+        for name in ("lr", "clip"):
+            if not getattr(t, name) > 0:
+                raise UserError(f"--{section}.{name} {getattr(t, name)}: must be above 0")
     one_of("--clips.script", c.script, autoencoder.SCRIPTS)
     try:
         autoencoder.glyphs(autoencoder.SCRIPTS[c.script][0][0], 16)
