@@ -1996,6 +1996,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu",
             config = json.loads((f.metadata() or {}).get("config", "{}"))
         if not config:
             raise UserError(f"{folder}: not written by train.py --export")
+        cfg = from_dict(Config, config)
     else:
         tae_file, dit_file = folder / "tae/tae.safetensors", folder / "dit/model.safetensors"
         of_tae = of_model = ""
@@ -2005,8 +2006,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu",
         if not dit_file.exists():
             raise UserError(f"--workdir {folder}: not finished; continue it with the command that "
                             "began it")
-        config = json.loads((folder / "config.json").read_text())
-    cfg = from_dict(Config, config)
+        cfg = read_config(folder / "config.json")
     with torch.device("meta"):                              # neither memory nor random numbers
         model = TextToVideo(cfg)
     tae = autoencoder.autoencoder(cfg.autoencoder_config)   # has tables that no file holds
@@ -2468,6 +2468,17 @@ def from_dict(kind, value: dict):
     return kind(**out)
 
 
+def read_config(path: Path) -> Config:
+    """The config.json of a run, fields that are newer than it as by default; UserError that names
+    it if it is damaged."""
+    try:
+        return from_dict(Config, json.loads(path.read_text()))
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged; move it away or choose another --workdir") from None
+
+
 def flags_of(cfg: Config) -> dict[str, object]:
     """`section.field` -> default value of every field that is a flag."""
     out = {}
@@ -2647,14 +2658,7 @@ def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None 
     it is."""
     path, mine = folder / "config.json", json.loads(json.dumps(asdict(cfg)))
     if path.exists():
-        try:
-            there = json.loads(path.read_text())
-            there = json.loads(json.dumps(asdict(from_dict(Config, there))))  # with new fields
-        except UserError:
-            raise
-        except (ValueError, TypeError, AttributeError):
-            raise UserError(f"{path}: damaged; move it away or choose another --workdir") from None
-        changed = differences(there, mine)
+        changed = differences(json.loads(json.dumps(asdict(read_config(path)))), mine)
         if changed:
             raise UserError(
                 f"--workdir {folder}: holds a run of another configuration ({'; '.join(changed)}); "
