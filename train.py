@@ -2026,6 +2026,8 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu",
 def export(folder: Path, path: Path) -> None:
     """A finished run as one safetensors file, with its config as metadata: load_run reads it."""
     load_run(folder, "meta")                                # a run, and finished
+    if folder.resolve() in path.resolve().parent.parents:   # its weights, latents, checkpoints
+        raise UserError(f"--export {path}: among the run's own files; choose another")
     config = json.dumps(json.loads((folder / "config.json").read_text()))
     tensors = {f"{prefix}.{k}": v
                for prefix, name in (("tae", "tae/tae"), ("model", "dit/model"))
@@ -2577,9 +2579,9 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
     if not 0 <= args.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {args.peak_tflops:g}: must be above 0")
-    if not 0 < args.timeout < math.inf:
-        raise UserError(f"--timeout {args.timeout:g}: must be above 0")
-    if args.export is not None and not args.export.endswith(".safetensors"):
+    if not 0 < args.timeout <= 1e9:                  # torch counts it in nanoseconds of 64 bits
+        raise UserError(f"--timeout {args.timeout:g}: must be above 0, and at most 1e9")
+    if args.export and not args.export.endswith(".safetensors"):
         raise UserError(f"--export {args.export}: must end in .safetensors")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here")
@@ -2612,8 +2614,9 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
             raise UserError(f"--{section}.{error}") from None
     if cfg.data and given["clips.count"] is None:
         cfg.clips.count = min(cfg.clips.count, 1024)  # windows of real videos cost a decoding each
-    if args.data is not None and not args.data:
-        raise UserError("--data '': no such folder")
+    for name in ("data", "workdir", "export"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name} '': no such {'file' if name == 'export' else 'folder'}")
     try:
         cfg = finish_config(cfg)
     except ValueError as error:
