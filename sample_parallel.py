@@ -1815,14 +1815,14 @@ def sample_run(args):
     out = Path(args.out or "out/sample_parallel/clip.mp4")
     if out.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {args.out}: must end in .mp4 or .gif")
-    if rank == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)           # before anything is sampled
     if args.shard and degrees["ring"] * degrees["ulysses"] == 1:
         raise ValueError("--shard: needs ring x ulysses of 2 or more ranks to share the weights")
     try:
         import train
     except ModuleNotFoundError as error:
         raise ValueError(f"--workdir: needs {error.name}.py beside this file") from None
+    for prompt in prompts:
+        train.text_cond.clean(prompt)                           # ValueError for what is no text
     device = args.device
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1847,6 +1847,8 @@ def sample_run(args):
             raise ValueError(f"--mode auto: no mesh of {world} ranks for {size.depth} blocks and "
                              f"{size.heads} heads")
         degrees, patches = {a: rows[0][a] for a in AXES}, rows[0]["patches"]
+    if rank == 0:                               # after all that can be wrong, and before sampling
+        out.parent.mkdir(parents=True, exist_ok=True)
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
                                 timeout=timedelta(seconds=args.timeout))
