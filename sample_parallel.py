@@ -1739,6 +1739,16 @@ def parse(argv=None):
     for name in ("steps", "gpus", "link", "tflops", "memory", "timeout"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             fail(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.timeout > 1e9:                           # torch counts it in nanoseconds of 64 bits
+        fail(f"--timeout {args.timeout:g}: must be at most 1e9")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        fail(f"--guidance {args.guidance}: not a finite number")
+    for name in ("steps", "warmup", "seed", "patches", *AXES):
+        if getattr(args, name) is not None and abs(getattr(args, name)) >= 2**63:
+            fail(f"--{name} {getattr(args, name)}: not a number of 64 bits")
+    for name in ("workdir", "prompt-file", "out"):
+        if getattr(args, name.replace("-", "_")) == "":
+            fail(f"--{name} '': is empty")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch sees no CUDA device here")
     if args.gpus > 4096:
@@ -1760,14 +1770,14 @@ def plan_command(args):
     model, args.steps = PRESETS[args.size], args.steps or 50
     N = math.ceil(T / model.frames) * math.ceil(H / model.pixels) * math.ceil(W / model.pixels)
     params = model.depth * model.block + model.rest
-    print(f"{args.size}: {params / 1e9:.2f} B parameters, {T}x{H}x{W} = {N:,} tokens, "
-          f"{args.steps} steps with guidance, bf16, "
-          f"{args.gpus} ranks, {args.link:g} GB/s, {args.tflops:g} TFLOP/s, W = {args.warmup}")
     rows = plan(model, N, args.gpus, args.steps, args.warmup, args.link * 1e9, args.tflops * 1e12,
                 args.memory * 1e9)
     if not rows:
         raise ValueError(f"gpus {args.gpus}: no mesh of so many ranks for {model.depth} blocks, "
                          f"{model.heads} heads, {N} tokens")
+    print(f"{args.size}: {params / 1e9:.2f} B parameters, {T}x{H}x{W} = {N:,} tokens, "
+          f"{args.steps} steps with guidance, bf16, "
+          f"{args.gpus} ranks, {args.link:g} GB/s, {args.tflops:g} TFLOP/s, W = {args.warmup}")
     print_plan(rows, args.memory * 1e9)
     print("(formulas, not measurements: compute is shared without loss, and hides what Ring and "
           "PipeFusion send for as long as it lasts)")
