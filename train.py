@@ -290,10 +290,10 @@ def finish_config(cfg: Config) -> Config:
         autoencoder.glyphs(autoencoder.SCRIPTS[c.script][0][0], 16)
     except ValueError as error:
         raise UserError(f"--clips.script {c.script}: {error}") from None
-    if c.things > len(autoencoder.COLORS):
-        raise UserError(
-            f"--clips.things {c.things}: at most {len(autoencoder.COLORS)}, one of each colour"
-        )
+    for flag, n in (("clips.things", c.things), ("train_tae.crowd", cfg.train_tae.crowd),
+                    ("train_dit.crowd", cfg.train_dit.crowd)):
+        if n > len(autoencoder.COLORS):
+            raise UserError(f"--{flag} {n}: at most {len(autoencoder.COLORS)}, one of each colour")
     if cfg.train_tae.window > c.frames:
         cfg.train_tae.window = c.frames
     one_of("--coupling", cfg.coupling, COUPLINGS)
