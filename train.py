@@ -773,6 +773,10 @@ def read_captions(root: Path, files: list[Path]) -> dict[str, str]:
     for path in files:
         if captions.get(path.name) == "":
             raise UserError(f"{path}: its caption is empty")
+        try:
+            text_cond.clean(captions.get(path.name, ""))    # rather than after the tae stage
+        except ValueError as error:
+            raise UserError(f"{path}: its caption is no text: {error}") from None
     return {p.name: captions[p.name] for p in files if p.name in captions}
 
 
