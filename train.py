@@ -2470,6 +2470,8 @@ def from_dict(kind, value: dict):
             v = from_dict(type(d), v)
         elif isinstance(v, list):
             v = tuple(v)
+        if not isinstance(v, (int, float) if type(d) is float else type(d)):
+            raise TypeError(f"{name} {v!r}: not of the type of {d!r}")
         out[name] = v
     return kind(**out)
 
@@ -2481,8 +2483,9 @@ def read_config(path: Path) -> Config:
         return from_dict(Config, json.loads(path.read_text()))
     except UserError:
         raise
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path}: damaged; move it away or choose another --workdir") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); move it away or choose another --workdir"
+                        ) from None
 
 
 def flags_of(cfg: Config) -> dict[str, object]:
