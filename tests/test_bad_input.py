@@ -22,7 +22,7 @@ OUT_OF_BOUNDS = """
     --steps many / --steps -1 / --steps 1.5 / --steps=1e3 / --batch 0 / --batch 2.5 / --seed 1e400
     --timeout x / --timeout 0 / --timeout nan / --timeout inf / --timeout 1e400 / --timeout 1e300
     --dp x / --dp -1 / --dp 3 / --sp 0 / --sp 2 / --sp 1.5 / --replicate 0 / --replicate 3
-    --reshard maybe / --export model.pt
+    --reshard maybe / --export model.pt / --peak-tflops x / --peak-tflops -1 / --peak-tflops nan
     --workdir '' / --data '' / --data none / --export ''
     --scael toy / --clip 1 / --tae.variant 3d / --dit.text_dim 64 / --help=yes
     --workdir / --clips.size / --train_dit.lr / --patch / --stage / --reshard / --timeout
