@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import itertools
 import json
 import math
 import os
@@ -2454,7 +2455,266 @@ def compare(base: Path, out: Path, variants: dict[str, dict[str, object]], seeds
     return rows
 
 
-# ---- 7. Command line -----------------------------------------------------------------------------
+# ---- 7. The plan ---------------------------------------------------------------------------------
+# What the dit stage costs on GPUs that need not be there: formulas over the config, and the shapes
+# of a model on the meta device. tests/test_plan.py holds them against what steps really allocate,
+# send and compute.
+
+LEGEND = """\
+R: --replicate, copies of the model. S: ranks that share out one, dp x sp. K: passes of a step,
+--train_dit.accumulate. b: clips of a rank in a pass. N: tokens of a clip, of P numbers; n = N / sp
+on a rank. L: text tokens. D, F: width of the model and of the SwiGLU. h: heads. e: bytes of a
+number in a matrix product, 4 or in bf16 2. A: what autograd keeps of a block. W: a rank's shard."""
+
+# Movie Gen's stages [MG table 3]: frames, size, batch at first, steps, samples. The second batch is
+# doubled on the way and the third falls to 512: samples are not batch x steps.
+MOVIE_GEN = {"256 px images": (1, 256, 9216, 210_000, 1.94e9),
+             "256 px clips": (256, 256, 1536, 185_000, 394.8e6),
+             "768 px clips": (256, 768, 1536, 74_500, 73.8e6)}
+
+PRODUCTS = {"bf16": 2, "fp32": 4, "fp64": 4}  # e; fp64, for tests, is planned as fp32
+
+
+def text_tokens(cfg: Config) -> int:
+    """L, the text tokens of the longest prompt: of the toy world's, else text_cond.py's limits."""
+    limits = {name: cfg.text.limit(name) for name in text_cond.ENCODERS}
+    if cfg.text.mode == "toy":
+        limits["concepts"] = 1  # a set is one token
+        if not cfg.data:
+            words = sum(autoencoder.SCRIPTS[cfg.clips.script], ())
+            sign = autoencoder.Thing("white", "sign", max(autoencoder.DIRECTIONS, key=len), "slow",
+                                     max(words, key=len))
+            seen = text_cond.seen_by(caption(autoencoder.World((sign,) * cfg.clips.things)))
+            for name in ("words", "bytes"):
+                limits[name] = min(limits[name], len(text_cond.toy_ids(name, seen[name])))
+    return sum(limits.values())
+
+
+def tokens_of(dit: backbone.DiTConfig) -> int:
+    """N, the tokens of a clip of the largest size."""
+    return sum(math.prod(s.size) // math.prod(s.patch) for s in dit.streams)
+
+
+def training_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
+    """FLOPs of one clip, forward and backward, as torch's FlopCounterMode counts them:
+
+        3 forward + (with checkpointing) blocks' forward - 2 (N P + 256) D
+
+    The backward of a matrix product is two, one for each factor; those of the last term would be
+    for inputs, clip and time, that ask for no gradient. Text encoders and projections come on top.
+    (Flash attention also forms the scores anew in its backward: the kernel's affair, not counted.)
+    """
+    forward = lambda depth: sum(backbone.flops(replace(dit, depth=depth), N, L))
+    again = dit.depth * (forward(2) - forward(1)) if dit.checkpointing else 0
+    width = sum(s.width for s in dit.streams)
+    return 3 * forward(dit.depth) + again - 2 * (N * width + 256) * dit.dim
+
+
+def block_bytes(dit: backbone.DiTConfig, n: int, L: int, b: int, e: int, sp: int = 1) -> int:
+    """Bytes that autograd keeps of one block, for b clips of n tokens on this rank:
+
+        b (n ((28 + 9 e) D + 4 e F + 8 h + 12) + 2 e L D + 32 D)
+
+    Seven D in fp32: the inputs of three norms, the outputs of the two that are modulated, what the
+    two gates multiply. Nine in the dtype of matrix products: the inputs of qkv, q and gate_up; q,
+    k, v and output of self-attention; q and output of cross-attention. Four F: gate, up, silu(gate)
+    and its product with up. A number a token and head of each softmax, a number of each norm: fused
+    attention keeps no N x N scores, with a mask over the text neither. Of the text keys and values;
+    eight D of modulation. Ulysses: the output of self-attention once more, from before its second
+    exchange. bf16: a copy of the text. qk_norm: q and k before and behind its weight, and
+    the output in another order."""
+    D, half = dit.dim, e < 4
+    token = (28 + 9 * e + (e if sp > 1 else 0)) * D + 4 * e * dit.ffn_width + 8 * dit.heads + 12
+    if dit.qk_norm:
+        token += (16 + 3 * e if half else 8 + 3 * e) * D + 8 * dit.heads
+    return b * (n * token + L * (2 * e * D + (e * dit.text_width if half else 0)) + 32 * D)
+
+
+def costs(cfg: Config, shapes: tuple[list, list], L: int, gpus: int, sp: int, replicate: int,
+          reshard: bool) -> tuple[dict, dict]:
+    """What the fullest rank holds at its fullest moment, and what a rank receives in a step:
+    {name: (bytes, formula)} each. shapes: of the parameters of one block; of all outside."""
+    t, D, F, depth = cfg.train_dit, cfg.dit.dim, cfg.dit.ffn_width, cfg.dit.depth
+    N, P, e = tokens_of(cfg.dit), sum(s.width for s in cfg.dit.streams), PRODUCTS[t.precision]
+    R, S, K, n = replicate, gpus // replicate, t.accumulate, -(-N // sp)
+    each = -(-t.batch * sp // gpus)  # clips of a rank in a step: K b
+    b = -(-each // K)
+    numbers = lambda shapes, S: sum(-(-s[0] // S) * math.prod(s[1:]) for s in shapes)
+    (block, rest), (blocks, rests) = ([numbers(s, k) for s in shapes] for k in (1, S))
+    blocks, params = depth * blocks, depth * block + rest
+    W = blocks + rests
+
+    m = {"parameters": (4 * W, "4 W"), "gradients": (4 * W, "4 W"),
+         "Adam's two moments": (8 * W, "8 W")}
+    if t.ema:
+        m["moving average"] = 4 * W, "4 W"
+    if gpus > 1:  # FSDP's whole copies; gradients outside of the blocks come when those are done
+        held, why = (2, "one at work, one on its way") if reshard else (depth, "all of them stay")
+        m["whole blocks"] = held * e * block, f"{held} e {block:,}: {why}"
+        m["whole rest"] = 4 * rest, f"4 x {rest:,}: what is outside of the blocks"
+        m["whole gradients"] = (
+            ((e + 4) * block, f"(e + 4) {block:,}: of a block, and to be sent") if K == 1 else
+            (4 * params, "4 x parameters: those of K passes are summed before they are sent"))
+    elif e == 2:
+        m["weights in bf16"] = 2 * params, "2 W: autocast's copies"
+    inner = block_bytes(cfg.dit, n, L, b, e, sp)
+    m["activations"] = ((4 * n * D * (b * depth + 1) + inner, "4 n D (b depth + 1) + b A: inputs "
+                         f"of blocks, and of one {inner / 1e9:.3g} GB")
+                        if cfg.dit.checkpointing else (depth * inner, "depth b A"))
+    toy = 16 * cfg.text.width * cfg.text.layers if cfg.text.mode == "toy" else 0
+    m["clips and text"] = (b * (4 * n * P + 20 * N * P + 4 * L * (2 * D + toy)),
+                           f"b (4 n P + 20 N P + 4 L (2 D + {toy}))")
+    swiglu, head = (4 * D + 2 * e * F, "4 D + 2e F"), (24 * D, "24 D")
+    most, why = swiglu if cfg.dit.checkpointing else max(swiglu, head)
+    m["backward"] = b * n * most, f"b n ({why}): gradients in a SwiGLU, or the head"
+
+    w, times = {}, K * (2 if reshard else 1)
+    if S > 1:
+        w["all-gather"] = ((S - 1) * times * (e * blocks + 4 * rests),
+                           f"{times} (S - 1) (e {blocks:,} + 4 x {rests:,}): FSDP's parameters")
+        w["reduce-scatter"] = (S - 1) * 4 * W, "(S - 1) 4 W: FSDP's gradients"
+    if R > 1:
+        w["all-reduce"] = 8 * W * (R - 1) // R, "8 W (R - 1) / R: gradients, between replicas"
+    if sp > 1:
+        times = 12 if cfg.dit.checkpointing else 8  # q, k, v, out: forward, backward, and again
+        w["all-to-all"] = (times * depth * each * n * D * e * (sp - 1) // sp,
+                           f"{times} depth K b n D e (sp - 1) / sp: Ulysses, q k v and output")
+        w["velocity"] = 4 * each * (sp - 1) * n * P, "4 K b (sp - 1) n P"
+    return m, w
+
+
+def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool = True,
+         memory: float = 80e9, peak: float = 989e12, utilisation: float = 0.4,
+         link: float = 50e9) -> dict:
+    """What the dit stage of a finished config costs, by formulas: {"model", "memory", "wire",
+    "time": {name: (value, unit, formula)}, "problems": [line], "notes": [line], "stages": {name:
+    (batch, steps, samples, FLOPs a step, days)}}.
+
+    A GPU has `memory` bytes, computes utilisation x peak FLOP/s and receives `link` bytes/s. Every
+    step is taken to be of the largest clips. UserError where gpus are no multiple of sp x
+    replicate, and for another conditioning than adaln_zero."""
+    if min(gpus, sp, replicate) < 1 or gpus % (sp * replicate):
+        raise UserError(f"--gpus {gpus}: not a multiple of --sp {sp} x --replicate {replicate}")
+    if cfg.dit.conditioning != "adaln_zero":
+        raise UserError(f"--dit.conditioning {cfg.dit.conditioning}: --plan knows only adaln_zero")
+    with torch.device("meta"):
+        model = TextToVideo(cfg)
+    outside = [p.shape for k, p in model.named_parameters() if not k.startswith("dit.blocks.")]
+    shapes = [p.shape for p in model.dit.blocks[0].parameters()], outside
+    block, rest = (sum(math.prod(s) for s in group) for group in shapes)
+    t, N, L = cfg.train_dit, tokens_of(cfg.dit), text_tokens(cfg)
+    e = PRODUCTS[t.precision]
+    params, shares = cfg.dit.depth * block + rest, gpus // sp * t.accumulate
+    now = {"dit.checkpointing": cfg.dit.checkpointing, "train_dit.accumulate": t.accumulate,
+           "sp": sp, "reshard": reshard, "replicate": replicate, "gpus": gpus}
+
+    def wrong(change: dict) -> list[str]:
+        """What does not fit, with some of `now` changed."""
+        checkpointing, parts, sp, reshard, replicate, gpus = (now | change).values()
+        out, shares = [], gpus // sp * parts
+        if gpus % (sp * replicate):
+            return ["ranks are left over"]
+        if t.batch % shares:
+            out.append(f"batch {t.batch} is no multiple of R dp K = {shares}")
+        if sp > min(cfg.dit.heads, N):
+            out.append(f"sp {sp} is more than the {cfg.dit.heads} heads or the {N:,} tokens")
+        if out and change:  # of no use, whatever the memory
+            return out
+        there = replace(cfg, dit=replace(cfg.dit, checkpointing=checkpointing),
+                        train_dit=replace(t, accumulate=parts))
+        m, _ = costs(there, shapes, L, gpus, sp, replicate, reshard)
+        total, most = sum(v for v, _ in m.values()), max(m, key=m.get)
+        if total > memory:
+            out.append(f"memory {total / 1e9:.3g} GB > {memory / 1e9:g} GB, {most} alone "
+                       f"{m[most][0] / 1e9:.3g} GB")
+        return out
+
+    problems = wrong({})
+    if problems:
+        options = {"dit.checkpointing": [True], "reshard": [True], "replicate": [1],
+                   "sp": range(sp + 1, cfg.dit.heads + 1), "gpus": [gpus << i for i in range(1, 8)],
+                   "train_dit.accumulate": [a for a in range(t.accumulate + 1, t.batch + 1)
+                                            if t.batch % a == 0]}
+        options = {k: [v for v in values if v != now[k]] for k, values in options.items()}
+        found = remedies(lambda c: not wrong(c), options) or ["no change of these flags helps"]
+        problems = ["; ".join(problems) + ": " + " or ".join(found)]
+    m, w = costs(cfg, shapes, L, gpus, sp, replicate, reshard)
+    held, sent = (sum(v for v, _ in figures.values()) for figures in (m, w))
+    clip, speed = training_flops(cfg.dit, N, L), gpus * peak * utilisation
+    seconds, notes, stages = t.batch * clip / speed, [], {}
+    if sent / link > seconds:
+        notes.append("the wire takes longer than the compute: more clips a rank, fewer ranks")
+    if e == 4 and peak > 500e12:
+        notes.append(f"{peak / 1e12:g} TFLOP/s is for bf16: --train_dit.precision bf16")
+    if cfg.scale == "30b" and cfg.variant != "vidtwin":
+        for name, (frames, size, batch, steps, samples) in MOVIE_GEN.items():
+            there = at_phase(cfg, Phase(name, frames, size, steps, batch, t.lr, 0.0)).dit
+            flops = training_flops(there, tokens_of(there), L)
+            stages[name] = batch, steps, samples, batch * flops, samples * flops / speed / 86400
+    again, more = " + blocks' again" * cfg.dit.checkpointing, " + qk_norm's" * cfg.dit.qk_norm
+    return {
+        "model": {
+            "parameters": (params, "", f"{cfg.dit.depth} blocks of {block:,}; {rest:,}"),
+            "ranks": (gpus, "", f"R {replicate} x dp {gpus // (sp * replicate)} x sp {sp}"),
+            "shard W": (m["parameters"][0] // 4, "", "sum over parameters: ceil(rows / S) columns"),
+            "clips b": (-(-t.batch // shares), "",
+                        f"batch {t.batch} / (R dp K), K = {t.accumulate}"),
+            "tokens N": (N, "", " + ".join(f"{s.size} / {s.patch}" for s in cfg.dit.streams)),
+            "text tokens L": (L, "", "of the longest prompt"),
+            "kept A": (block_bytes(cfg.dit, -(-N // sp), L, 1, e, sp), "B",
+                       f"n ((28 + {9 + (sp > 1)}e) D + 4e F + 8h + 12) + {2 + (e < 4)}e L D + 32 D"
+                       f"{more}: of a block, a clip")},
+        "memory": {k: (v, "B", why) for k, (v, why) in m.items()}
+        | {"sum": (held, "B", f"of {memory / 1e9:g} GB")},
+        "wire": {k: (v, "B", why) for k, (v, why) in w.items()}
+        | {"sum": (sent, "B", "that a rank receives in a step")},
+        "time": {
+            "FLOPs of a clip": (clip, "FLOP", f"3 dit.flops{again} - 2 (N P + 256) D"),
+            "FLOPs of a step": (t.batch * clip, "FLOP", f"batch {t.batch} x that"),
+            "compute": (seconds, "s", f"FLOPs / ({gpus:,} x {peak:.3g} x {utilisation:g})"),
+            "wire": (sent / link, "s", f"sum / {link:.3g} B/s, in part behind the compute"),
+            "days": (t.steps * seconds / 86400, "", f"{t.steps:,} steps of compute")},
+        "problems": problems, "notes": notes, "stages": stages}
+
+
+def remedies(fits: Callable[[dict], bool], options: dict[str, Collection]) -> list[str]:
+    """The fewest changes after which it fits, as flags; several where several fit, and of each the
+    first value that does. options: {flag: values to try, mildest first}."""
+    for k in range(1, len(options) + 1):
+        found = []
+        for flags in itertools.combinations(options, k):
+            tries = (dict(zip(flags, v)) for v in itertools.product(*map(options.get, flags)))
+            change = next(filter(fits, tries), {})
+            if change:
+                found.append(" ".join(f"--{f} {str(v).lower()}" for f, v in change.items()))
+        if found:
+            return found
+    return []
+
+
+def print_plan(rows: dict) -> None:
+    """A plan as a table, each figure beside its formula."""
+    for section in ("model", "memory", "wire", "time"):
+        print(f"{section}{'' if section != 'memory' else ' of the fullest rank'}")
+        for name, (value, unit, formula) in rows[section].items():
+            power = int(math.log10(max(value, 1)) // 3)
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g} {unit}"
+            if unit in ("B", "FLOP"):
+                shown = f"{value / 1000 ** power:.4g} {' kMGTPEZY'[power].strip()}{unit}"
+            print(f"  {name:20} {shown:>16}  {formula}".rstrip())
+    print(LEGEND)
+    if rows["stages"]:
+        print("Movie Gen's stages: batch at first, steps and samples as published; the rest by "
+              "these formulas,\non these GPUs, as if every sample were an image or 256 frames")
+        print(f"  {'':16}{'batch':>8}{'steps':>9}{'samples':>10}{'FLOPs a step':>14}{'days':>8}")
+        for name, (batch, steps, samples, flops, days) in rows["stages"].items():
+            print(f"  {name:16}{batch:8,}{steps:9,}{samples:10.3g}{flops:14.3g}{days:8.2f}")
+    for mark in ("problems", "notes"):
+        for line in rows[mark]:
+            print(f"{'does not fit' if mark == 'problems' else 'note'}: {line}")
+
+
+# ---- 8. Command line -----------------------------------------------------------------------------
 
 
 def from_dict(kind, value: dict):
