@@ -14,6 +14,7 @@ videos, checkpoints, the command line.
 Run.   torchrun train.py --scale toy               # all stages: no download, no GPU, no data
        torchrun train.py --scale toy --data DIR --workdir runs/mine      # captioned videos
        torchrun --nproc_per_node 2 train.py --scale toy                  # the same, sharded
+       python train.py --scale 30b --plan --gpus 6144       # what that would take: needs no GPU
        python train.py --help                      # every field of every config is a flag
 
 Starting a run again continues it: finished stages are skipped, an unfinished one resumes at its
@@ -589,7 +590,9 @@ def check_judge(cfg: Config, n: int = 500) -> dict[str, float]:
 
 def test_prompts(cfg: Config) -> list[tuple[str, str]]:
     """(category, prompt) with fixed seeds: `trained` (3/5 shapes, 2/5 one-letter signs), `heldout`
-    combinations of shapes, `words` of two and three letters, `words_heldout`."""
+    combinations of shapes, `words` of two and three letters, `words_heldout`. A letter is so large
+    that it has hardly room beside another thing: of several things one or more are signs of any
+    length where one thing would be."""
     rng = random.Random(f"prompts/{cfg.seed}")
     n, c = cfg.sample.prompts, cfg.clips
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
@@ -599,9 +602,13 @@ def test_prompts(cfg: Config) -> list[tuple[str, str]]:
         got = 0
         while got < count:
             word = kind.startswith("words") or (kind == "trained" and got < signs)
-            world = autoencoder.sample_world(rng, c.things, float(word), frames=c.frames,
+            share = float(word) if c.things == 1 else 0.4 * word
+            world = autoencoder.sample_world(rng, c.things, share, frames=c.frames,
                                              heldout=kind.endswith("heldout"), script=c.script)
-            if word and (kind == "trained") != (len(world.things[0].word) == 1):
+            lengths = [len(t.word) for t in world.things if t.word]
+            if word and not lengths:
+                continue
+            if word and c.things == 1 and (kind == "trained") != (lengths == [1]):
                 continue
             out.append((kind, caption(world)))
             got += 1
@@ -1401,9 +1408,7 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
         for group in optimizer.param_groups:
             group["lr"] = lr
         parts, loss = next(source), 0.0
-        for i, part in enumerate(parts):
-            if len(parts) > 1 and run.mesh.weights is not None:
-                model.set_requires_gradient_sync(i == len(parts) - 1)
+        for part in parts:  # what adds up is shards: whole gradients of a large model do not fit
             with torch.autocast(run.device.type, torch.bfloat16, enabled=t.precision == "bf16"):
                 part_loss = part(model) / len(parts)
             part_loss.backward()
@@ -2552,9 +2557,7 @@ def costs(cfg: Config, shapes: tuple[list, list], L: int, gpus: int, sp: int, re
         held, why = (2, "one at work, one on its way") if reshard else (depth, "all of them stay")
         m["whole blocks"] = held * e * block, f"{held} e {block:,}: {why}"
         m["whole rest"] = 4 * rest, f"4 x {rest:,}: what is outside of the blocks"
-        m["whole gradients"] = (
-            ((e + 4) * block, f"(e + 4) {block:,}: of a block, and to be sent") if K == 1 else
-            (4 * params, "4 x parameters: those of K passes are summed before they are sent"))
+        m["whole gradients"] = (e + 4) * block, f"(e + 4) {block:,}: of a block, and to be sent"
     elif e == 2:
         m["weights in bf16"] = 2 * params, "2 W: autocast's copies"
     inner = block_bytes(cfg.dit, n, L, b, e, sp)
@@ -2572,9 +2575,9 @@ def costs(cfg: Config, shapes: tuple[list, list], L: int, gpus: int, sp: int, re
     if S > 1:
         w["all-gather"] = ((S - 1) * times * (e * blocks + 4 * rests),
                            f"{times} (S - 1) (e {blocks:,} + 4 x {rests:,}): FSDP's parameters")
-        w["reduce-scatter"] = (S - 1) * 4 * W, "(S - 1) 4 W: FSDP's gradients"
+        w["reduce-scatter"] = K * (S - 1) * 4 * W, "K (S - 1) 4 W: FSDP's gradients"
     if R > 1:
-        w["all-reduce"] = 8 * W * (R - 1) // R, "8 W (R - 1) / R: gradients, between replicas"
+        w["all-reduce"] = K * 8 * W * (R - 1) // R, "K 8 W (R - 1) / R: gradients, between replicas"
     if sp > 1:
         times = 12 if cfg.dit.checkpointing else 8  # q, k, v, out: forward, backward, and again
         w["all-to-all"] = (times * depth * each * n * D * e * (sp - 1) // sp,
@@ -2824,7 +2827,17 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--reshard", default="true", metavar="true|false",
                         help="free a block's parameters after its forward pass (default true)")
     parser.add_argument("--peak-tflops", type=float, default=0.0, metavar="X",
-                        help="of one GPU, for the report's utilisation (default: measured)")
+                        help="of one GPU, for the report's utilisation (default: measured), and "
+                             "for --plan (default: 989, an H100 in bf16)")
+    parser.add_argument("--plan", action="store_true",
+                        help="print what the dit stage would take, and end; needs no GPU")
+    for flag, kind, default, text in (
+            ("gpus", int, 8, "their number (default 8)"),
+            ("memory", float, 80.0, "of one, GB (default 80)"),
+            ("link", float, 50.0, "what one can receive, GB a second (default 50: 400 Gbit/s)"),
+            ("utilisation", float, 0.4, "of the peak that is reached (default 0.4)")):
+        parser.add_argument(f"--{flag}", type=kind, default=default, metavar="N",
+                            help=f"--plan: {text}")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS",
                         help="several ranks: how long one waits for a silent one (default 600)")
     parser.add_argument("--device", default="", metavar="cpu|cuda",
@@ -2846,6 +2859,10 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
     if not 0 <= args.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {args.peak_tflops:g}: must be above 0")
+    for name, most in (("gpus", 10**7), ("memory", 1e9), ("link", 1e9), ("utilisation", 1)):
+        if not 0 < getattr(args, name) <= most:
+            raise UserError(f"--{name} {getattr(args, name):g}: must be above 0, and at most "
+                            f"{most:g}")
     if not 0 < args.timeout <= 1e9:                  # torch counts it in nanoseconds of 64 bits
         raise UserError(f"--timeout {args.timeout:g}: must be above 0, and at most 1e9")
     if args.export and not args.export.endswith(".safetensors"):
@@ -2949,6 +2966,11 @@ def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None 
 def work(cfg: Config, args: argparse.Namespace) -> None:
     """Ranks, data, run folder, then stage after stage."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.plan:
+        last = at_phase(cfg, phases(cfg)[-1])
+        print_plan(plan(last, args.gpus, args.sp, args.replicate, args.reshard, 1e9 * args.memory,
+                        1e12 * (args.peak_tflops or 989), args.utilisation, 1e9 * args.link))
+        return
     if args.export:
         export(args.workdir, Path(args.export))
         print(f"wrote {args.export}")

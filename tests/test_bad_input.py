@@ -23,6 +23,9 @@ OUT_OF_BOUNDS = """
     --timeout x / --timeout 0 / --timeout nan / --timeout inf / --timeout 1e400 / --timeout 1e300
     --dp x / --dp -1 / --dp 3 / --sp 0 / --sp 2 / --sp 1.5 / --replicate 0 / --replicate 3
     --reshard maybe / --export model.pt / --peak-tflops x / --peak-tflops -1 / --peak-tflops nan
+    --plan=yes / --gpus 0 / --gpus 1.5 / --gpus x / --memory 0 / --memory nan / --link -1
+    --link inf / --utilisation 2 / --utilisation 0 / --gpus 6 --plan --sp 4
+    --dit.conditioning adaln --plan
     --workdir '' / --data '' / --data none / --export ''
     --scael toy / --clip 1 / --tae.variant 3d / --dit.text_dim 64 / --help=yes
     --workdir / --clips.size / --train_dit.lr / --patch / --stage / --reshard / --timeout

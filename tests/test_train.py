@@ -106,6 +106,10 @@ def test_captions_are_the_grammar():
     assert train.parse("a dog on a beach") == []
     kinds = [k for k, _ in train.test_prompts(train.finish_config(train.SCALES["toy"]()))]
     assert kinds.count("trained") == 160
+    prompts = train.test_prompts(train.finish_config(train.SCALES["small"]()))  # of two things
+    assert [k for k, _ in prompts] == kinds
+    assert all(len(train.parse(p)) == 2 for _, p in prompts)
+    assert all("sign" in p for k, p in prompts if k.startswith("words"))
 
 
 # ---- the run -------------------------------------------------------------------------------------
