@@ -104,8 +104,9 @@ def fp32(x):
 
 def cond_ot_path(x0: Tensor, x1: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
     """x_t = t x1 + (1 - (1 - s) t) x0: the conditional-OT path of a pair [MG s3.1.2, FM s4]."""
-    t = like(fp32(t), x1)
-    return t * fp32(x1) + (1 - (1 - sigma_min) * t) * fp32(x0)
+    x0, x1 = fp32(x0), fp32(x1)
+    t = like(t, x1).to(x1.dtype)
+    return t * x1 + (1 - (1 - sigma_min) * t) * x0
 
 
 def velocity(x0: Tensor, x1: Tensor, sigma_min: float = 1e-5) -> Tensor:

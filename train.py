@@ -2195,11 +2195,11 @@ def stretches(rows: list[dict]) -> list[tuple[dict, dict]]:
             and b["event"] in ("checkpoint", "end", "stopped") and b["step"] > a["step"]]
 
 
-def measured_peak(device: torch.device, n: int = 2048) -> float:
-    """FLOPs a second of this device in a matrix product of n x n, fp32, or bf16 on a GPU; the best
-    of five. On a CPU this is of all threads."""
-    a, best = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda"
-                          else torch.float32), math.inf
+def measured_peak(device: torch.device) -> float:
+    """FLOPs a second of this device in a matrix product, fp32 on a CPU (with all its threads), bf16
+    on a GPU; the best of five."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
     for _ in range(5):
         began = time.perf_counter()
         (a @ a).sum().item()

@@ -119,6 +119,7 @@ class State:
                    for x in [*moments, *self.ema])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {}, {"checkpointing": True}, {"precision": "bf16"}, {"depth": 6, "dim": 48},
     {"checkpointing": True, "precision": "bf16"}, {"batch": 2, "checkpointing": True, "depth": 8}])
@@ -262,6 +263,7 @@ def test_bytes_over_the_wire_and_the_state_of_a_shard(world, sp, replicate, resh
     assert m["Adam's two moments"][0] + m["moving average"][0] == State(model).nbytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sp,reshard,change", [
     (1, True, {}), (1, True, {"checkpointing": True}), (2, True, {}), (1, False, {}),
     (2, True, {"checkpointing": True, "precision": "bf16"}), (1, True, {"accumulate": 2})])

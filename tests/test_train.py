@@ -106,8 +106,10 @@ def test_captions_are_the_grammar():
     assert train.parse("a dog on a beach") == []
     kinds = [k for k, _ in train.test_prompts(train.finish_config(train.SCALES["toy"]()))]
     assert kinds.count("trained") == 160
-    prompts = train.test_prompts(train.finish_config(train.SCALES["small"]()))  # of two things
-    assert [k for k, _ in prompts] == kinds
+    small = train.finish_config(train.SCALES["small"]())                    # of two things
+    small.sample.prompts = 30
+    prompts = train.test_prompts(small)
+    assert [k for k, _ in prompts].count("words") == 6 and len(prompts) == 30 + 9 + 6 + 6
     assert all(len(train.parse(p)) == 2 for _, p in prompts)
     assert all("sign" in p for k, p in prompts if k.startswith("words"))
 
@@ -150,6 +152,7 @@ def test_latents_are_what_the_autoencoder_says(finished):
     assert z.mean((0, 2, 3, 4)).abs().max() < 0.1 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_a_stage_shorter_than_its_first_checkpoint(copy, finished):
     forget(copy, "dit", "samples", "report.json")
     config = json.loads((copy / "config.json").read_text())
@@ -176,11 +179,12 @@ def test_starting_again_skips_everything(finished, capfd):
 
 def figures(folder):
     report = json.loads((folder / "report.json").read_text())
-    return {k: v for k, v in report.items() if k not in ("seconds", "machine", "judge")}
+    return {k: v for k, v in report.items() if k not in ("seconds", "machine", "judge", "dit")}
 
 
 @pytest.mark.parametrize("stage,step", [
-    pytest.param("tae/image", 2, marks=pytest.mark.slow), ("tae/video", 4), ("dit", 2), ("dit", 5),
+    *(pytest.param(*at, marks=pytest.mark.slow) for at in (
+        ("tae/image", 2), ("tae/video", 4), ("dit", 2))), ("dit", 5),
 ])
 def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch, stage, step):
     folder, add = tmp_path / "again", train.Metrics.add
