@@ -1135,9 +1135,9 @@ class WholeWriter(dcp.FileSystemWriter):
     """Writes a checkpoint beside its final place. When all ranks have written, rank 0 checksums it
     and renames it: a folder step_0000200 is whole. The last two are kept."""
 
-    def __init__(self, final: Path, done: Callable[[], None]):
+    def __init__(self, final: Path, done: Callable[[], None], damaged: set[Path]):
         super().__init__(final.with_name(f".{final.name}.tmp"))
-        self.final, self.done = final, done
+        self.final, self.done, self.damaged = final, done, damaged
 
     def finish(self, metadata, results) -> None:
         super().finish(metadata, results)
@@ -1145,7 +1145,10 @@ class WholeWriter(dcp.FileSystemWriter):
         write_json(tmp / "sums.json", {p.name: crc(p) for p in sorted(tmp.iterdir())})
         shutil.rmtree(self.final, ignore_errors=True)
         os.replace(tmp, self.final)
-        for old in sorted(self.final.parent.glob("step_*"), reverse=True)[2:]:
+        self.damaged.discard(self.final)
+        there = sorted(self.final.parent.glob("step_*"), reverse=True)
+        whole = [p for p in there if p < self.final and p not in self.damaged]
+        for old in set(there) - {self.final, *whole[:1]}:  # later ones were damaged, too
             shutil.rmtree(old, ignore_errors=True)
         self.done()
 
@@ -1156,6 +1159,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, done: Callable[[int], None] = lambda step: None):
         self.folder, self.done, self.writing, self.group = folder, done, None, None
+        self.damaged: set[Path] = set()
         if dist.is_initialized():  # messages of the thread must not meet those of the training
             self.group = dist.new_group(backend="gloo", timeout=sample_parallel.patience())
         self.clear()
@@ -1176,7 +1180,7 @@ class Checkpoints:
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         barrier()
-        writer = WholeWriter(final, partial(self.done, step))
+        writer = WholeWriter(final, partial(self.done, step), self.damaged)
         self.writing = final, dcp.async_save(state, storage_writer=writer, no_dist=not self.group,
                                              process_group=self.group)
 
@@ -1212,6 +1216,7 @@ class Checkpoints:
             except UserError:
                 raise
             except (Exception, CheckpointException) as error:
+                self.damaged.add(path)
                 if rank() == 0:
                     print(f"{path}: damaged ({_reason(error)}), using the one before it",
                           file=sys.stderr)
@@ -1345,9 +1350,12 @@ def silent_ranks(seconds: float = 3.0) -> list[int]:
     """After a collective failed: the ranks that do not say within `seconds` that it failed for
     them, too. They hang, or are gone."""
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"alive/{rank()}", "1")
-    time.sleep(seconds)
-    return [r for r in range(world_size()) if not store.check([f"alive/{r}"])]
+    try:
+        store.set(f"alive/{rank()}", "1")
+        time.sleep(seconds)
+        return [r for r in range(world_size()) if not store.check([f"alive/{r}"])]
+    except dist.DistError:  # the store is gone, and with it the rank that kept it
+        return [0]
 
 
 def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
@@ -1394,10 +1402,11 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
 
     def save(step: int) -> None:
         nonlocal began
+        checkpoints.wait()  # before the small files: without space, it is named, and not they
         metrics.flush()
-        checkpoints.save(step, state)
         run.spent(stage.split("/")[0], time.monotonic() - began)
         began = time.monotonic()
+        checkpoints.save(step, state)
 
     bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=rank() != 0,
                mininterval=1.0, dynamic_ncols=True)
@@ -1460,8 +1469,8 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             raise Stopped(f"{stage}: stopped after {step + 1} steps, checkpoint written; start "
                           "again to continue")
     bar.close()
-    metrics.flush()
     checkpoints.wait()
+    metrics.flush()
     run.event(stage, steps, "end")
     run.spent(stage.split("/")[0], time.monotonic() - began)
     Stop.patient = False
