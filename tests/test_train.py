@@ -309,6 +309,27 @@ def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch, capfd):
     assert sorted(p.name for p in (copy / "dit").glob("*")) == kept
 
 
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
+    state = {"model": {"w": torch.zeros(1000)}}
+
+    def there():
+        return sorted(p.name for p in tmp_path.iterdir())
+
+    checkpoints = train.Checkpoints(tmp_path)
+    for step in (4, 8, 11):
+        state["model"]["w"].fill_(step)
+        checkpoints.save(step, state)
+        checkpoints.wait()
+    assert there() == ["step_0000008", "step_0000011"]
+    data = next((tmp_path / "step_0000011").glob("*.distcp"))
+    os.truncate(data, data.stat().st_size // 2)
+    checkpoints = train.Checkpoints(tmp_path)
+    assert checkpoints.load(state) == 8 and state["model"]["w"].eq(8).all()
+    checkpoints.save(10, state)
+    checkpoints.wait()
+    assert there() == ["step_0000008", "step_0000010"]
+
+
 class _Evil:
     def __reduce__(self):
         return os.system, ("touch evil",)
