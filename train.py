@@ -347,7 +347,17 @@ def finish_config(cfg: Config) -> Config:
         text_dim=cfg.dit.dim,
     )
     cfg.text = replace(cfg.text, dim=cfg.dit.dim)
+    for phase in phases(cfg) if cfg.phases == "progressive" else ():
+        at_phase(cfg, phase)  # their sizes are checked before anything runs
     return cfg
+
+
+def token_pixels(cfg: Config) -> list[int]:
+    """Rows and columns of pixels of one token."""
+    with torch.device("meta"):
+        model = autoencoder.autoencoder(cfg.autoencoder_config)
+    (_, _, *sides), *_ = model.streams(cfg.clips.frames, cfg.clips.size, cfg.clips.size)
+    return [cfg.clips.size // n * p for n, p in zip(sides, cfg.patch[1:])]
 
 
 def shapes_of(cfg: Config) -> list[tuple[int, int, int]]:
@@ -359,10 +369,7 @@ def shapes_of(cfg: Config) -> list[tuple[int, int, int]]:
                         f"{' '.join(map(str, c.aspects))}: lengths and pairs width height, above 0")
     if not 0 <= c.images < math.inf:
         raise UserError(f"--clips.images {c.images:g}: must be 0 or more")
-    with torch.device("meta"):
-        (_, _, rows, columns), *_ = autoencoder.autoencoder(cfg.autoencoder_config).streams(
-            c.frames, c.size, c.size)
-    units = [c.size // n * p for n, p in zip((rows, columns), cfg.patch[1:])]   # pixels of a token
+    units = token_pixels(cfg)
     sides = [(c.size, c.size)]
     for w, h in zip(c.aspects[::2], c.aspects[1::2]):
         side = tuple(max(1, round(c.size * math.sqrt(a / b) / unit)) * unit
@@ -389,15 +396,16 @@ class Phase:
 def phases(cfg: Config) -> list[Phase]:
     """One phase; or Movie Gen's three: images at a third of the size, clips of that size, clips at
     full size, the last two with one image for ten clips. Steps, batches and rates are to each other
-    as 210k : 185k : 74.5k, 9216 : 1536 : 512 (rounded to `accumulate` x 8) and 1e-4 : 6e-5 : 6e-5
-    [MG table 3]; --train_dit.batch is that of the second, --train_dit.lr that of the first. (The
-    paper halves the last rate where the validation loss stands still; here it falls as a cosine.)
+    as 210k : 185k : 74.5k, 9216 : 1536 : 512 and 1e-4 : 6e-5 : 6e-5 [MG table 3];
+    --train_dit.batch is that of the second, --train_dit.lr that of the first. (The paper doubles
+    the second batch on the way, and halves the last rate where the validation loss stands still;
+    here the first stays, and the rate falls as a cosine.)
     """
     c, t = cfg.clips, cfg.train_dit
     if cfg.phases == "one":
         return [Phase("", c.frames, c.size, t.steps, t.batch, t.lr, c.images)]
-    unit = c.size // 12 if c.size % 12 == 0 else 8
-    small = max(8, round(c.size / 3 / unit) * unit)
+    unit = math.lcm(*token_pixels(cfg))
+    small = max(1, round(c.size / 3 / unit)) * unit
     cut = [round(t.steps * n / 469.5) for n in (210, 395)]
     return [Phase("images", 1, small, cut[0], 6 * t.batch, t.lr, 0.0),
             Phase("small", c.frames, small, cut[1] - cut[0], t.batch, 0.6 * t.lr, 0.1),
@@ -1012,24 +1020,23 @@ def place(run: "Run", model: nn.Module, precision: str = "fp32") -> nn.Module:
     backbone block by block, in bf16 if asked: then gradients are still summed in fp32). A backbone
     on the meta device comes to life here, in shards."""
     model = model.double() if precision == "fp64" else model
-    parts = getattr(model, "dit", None)
+    dit = getattr(model, "dit", None)
     for p in model.parameters():  # channels_last weights are not contiguous, which FSDP asks for
         p.data = p.data.contiguous()
-    for child in () if parts is None else (c for c in model.children() if c is not parts):
-        child.to(run.device)
-    if parts is None:
-        model.to(run.device)
+    for part in model.children() if dit is not None else [model]:
+        if part is not dit:
+            part.to(run.device)
     if run.mesh.weights is not None:
         rule = {"mesh": run.mesh.weights, "reshard_after_forward": run.mesh.reshard}
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for block in () if parts is None else parts.blocks:
+        for block in dit.blocks if dit is not None else ():
             fully_shard(block, **rule, **({"mp_policy": half} if precision == "bf16" else {}))
         fully_shard(model, **rule)
-    if parts is not None:
-        parts.to_empty(device=run.device)
+    if dit is not None:
+        dit.to_empty(device=run.device)
         torch.manual_seed(run.cfg.seed + 1)
         with WholeDraws():
-            parts.init_weights()
+            dit.init_weights()
     return model
 
 
@@ -1138,6 +1145,12 @@ class WholeWriter(dcp.FileSystemWriter):
     def __init__(self, final: Path, done: Callable[[], None], damaged: set[Path]):
         super().__init__(final.with_name(f".{final.name}.tmp"))
         self.final, self.done, self.damaged = final, done, damaged
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch's zip writer, in the way of what the disk said
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def finish(self, metadata, results) -> None:
         super().finish(metadata, results)
