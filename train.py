@@ -1139,23 +1139,32 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class WholeWriter(dcp.FileSystemWriter):
-    """Writes a checkpoint beside its final place. When all ranks have written, rank 0 checksums it
-    and renames it: a folder step_0000200 is whole. The last two are kept."""
+    """Writes a checkpoint beside its final place, each rank with the checksums of its own files.
+    When all ranks have written, rank 0 renames it: a folder step_0000200 is whole. The last two
+    are kept."""
 
     def __init__(self, final: Path, done: Callable[[], None], damaged: set[Path]):
         super().__init__(final.with_name(f".{final.name}.tmp"))
         self.final, self.done, self.damaged = final, done, damaged
 
     def write_data(self, plan, planner):
+        tmp = Path(self.path)
         try:
-            return super().write_data(plan, planner)
+            written = super().write_data(plan, planner)
         except RuntimeError as error:  # torch's zip writer, in the way of what the disk said
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        write_json(tmp / f"sums_{rank()}.json",
+                   {p.name: crc(p) for p in sorted(tmp.glob(f"__{rank()}_*"))})
+        return written
 
     def finish(self, metadata, results) -> None:
         super().finish(metadata, results)
         tmp = Path(self.path)
-        write_json(tmp / "sums.json", {p.name: crc(p) for p in sorted(tmp.iterdir())})
+        sums = {".metadata": crc(tmp / ".metadata")}
+        for part in tmp.glob("sums_*.json"):
+            sums |= json.loads(part.read_text())
+            part.unlink()
+        write_json(tmp / "sums.json", sums)
         shutil.rmtree(self.final, ignore_errors=True)
         os.replace(tmp, self.final)
         self.damaged.discard(self.final)
@@ -1213,16 +1222,30 @@ class Checkpoints:
                 + "free some space and start again"
             ) from None
 
+    def check(self, path: Path) -> None:
+        """ValueError, on every rank, if a file is not what was written; each looks at some."""
+        wrong = ""
+        try:
+            sums = sorted(json.loads((path / "sums.json").read_text()).items())
+            for name, value in sums[rank() :: world_size()]:
+                if crc(path / name) != value:
+                    wrong = f"{name} is not what was written"
+        except (OSError, ValueError) as error:
+            wrong = _reason(error)
+        if self.group is not None:
+            said = [""] * world_size()
+            dist.all_gather_object(said, wrong, group=self.group)
+            wrong = next(filter(None, said), "")
+        if wrong:
+            raise ValueError(wrong)
+
     def load(self, state: dict) -> int:
         """Fill `state` from the newest checkpoint that is whole -> its step; 0 if there is none."""
         self.wait()
         barrier()
         for path in self.steps():
             try:
-                sums = json.loads((path / "sums.json").read_text())
-                for name, value in sums.items():
-                    if crc(path / name) != value:
-                        raise ValueError(f"{name} is not what was written")
+                self.check(path)
                 reader, alone = SafeReader(path), not dist.is_initialized()
                 dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=alone)
                 return int(path.name.removeprefix("step_"))
@@ -1849,6 +1872,15 @@ def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
         block.attend = ulysses
 
 
+WHOLE = 2**22  # numbers of noise in a step, up to which every rank draws all of them
+
+
+def draw_noise(key: tuple, batch: int, shape: torch.Size, rows: slice) -> Tensor:
+    """These rows of a batch of noise (batch, *shape): each clip has a generator of its own."""
+    return torch.stack([torch.randn(shape, generator=generator(*key, i))
+                        for i in range(batch)[rows]])
+
+
 def draw_bucket(counts: list[int], g: torch.Generator) -> int:
     """Which shape the clips of a step have, as often as there are clips of it."""
     if len(counts) == 1:
@@ -1917,24 +1949,33 @@ def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
 
     def batch(step: int):
         """Everything random of a step comes from its number, for the whole batch; each rank takes
-        its rows."""
+        its rows. Where that is much noise, no rank draws another's."""
         g = generator(cfg.seed, "dit", step)
         shape, there = buckets[draw_bucket([len(clips) for _, clips in buckets], g)]
-        x0 = torch.randn(t.batch, *shape, generator=g)
+        little = t.batch * math.prod(shape) <= WHOLE or cfg.coupling == "minibatch"
+        own = slice(None) if little else mine  # the rows that are drawn here
+
+        def noise(what: str) -> Tensor:
+            if little:
+                return torch.randn(t.batch, *shape, generator=g)
+            return draw_noise((cfg.seed, what, step), t.batch, shape, own)
+
+        x0 = noise("x0")
         if coupling is None:
-            rows = there[torch.randint(len(there), (t.batch,), generator=g)]
+            rows = there[torch.randint(len(there), (t.batch,), generator=g)][own]
         else:  # the noise picks the clip, inside a group that is drawn independently of it
-            groups = coupling.draw_group(t.batch, g) if cfg.coupling == "sdot" else None
+            groups = coupling.draw_group(t.batch, g)[own] if cfg.coupling == "sdot" else None
             rows = coupling.couple(x0, groups)
         if cfg.coupling == "minibatch":
             x0 = flow.minibatch_pairing(x0, tae.normalize(latents.rows("mean", rows)),
                                         latents.of[rows])
-        noise = torch.randn(t.batch, *shape, generator=g)[mine]
-        times = flow.sample_t(t.batch, cfg.flow, g)
-        drop = model.text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)
-        rows, drop, x0, times = (v[mine] for v in (rows, drop, x0, times))
+        posterior = noise("posterior")
+        times = flow.sample_t(t.batch, cfg.flow, g)[own]
+        drop = model.text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)[own]
+        if little:
+            rows, drop, x0, times, posterior = (v[mine] for v in (rows, drop, x0, times, posterior))
         spread = (0.5 * latents.rows("logvar", rows)).exp()
-        x1 = tae.normalize(latents.rows("mean", rows) + spread * noise)
+        x1 = tae.normalize(latents.rows("mean", rows) + spread * posterior)
         parts = []
         for clips, dropped, *args in zip(*(v.chunk(t.accumulate)
                                            for v in (rows, drop, x1, x0, times))):

@@ -519,6 +519,33 @@ def test_a_phase_starts_where_the_one_before_ended(tmp_path):
     assert len(b["dit.tables.0.1"]) > len(train.TextToVideo(small).dit.tables[0][1])
 
 
+def test_a_rank_draws_only_its_noise_where_that_is_much(finished, tmp_path, monkeypatch):
+    """The batches of two ranks are halves of that of one; and both are N(0, 1)."""
+    key, shape = (0, "x0", 7), (2, 3, 4, 4)
+    whole = train.draw_noise(key, 64, shape, slice(None))
+    parts = [train.draw_noise(key, 64, shape, train.shard(64, i, 2)) for i in range(2)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert abs(whole.mean()) < 0.05 and abs(whole.std() - 1) < 0.05
+    assert len(whole.flatten(1).unique(dim=0)) == 64
+    assert not torch.equal(whole, train.draw_noise((0, "x0", 8), 64, shape, slice(None)))
+    seen = {}
+
+    def catch(run, stage, folder, model, t, steps, losses):
+        (part,) = next(losses(3))
+        seen[run.mesh.data] = part.args[0][2:], part.keys       # x1, x0, t, and the clips
+        return model.state_dict()
+
+    monkeypatch.setattr(train, "WHOLE", 0)
+    monkeypatch.setattr(train, "optimize", catch)
+    run_ = train.fork(finished, tmp_path / "run", {"coupling": "independent"})
+    for data in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(train.Mesh, "data", data)
+        train.train_phase(run_, "dit", run_.latents, tmp_path, tmp_path / f"{data}.safetensors")
+    for one, *two in zip(*(seen[d][0] for d in ((0, 1), (0, 2), (1, 2)))):
+        assert torch.equal(one, torch.cat(two))
+    assert seen[0, 1][1] == seen[0, 2][1] + seen[1, 2][1]
+
+
 @pytest.mark.slow
 def test_progressive_run_of_many_shapes(tmp_path, monkeypatch, capfd):
     folder, add = tmp_path / "run", train.Metrics.add
