@@ -1416,20 +1416,26 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
     the last checkpoint is taken again, and training goes on with the steps that follow: to repeat
     the ones between would end the same way. Stopped after a SIGTERM or SIGUSR1.
     """
+    # Norm, optimizer and average need this rank's numbers alone, so they get its shards as tensors:
+    # DTensor took a seventh of a toy's step to find, one by one, that there was nothing to do.
+    local = lambda x: x.to_local() if isinstance(x, DTensor) else x
     names = dict(model.named_parameters())
+    own = {k: nn.Parameter(local(p)) if isinstance(p, DTensor) else p for k, p in names.items()}
     lookup = lambda name: "table" in name or "embedding" in name
-    decayed = [p for k, p in names.items() if p.ndim >= 2 and not lookup(k)]
-    rest = [p for p in names.values() if not any(p is d for d in decayed)]  # lookups and biases
-    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, t.lr, (0.9, t.beta2), weight_decay=t.weight_decay,
-                                  fused=not dist.is_initialized())
-    for p in names.values():  # the state that a checkpoint is read into
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
-                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    state = {"model": {k: p.data for k, p in names.items()},
-             "optimizer": {k: optimizer.state[p] for k, p in names.items()}}
+    decays = {k: p.ndim >= 2 and not lookup(k) for k, p in own.items()}     # not lookups and biases
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for k, p in own.items() if decays[k]]},
+         {"params": [p for k, p in own.items() if not decays[k]], "weight_decay": 0.0}],
+        t.lr, (0.9, t.beta2), weight_decay=t.weight_decay, fused=True)
+    state = {"model": {k: p.data for k, p in names.items()},    # what a checkpoint is read into
+             "optimizer": {k: {"step": torch.zeros((), device=p.device),
+                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                           for k, p in names.items()}}
+    for k, p in own.items():
+        optimizer.state[p] = {name: local(x) for name, x in state["optimizer"][k].items()}
     if t.ema:
         state["ema"] = {k: p.detach().clone() for k, p in names.items()}
+    average, weights = [local(x) for x in state.get("ema", {}).values()], list(own.values())
 
     checkpoints = Checkpoints(folder, lambda step: run.event(stage, step, "checkpoint"))
     first = checkpoints.load(state)
@@ -1458,10 +1464,17 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
                 part_loss = part(model) / len(parts)
             part_loss.backward()
             loss = loss + part_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
+        for k, p in names.items():
+            own[k].grad = None if p.grad is None else local(p.grad)
+        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        if run.mesh.weights is not None:
+            norm = norm.square()
+            dist.all_reduce(norm, group=run.mesh.weights.get_group("dp"))
+            norm = norm.sqrt()
+        nn.utils.clip_grads_with_norm_(weights, t.clip, norm)
         asked = torch.full_like(loss, bool(Stop.asked))
         if dist.is_initialized():                   # one rank that was asked to stop, stops all
-            norm, told = norm.full_tensor(), torch.stack([loss, asked])
+            told = torch.stack([loss, asked])
             dist.all_reduce(told, dist.ReduceOp.AVG if told.is_cuda else dist.ReduceOp.SUM)
             loss, asked = told if told.is_cuda else told / world_size()
         value, norm = loss.item(), norm.item()
@@ -1469,14 +1482,13 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             bad = 0
             optimizer.step()
             if t.ema:
-                d = min(t.ema, (step + 1) / (step + 10))
-                for k, p in names.items():
-                    state["ema"][k].lerp_(p.detach(), 1 - d)
+                with torch.no_grad():
+                    torch._foreach_lerp_(average, weights, 1 - min(t.ema, (step + 1) / (step + 10)))
         else:
             bad += 1
             run.event(stage, step, "skipped", f"loss {value:g}, gradient norm {norm:g}"
                       + keys_of(parts))
-        optimizer.zero_grad()
+        model.zero_grad()
         metrics.add(step, value, lr, norm)
         if len(recent) == 50:
             mean = sum(recent) / 50
