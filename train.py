@@ -995,6 +995,15 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
     return mesh
 
 
+def copy_whole(p: Tensor, whole: Tensor) -> Tensor:
+    """p, filled with a whole tensor that every rank has: with this rank's rows, where p is sharded,
+    without messages."""
+    whole = whole.to(p.device, p.dtype)
+    if isinstance(p, DTensor):
+        whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+    return p.copy_(whole)
+
+
 class WholeDraws(TorchFunctionMode):
     """Random values of sharded parameters as if they were whole, so that a model starts the same on
     any number of ranks: each rank draws a whole tensor, keeps its rows, and forgets it before the
@@ -1009,9 +1018,7 @@ class WholeDraws(TorchFunctionMode):
             whole = torch.empty(x.shape, dtype=x.dtype)
             kwargs.pop("tensor", None)
             func(whole, *args[1:], **kwargs)
-            mine = distribute_tensor(whole.to(x.device), x.device_mesh, x.placements,
-                                     src_data_rank=None)    # no messages: each has all of it
-            return x.copy_(mine)
+            return copy_whole(x, whole)
         return func(*args, **kwargs)
 
 
@@ -1913,11 +1920,7 @@ def start_from(model: TextToVideo, path: Path, before: backbone.DiTConfig) -> No
     tables = {f"dit.tables.{k}": v for k, v in grown.tables.state_dict().items()}
     for name, p in model.named_parameters():
         value = tables.get(name)
-        value = load_tensors(path, {name})[name] if value is None else value
-        value = value.to(p.device, p.dtype)
-        if isinstance(p, DTensor):
-            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-        p.copy_(value)
+        copy_whole(p, load_tensors(path, {name})[name] if value is None else value)
 
 
 def train_dit(run: Run) -> None:
@@ -2293,8 +2296,7 @@ def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
     steps, cfg = sum(b["step"] - a["step"] for a, b in pairs), run.cfg
     with opened(run.latents / "text.safetensors") as f:
         L = sum(f.get_slice(k).get_shape()[1] for k in text_cond.ENCODERS)
-    N = sum(math.prod(s.size) // math.prod(s.patch) for s in cfg.dit.streams)
-    flops = 3 * cfg.train_dit.batch * sum(backbone.flops(cfg.dit, N, L))
+    flops = 3 * cfg.train_dit.batch * sum(backbone.flops(cfg.dit, tokens_of(cfg.dit), L))
     peak = run.peak or measured_peak(run.device)
     figures = {"clips_per_second": steps * cfg.train_dit.batch / seconds,
                "tflop_per_step": flops / 1e12, "peak_tflops": peak / 1e12,
