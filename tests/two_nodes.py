@@ -5,7 +5,7 @@
 
 The nodes are two network namespaces joined by a veth pair, which share the run folder:
 
-    node A 10.77.1.1, torchrun, rank 0  ---- fsn0 / fsn1 ----  10.77.1.2, torchrun, rank 1, node B
+    node A 10.77.0.1, torchrun, rank 0  ---- fs0 / fs1 ----  10.77.0.2, torchrun, rank 1, node B
 
 Three meetings of the dit stage: A and B; A alone, after every process of B got SIGKILL; both again.
 Proven: each goes on at the last checkpoint that was in its place, with no hand on A; both end with
@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_parallel import ADDRESS, SPACES, link, unlink  # noqa: E402
 from chaos import ROOT, damaged, events, load_file, steps, wait, workers  # noqa: E402
 
 EVERY, STEPS = 10, 240
@@ -31,50 +32,34 @@ TINY = f"""--device cpu --stage dit --clips.count 512 --train_tae.image_steps 4 
   --train_tae.batch 2 --train_tae.image_batch 8 --steps {STEPS} --batch 8 --dit.dim 48 --dit.depth 2
   --text.width 32 --train_dit.every {EVERY} --train_dit.precision fp64
   --train_dit.align 0 --timeout 60""".split()
-NODES = ("filmstrip-node-a", "filmstrip-node-b")
-ADDRESS = ("10.77.1.1", "10.77.1.2")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def sh(command):
-    subprocess.run(command.split(), check=True, capture_output=True)
 
 
 @contextmanager
 def network():
     """The two namespaces and the link between them."""
-    def remove():
-        for space in NODES:
-            subprocess.run(["ip", "netns", "del", space], capture_output=True)
     if not shutil.which("ip"):
         pytest.skip("no network namespaces here: no command ip")
-    remove()
     try:
         try:
-            for space in NODES:
-                sh(f"ip netns add {space}")
-            sh(f"ip link add fsn0 netns {NODES[0]} type veth peer name fsn1 netns {NODES[1]}")
-            for i, space in enumerate(NODES):
-                sh(f"ip -n {space} addr add {ADDRESS[i]}/24 dev fsn{i}")
-                sh(f"ip -n {space} link set fsn{i} up")
-                sh(f"ip -n {space} link set lo up")
+            link("none")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
         yield
     finally:
-        remove()
+        unlink()
 
 
 def torchrun(node, folder, log):
     """torchrun of one node, which offers one rank; A keeps the meeting place."""
     with log.open("a") as out:
         return subprocess.Popen(
-            ["ip", "netns", "exec", NODES[node], sys.executable, "-m", "torch.distributed.run",
+            ["ip", "netns", "exec", SPACES[node], sys.executable, "-m", "torch.distributed.run",
              "--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "3", "--rdzv-backend",
              "c10d", "--rdzv-endpoint", f"{ADDRESS[0]}:29400", "--rdzv-id", "filmstrip",
              "--rdzv-conf", f"is_host={1 - node},last_call_timeout=10", "--local-addr",
              ADDRESS[node], "train.py", "--workdir", str(folder), *TINY], cwd=ROOT, stdout=out,
-            stderr=out, env={**ENV, "GLOO_SOCKET_IFNAME": f"fsn{node}",
+            stderr=out, env={**ENV, "GLOO_SOCKET_IFNAME": f"fs{node}",
                              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
 
