@@ -1691,8 +1691,9 @@ def parse(argv=None):
     a("--workdir", help="folder of a run of train.py")
     a("--prompt", action="append", default=[], help="a caption; may be given several times")
     a("--prompt-file", help="a text file with one prompt a line")
-    a("--mode", default="mesh", choices=("mesh", "auto", "distrifusion", "no_exchange"),
-      help="mesh: as the degrees say; auto: what --plan would choose; baselines over all ranks")
+    a("--mode", default="mesh", choices=("mesh", "auto", "every", "distrifusion", "no_exchange"),
+      help="mesh: as the degrees say; auto: what --plan would choose; baselines over all ranks; "
+           "every: with --check, all meshes of so many ranks and both baselines; writes no clip")
     a("--cfg", type=int, default=1, metavar="1|2",
       help="2: prompt and null text on two groups of ranks")
     a("--pp", type=int, default=1, metavar="N", help="PipeFusion stages")
@@ -1753,9 +1754,11 @@ def parse(argv=None):
         fail("--device cuda: torch sees no CUDA device here")
     if args.gpus > 4096:
         fail(f"--gpus {args.gpus}: a table of at most 4096")
-    if args.mode == "auto" and (args.patches or args.shard):
-        fail("--mode auto: chooses --patches itself, and shards nothing; leave out --patches and "
-             "--shard")
+    if args.mode in ("auto", "every") and (args.patches or args.shard):
+        fail(f"--mode {args.mode}: chooses --patches itself, and shards nothing; leave out "
+             "--patches and --shard")
+    if args.mode == "every" and (not args.check or args.out or args.decode != "auto"):
+        fail("--mode every: checks and writes no clip; give --check, leave out --out and --decode")
     return args
 
 
@@ -1820,7 +1823,10 @@ def sample_run(args):
                          "--ring and --ulysses")
     if args.mode in ("distrifusion", "no_exchange"):
         degrees["ring"] = world
-    if args.mode != "auto":
+    chosen = args.mode in ("auto", "every")                 # the degrees, by plan
+    if args.mode == "every" and len(prompts) > 1:
+        raise ValueError(f"--mode every: takes one prompt, not {len(prompts)}")
+    if not chosen:
         check_degrees(world, **degrees, patches=args.patches, warmup=args.warmup, steps=args.steps)
     out = Path(args.out or "out/sample_parallel/clip.mp4")
     if out.suffix not in (".mp4", ".gif"):
@@ -1846,7 +1852,7 @@ def sample_run(args):
     guidance = settings["guidance"] if args.guidance is None else args.guidance
     ts = sketch.schedule(args.steps, args.schedule)
     patches = args.patches
-    if args.mode != "auto":
+    if not chosen:
         check_degrees(world, **degrees, patches=patches, warmup=args.warmup, steps=args.steps,
                       depth=len(sketch.dit.blocks), heads=sketch.dit.cfg.heads)
     else:
@@ -1854,14 +1860,20 @@ def sample_run(args):
         rows = plan(size, N, world, args.steps, args.warmup, args.link * 1e9, args.tflops * 1e12,
                     args.memory * 1e9)
         if not rows:
-            raise ValueError(f"--mode auto: no mesh of {world} ranks for {size.depth} blocks and "
-                             f"{size.heads} heads")
+            raise ValueError(f"--mode {args.mode}: no mesh of {world} ranks for {size.depth} "
+                             f"blocks and {size.heads} heads")
         degrees, patches = {a: rows[0][a] for a in AXES}, rows[0]["patches"]
-    if rank == 0:                               # after all that can be wrong, and before sampling
+    if rank == 0 and args.mode != "every":      # after all that can be wrong, and before sampling
         out.parent.mkdir(parents=True, exist_ok=True)
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
                                 timeout=timedelta(seconds=args.timeout))
+    if args.mode == "every":
+        run = train.load_run(args.workdir, device)
+        ok = check_every(run, rows, inputs_of(run, prompts[0], args.seed, guidance, ts), args)
+        if world > 1:
+            dist.destroy_process_group()
+        return 0 if ok else 1
     mesh = make_mesh(**degrees, device=device)
     if rank == 0:
         print(f"ranks {world}: {name_of(degrees, patches or degrees['pp'])}")
@@ -1883,10 +1895,7 @@ def sample_run(args):
                                      and shape[2] >= world)
     ok = True
     for j, prompt in enumerate(prompts):
-        text, mask, null, null_mask = run.prompts([prompt])
-        x0 = run.noise([args.seed + j])                     # drawn whole, before anything is split
-        inputs = {"x0": x0, "text": text, "mask": mask, "null": null, "null_mask": null_mask,
-                  "guidance": guidance, "ts": ts}
+        inputs = inputs_of(run, prompt, args.seed + j, guidance, ts)
         z, row = measure(sampler, **inputs, progress=True)
         clip = None
         if halo:
@@ -1914,6 +1923,14 @@ def sample_run(args):
     return 0 if ok else 1
 
 
+def inputs_of(run, prompt, seed, guidance, ts):
+    """What ParallelSampler.sample and emulate take, for one prompt of a run."""
+    text, mask, null, null_mask = run.prompts([prompt])
+    x0 = run.noise([seed])                                  # drawn whole, before anything is split
+    return {"x0": x0, "text": text, "mask": mask, "null": null, "null_mask": null_mask,
+            "guidance": guidance, "ts": ts}
+
+
 def after_rank0(what, verdict):
     """Wait until rank 0 got here -> its verdict. Decoding and checking alone may take it longer
     than any time-out that is there to find a silent rank: so the others look, and do not listen."""
@@ -1927,17 +1944,55 @@ def after_rank0(what, verdict):
     return store.get(what) == b"1"
 
 
+def oracle(sampler):
+    """The mode and the patches with which `emulate` does what this sampler does."""
+    if sampler.pp.size > 1:
+        return "pipefusion", sampler.M
+    return (sampler.baseline, sampler.ring.size) if sampler.baseline else ("exact", 1)
+
+
+def tolerance_of(model):
+    """How far sums in another order may be apart, relative."""
+    return 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+
+
+def check_every(run, rows, inputs, args):
+    """Prints a line for each mesh of `rows` (by `plan`) and both baselines, against one process
+    -> whether all are equal up to rounding, with the bytes that the formula says."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    modes = [({a: r[a] for a in AXES}, r["patches"] if r["pp"] > 1 else 0, None) for r in rows]
+    if world > 1:
+        over_all = {"cfg": 1, "pp": 1, "ring": world, "ulysses": 1}
+        modes += [(over_all, 0, name) for name in ("distrifusion", "no_exchange")]
+    rank, wanted, ok = int(os.environ.get("RANK", 0)), {}, True
+    if rank == 0:
+        print(TABLE_HEAD, flush=True)
+    for degrees, patches, baseline in modes:
+        sampler = ParallelSampler(run.dit, make_mesh(**degrees, device=args.device), patches,
+                                  args.warmup, args.patch_axis, baseline)
+        z, row = measure(sampler, **inputs)
+        if rank == 0:
+            key = oracle(sampler)
+            if key not in wanted:
+                wanted[key] = emulate(key[0], run.dit, **inputs, patches=key[1],
+                                      warmup=args.warmup, patch_axis=args.patch_axis)
+            diff = difference(z, wanted[key])
+            ok &= diff < tolerance_of(run.dit) and bytes_agree(row)
+            print_row(row, "exact" if key[0] == "exact" else "emulation", diff)
+        ok = after_rank0(row["mode"], ok)
+    if rank == 0:
+        print(f"{'PASS' if ok else 'FAIL'} {len(modes)} modes equal one process within "
+              f"{tolerance_of(run.dit):.0e}, and send the bytes of the formula", flush=True)
+    return ok
+
+
 def check(sampler, model, inputs, z, row, clip, decode, args, prompt=""):
     """Prints the ranks' clip against one process -> whether they are equal up to rounding."""
-    mode, patches = "exact", 1
-    if sampler.pp.size > 1:
-        mode, patches = "pipefusion", sampler.M
-    elif sampler.baseline:
-        mode, patches = sampler.baseline, sampler.ring.size
+    mode, patches = oracle(sampler)
     want = emulate(mode, model, **inputs, patches=patches, warmup=args.warmup,
                    patch_axis=args.patch_axis)
     diff = difference(z, want)
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    tolerance = tolerance_of(model)
     print(f"{prompt}\n{TABLE_HEAD}" if prompt else TABLE_HEAD)
     print_row(row, "exact" if mode == "exact" else "emulation", diff)
     for kind in sorted(row["sent"].keys() | row["expected"].keys()):

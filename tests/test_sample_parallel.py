@@ -828,20 +828,16 @@ def test_torchrun_ends_when_the_mesh_does_not_fit():
     assert done.returncode != 0 and done.stderr.count("not the number of ranks, 2") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--cfg 2 --patch-axis h", "--pp 2 --patches 4",
-                                   "--mode auto --link 0.001", "--mode distrifusion --decode tiles",
-                                   "--pp 2 --ulysses 2 --shard --schedule linear"])
-def test_the_command_line_samples_a_run_and_checks_itself(flags, tmp_path):
-    """A run of random weights; --check compares the ranks with one process, and takes longer than
-    --timeout here: the other ranks must bear it."""
+def random_run(folder):
+    """A run of train.py with random weights, in the folder."""
     import train
     cfg = train.finish_config(train.SCALES["toy"]())
     cfg.dit.depth, cfg.sample.steps = 2, 6
     cfg = train.finish_config(cfg)
-    folder = tmp_path / "run"
     torch.manual_seed(0)
     model = train.TextToVideo(cfg)
+    model.dit.to_empty(device="cpu")
+    model.dit.init_weights()
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
@@ -849,16 +845,49 @@ def test_the_command_line_samples_a_run_and_checks_itself(flags, tmp_path):
     train.save_tensors(folder / "dit/model.safetensors", model.state_dict())
     train.save_tensors(folder / "tae/tae.safetensors", tae.state_dict())
     train.write_json(folder / "config.json", train.asdict(cfg))
-    flags = [*flags.split(), "--workdir", str(folder), "--prompt", "a red circle", "--prompt",
-             "a blue star", "--check", "--timeout", "8", "--out", str(tmp_path / "clip.gif")]
-    world = 4 if "--ulysses" in flags else 2
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
+
+
+def command(world, *flags):
+    """sample_parallel.py by torchrun."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
                            str(world), "sample_parallel.py", *flags], cwd=ROOT, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
                           timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--cfg 2 --patch-axis h", "--pp 2 --patches 4",
+                                   "--mode auto --link 0.001", "--mode distrifusion --decode tiles",
+                                   "--pp 2 --ulysses 2 --shard --schedule linear"])
+def test_the_command_line_samples_a_run_and_checks_itself(flags, tmp_path):
+    """A run of random weights; --check compares the ranks with one process, and takes longer than
+    --timeout here: the other ranks must bear it."""
+    folder = tmp_path / "run"
+    random_run(folder)
+    flags = [*flags.split(), "--workdir", str(folder), "--prompt", "a red circle", "--prompt",
+             "a blue star", "--check", "--timeout", "8", "--out", str(tmp_path / "clip.gif")]
+    done = command(4 if "--ulysses" in flags else 2, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("PASS") == 2 and "FAIL" not in done.stdout
     assert {p.name for p in tmp_path.glob("*.gif")} == {"clip-0.gif", "clip-1.gif"}
+
+
+@pytest.mark.slow
+def test_mode_every_checks_each_mesh_and_sees_a_wrong_one(tmp_path, monkeypatch):
+    """One row for each mesh of two ranks and the baselines; writes nothing. What is wrong fails."""
+    random_run(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--workdir", str(tmp_path), "--prompt", "a red circle", "--mode", "every", "--check"]
+    done = command(2, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line[2:24].strip() for line in done.stdout.splitlines() if " vs e" in line]
+    assert sorted(rows) == ["cfg 2", "distrifusion 2", "no_exchange 2", "pp 2 x M 2", "pp 2 x M 4",
+                            "ring 2", "ulysses 2"]
+    assert "PASS 7 modes" in done.stdout and sorted(tmp_path.rglob("*")) == before
+    wrong = sp.emulate
+    monkeypatch.setattr(sp, "emulate", lambda *a, **k: wrong(*a, **k) * 1.01)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert sp.main(flags) == 1
 
 
 def test_the_model_file_knows_nothing_of_ranks():
