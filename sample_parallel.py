@@ -1759,6 +1759,21 @@ def parse(argv=None):
              "--patches and --shard")
     if args.mode == "every" and (not args.check or args.out or args.decode != "auto"):
         fail("--mode every: checks and writes no clip; give --check, leave out --out and --decode")
+    planning, costs = ("plan", "size", "resolution", "gpus"), ("link", "tflops", "memory")
+    for name in vars(args):                          # a flag that would do nothing is a mistake
+        flag = "--" + name.replace("_", "-")
+        if getattr(args, name) == p.get_default(name):
+            continue
+        if args.plan and name not in (*planning, *costs, "steps", "warmup"):
+            fail(f"{flag}: --plan has no use for it")
+        if not args.plan and name in planning:
+            fail(f"--plan: needed with {flag}")
+        if not args.plan and not args.workdir:
+            fail(f"--workdir: needed with {flag} (without it, the demo runs)")
+        if not args.plan and name in costs and args.mode not in ("auto", "every"):
+            fail(f"{flag}: needs --plan or --mode auto")
+        if name == "warmup" and args.workdir and args.mode == "mesh" and args.pp == 1:
+            fail(f"{flag} {args.warmup}: needs --pp 2 or more (K, V are never stale without)")
     return args
 
 
@@ -2024,8 +2039,6 @@ def main(argv=None):
             return 0
         if args.workdir:
             return sample_run(args)
-        if args.prompt or args.prompt_file or args.check:
-            raise ValueError("--workdir: needed with --prompt, --prompt-file and --check")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("--workdir: needed under torchrun (the demo forks ranks of its own)")
         return 0 if demo() else 1

@@ -224,6 +224,13 @@ SAMPLED = [
     ("prompts", "--workdir run --prompt a --pp 9", "the number of ranks"),
     ("nothing", "--prompt a", "--workdir: needed"), ("nothing", "--check", "--workdir: needed"),
     ("prompts", "--prompt-file latin.txt", "--workdir: needed"),
+    ("nothing", "--cfg 2", "--workdir: needed with --cfg"), ("nothing", "--gpus 4", "--plan: needed"),
+    ("prompts", "--plan --prompt a", "--prompt: --plan has no use"),
+    ("prompts", "--workdir run --prompt a --link 3", "--link: needs --plan or --mode auto"),
+    ("prompts", "--workdir run --prompt a --warmup 99", "--warmup 99: needs --pp 2"),
+    ("prompts", "--workdir run --prompt a --mode every", "--mode every: checks and writes no clip"),
+    ("prompts", "--workdir run --prompt a --prompt b --mode every --check", "takes one prompt"),
+    ("prompts", "--workdir run --prompt a --mode every --check --out c.gif", "leave out --out"),
 ]
 MESHES = [  # ranks, flags: wrong only together with the number of ranks, or with the model's sizes
     (2, "--cfg 2 --pp 2"), (4, "--ulysses 2"), (3, "--cfg 3"), (6, "--pp 6"), (9, "--ulysses 9"),
