@@ -686,11 +686,13 @@ class VideoFolder:
 
     Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not
     grow with the number, the length or the resolution of the videos. Unreadable files are named
-    and skipped.
+    and skipped; so is one that vanishes, or is damaged, while the run is on: the next video stands
+    in for it.
     """
 
     def __init__(self, cfg: Config, quiet: bool = False):
         self.cfg, self.root, self.window = cfg, Path(cfg.data), ("", None)
+        self.lost: set[Path] = set()
         self.shapes = shapes_of(cfg)
         say = (lambda *_: None) if quiet else (lambda line: print(line, file=sys.stderr))
         if not self.root.is_dir():
@@ -732,7 +734,8 @@ class VideoFolder:
 
     def shape(self, i: int) -> tuple[int, int, int]:
         """(T, H, W) of clip i of the dit stage: the aspect nearest to its video's."""
-        return drawn_shape(self.shapes, self.cfg, i, self._video(i)[4])
+        return drawn_shape(self.shapes, self.cfg, i,
+                           self.videos[i // CROPS % len(self.videos)][4])
 
     def clip(self, split: str, i: int, done: float | None = None,
              shape: tuple[int, int, int] | None = None) -> tuple[Tensor, str]:
@@ -744,22 +747,33 @@ class VideoFolder:
         if self.window[0] != (key, T, H, W):
             window = self._window(split, i // CROPS, random.Random(key), done, (T, H, W))
             self.window = (key, T, H, W), window
-        x, fps = self.window[1]                                                     # (T, h, w, 3)
+        x, fps, caption = self.window[1]                                            # (T, h, w, 3)
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}/crop")
         top, left = (rng.randint(0, n - m) for n, m in zip(x.shape[1:3], (H, W)))
         x = x[:, top : top + H, left : left + W]
         told = f"FPS-{fps:.3g} " if self.cfg.clips.tell_fps else ""                 # [MG s3.1.4]
-        return rearrange(x, "t h w c -> c t h w").float() / 127.5 - 1, told + self._video(i)[1]
-
-    def _video(self, i: int) -> tuple[Path, str, int, float, float]:
-        return self.videos[i // CROPS % len(self.videos)]
+        return rearrange(x, "t h w c -> c t h w").float() / 127.5 - 1, told + caption
 
     def _window(self, split: str, w: int, rng: random.Random, done: float | None,
-                shape: tuple[int, int, int]) -> tuple[Tensor, float]:
+                shape: tuple[int, int, int]) -> tuple[Tensor, float, str]:
+        for k in range(len(self.videos)):
+            video = self.videos[(w + k) % len(self.videos)]
+            try:
+                return self._read(video, split, rng, done, shape)
+            except Exception as error:  # whatever PyAV raises for what was readable at the start
+                if video[0] not in self.lost:
+                    print(f"{video[0]}: cannot be read any more ({_reason(error)}); the next "
+                          "video stands in", file=sys.stderr, flush=True)
+                self.lost.add(video[0])
+        raise UserError(f"--data {self.root}: none of its {len(self.videos)} videos can be read "
+                        "any more")
+
+    def _read(self, video: tuple[Path, str, int, float, float], split: str, rng: random.Random,
+              done: float | None, shape: tuple[int, int, int]) -> tuple[Tensor, float, str]:
         (T, H, W), most = shape, self.cfg.clips.max_interval
         if done is not None and self.cfg.train_tae.motion > 1:
             most = int(autoencoder.motion_interval(rng, done, self.cfg.train_tae.motion))
-        path, _, frames, rate, aspect = self._video(w * CROPS)
+        path, caption, frames, rate, aspect = video
         lo, hi = (int(0.8 * frames), frames) if split == "heldout" else (0, int(0.8 * frames))
         if hi - lo < T:  # too short to hold anything out
             lo, hi = 0, frames
@@ -768,7 +782,7 @@ class VideoFolder:
         covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # its short side
         short_side = max(round(covering * rng.uniform(1.0, 1.5)), math.ceil(covering))
         x = read_window(path, start, interval, T, short_side, rate)
-        return x, rate / interval
+        return x, rate / interval, caption
 
 
 def read_captions(root: Path, files: list[Path]) -> dict[str, str]:
@@ -888,12 +902,19 @@ def batches(clips, split: str, indices: list[list]) -> Iterator[tuple[Tensor, li
     def collate(rows):
         return torch.stack([r[0] for r in rows]), [r[1] for r in rows]
 
-    return iter(
+    loaded = iter(
         torch.utils.data.DataLoader(
             _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=collate,
             worker_init_fn=_deaf
         )
     )
+
+    def one_line():                             # what a worker raises comes with its traceback
+        try:
+            yield from loaded
+        except UserError as error:
+            raise UserError(_reason(error).split("UserError: ")[-1]) from None
+    return one_line()
 
 
 def write_video(path: str | Path, clip: Tensor, fps: int = 8, zoom: int = 1) -> None:

@@ -820,6 +820,25 @@ def test_odd_folders(tmp_path, capfd):
     assert x.shape == (3, 16, 32, 32) and (x[:, 5:] - x[:, 4:5]).abs().max() < 0.05
 
 
+def test_a_video_that_vanishes_in_mid_run_is_named_and_another_stands_in(tmp_path, capfd):
+    folder = make_folder(tmp_path / "v")
+    clips = train.VideoFolder(config(folder))
+    want = [clips.clip("train", i * train.CROPS) for i in range(3)]
+    (folder / "v0.mp4").unlink()
+    (folder / "v1.mp4").write_bytes((folder / "v1.mp4").read_bytes()[:200])
+    indices = [[0], [train.CROPS], [2 * train.CROPS], [3 * train.CROPS]]
+    seen = list(train.batches(clips, "train", indices))
+    assert [text for _, (text,) in seen] == ["grey number 2"] * 4
+    assert torch.equal(seen[2][0][0], want[2][0])               # what was not lost is the same
+    err = capfd.readouterr().err
+    for name in ("v0.mp4", "v1.mp4"):
+        assert f"{name}: cannot be read any more (" in err
+    (folder / "v2.gif").unlink()
+    with pytest.raises(train.UserError, match="none of its 3 videos can be read any more") as e:
+        list(train.batches(clips, "train", indices))
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("case,line", [
     ("empty", "no video in it"), ("captionless", "no captions"), ("blank", "its caption is empty"),
     ("unreadable", "none of its 1 videos can be read"), ("table", "its first line must be"),
