@@ -1494,20 +1494,21 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             loss = loss + part_loss.detach()
         for k, p in names.items():
             own[k].grad = None if p.grad is None else local(p.grad)
-        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        total = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         if run.mesh.weights is not None:
-            norm = norm.square()
-            dist.all_reduce(norm, group=run.mesh.weights.get_group("dp"))
-            norm = norm.sqrt()
-        nn.utils.clip_grads_with_norm_(weights, t.clip, norm)
+            total = total.square()
+            dist.all_reduce(total, group=run.mesh.weights.get_group("dp"))
+            total = total.sqrt()
         asked = torch.full_like(loss, bool(Stop.asked))
         if dist.is_initialized():                   # one rank that was asked to stop, stops all
             told = torch.stack([loss, asked])
             dist.all_reduce(told, dist.ReduceOp.AVG if told.is_cuda else dist.ReduceOp.SUM)
             loss, asked = told if told.is_cuda else told / world_size()
-        value, norm = loss.item(), norm.item()
+        value, norm = loss.item(), total.item()
         if math.isfinite(value) and math.isfinite(norm):
             bad = 0
+            if norm + 1e-6 > t.clip:                # else torch multiplies all gradients by 1
+                nn.utils.clip_grads_with_norm_(weights, t.clip, total)
             optimizer.step()
             if t.ema:
                 with torch.no_grad():

@@ -1,13 +1,13 @@
 """Overhead of the training loop, and speed-up of two ranks, one thread a rank.
 
-    python tests/bench_train.py                       # about 10 minutes on 2 cores
+    python tests/bench_train.py --rounds 3            # about 25 minutes on 2 cores
 
 `overhead`: a step of the dit stage (batch made, forward, backward, clipping, optimizer, moving
-average, log, a checkpoint every 10 steps) over the bare forward, backward and optimizer step of
-such a batch, in turn in one process. `two ranks`: clips a second of two ranks over those of one, of
-one batch size; each measurement is a process of its own, in turn. Medians over the rounds. Latents
-are random numbers: what they are does not change the time. `small` has a batch of 16 here (its own
-is 256), for the sake of a CPU. Prints a table, and writes out/train/bench.json.
+average, log, checkpoints) over the bare forward, backward and optimizer step of such a batch, in
+turn in one process. `two ranks`: clips a second of two ranks over those of one, of one batch size,
+the preset's; each measurement is a process of its own, in turn. Medians over the rounds. Latents
+are random numbers: what they are does not change the time. Prints a table, and writes
+out/train/bench.json.
 """
 
 import argparse
@@ -28,15 +28,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import tae
 import train
 
-BATCH = {"toy": 64, "small": 16}
-STEPS = {"toy": 24, "small": 12}
+STEPS = {"toy": (3, 24), "small": (1, 5)}           # to warm up, in all
 
 
 def make_run(scale, folder):
     """A run that has come to its dit stage, with 1024 clips of noise."""
     cfg = train.SCALES[scale]()
     cfg.coupling, cfg.clips = "independent", replace(cfg.clips, count=1024)
-    cfg.train_dit = replace(cfg.train_dit, batch=BATCH[scale], steps=STEPS[scale], every=10)
+    steps = STEPS[scale][1]
+    cfg.train_dit = replace(cfg.train_dit, steps=steps, every=steps // 2)
     run = train.Run(folder, train.finish_config(cfg), torch.device("cpu"), train.make_mesh())
     if train.rank() == 0:
         model = tae.autoencoder(run.cfg.autoencoder_config)
@@ -57,8 +57,8 @@ def make_run(scale, folder):
 
 
 def loop(run, folder):
-    """Seconds of a step of train.py, without the first three."""
-    stamps, add = [], train.Metrics.add
+    """Seconds of a step of train.py, without the first ones."""
+    warm, stamps, add = STEPS[run.cfg.scale][0], [], train.Metrics.add
 
     def stamp(self, *args):
         stamps.append(time.perf_counter())
@@ -69,7 +69,7 @@ def loop(run, folder):
         train.train_phase(run, "dit", run.latents, folder, folder / "model.safetensors")
     finally:
         train.Metrics.add = add
-    return (stamps[-1] - stamps[2]) / (len(stamps) - 3)
+    return (stamps[-1] - stamps[warm - 1]) / (len(stamps) - warm)
 
 
 def bare(run):
@@ -89,13 +89,14 @@ def bare(run):
         train.optimize = optimize
     model, (part,) = caught
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-    for step in range(run.cfg.train_dit.steps):
-        if step == 3:
+    warm, steps = STEPS[run.cfg.scale]
+    for step in range(steps):
+        if step == warm:
             began = time.perf_counter()
         part(model).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return (time.perf_counter() - began) / (run.cfg.train_dit.steps - 3)
+    return (time.perf_counter() - began) / (steps - warm)
 
 
 def measure(scale):
@@ -135,8 +136,8 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scales", nargs="+", default=list(BATCH), choices=list(BATCH))
-    parser.add_argument("--measure", choices=list(BATCH), help="internal")
+    parser.add_argument("--scales", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--measure", choices=list(STEPS), help="internal")
     args = parser.parse_args()
     if args.measure:
         return measure(args.measure)
@@ -151,8 +152,8 @@ def main():
         overhead = statistics.median(r["loop"] / r["bare"] for r in one)
         speedup = statistics.median(a["loop"] / b["loop"] for a, b in zip(one, two))
         step = statistics.median(r["loop"] for r in one)
-        print(f"| {scale} | {BATCH[scale]} | {step:.3f} | {overhead:.3f} | {speedup:.2f} |",
-              flush=True)
+        batch = train.SCALES[scale]().train_dit.batch
+        print(f"| {scale} | {batch} | {step:.3f} | {overhead:.3f} | {speedup:.2f} |", flush=True)
     path = Path("out/train/bench.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(raw, indent=1))

@@ -621,6 +621,30 @@ def toy_training(folder, poison=(), **changes):
     return state, [(e["event"], e["step"]) for e in train.read_events(folder / "events.jsonl")]
 
 
+def test_training_is_what_torch_does_by_hand(tmp_path):
+    """Clipping (of some steps, not of all), AdamW, schedule and average, each by torch itself."""
+    state, _ = toy_training(tmp_path / "a", lr=0.2, clip=2.0, warmup=3, weight_decay=0.1)
+    torch.manual_seed(0)
+    model, norms = torch.nn.Linear(3, 1), []
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([{"params": [model.weight], "weight_decay": 0.1},
+                                   {"params": [model.bias], "weight_decay": 0.0}],
+                                  betas=(0.9, 0.99))
+    for step in range(12):
+        x = torch.randn(8, 3, generator=train.generator("toy", step))
+        (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0).item())
+        for group in optimizer.param_groups:
+            group["lr"] = 0.2 * min(1, (step + 1) / 3) * (1 + math.cos(math.pi * step / 12)) / 2
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.9, (step + 1) / (step + 10))
+        average = {k: decay * average[k] + (1 - decay) * v for k, v in model.state_dict().items()}
+    assert min(norms) < 2.0 < max(norms), norms
+    for name, want in average.items():
+        assert torch.allclose(state[name], want, rtol=1e-5, atol=1e-6), name
+
+
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, capfd):
     plain, _ = toy_training(tmp_path / "a")
     skipped, events = toy_training(tmp_path / "b", poison=(5,))
