@@ -979,13 +979,14 @@ def dit_losses(folder):
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path):
-    """Twenty steps in fp64: one rank, and every axis of the mesh, step for step."""
+@pytest.mark.parametrize("precision, rtol", [("fp64", 1e-9), ("fp32", 1e-4)])
+def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path, precision, rtol):
+    """Twenty steps of one rank, and of every axis of the mesh, step for step."""
     losses, weights = {}, {}
     for flags in ("", "--dp 2", "--sp 2", "--dp 4", "--replicate 2 --dp 2", "--dp 2 --sp 2",
                   "--dp 4 --reshard false"):
         folder = tmp_path / f"run{flags}".replace(" ", "")
-        changes = dit_anew(finished, folder, steps=20, every=7, precision="fp64")
+        changes = dit_anew(finished, folder, steps=20, every=7, precision=precision)
         ranks = math.prod(int(n) for n in flags.split() if n.isdigit())
         done = torchrun(folder, ranks, "--stage", "dit", *flags.split(), *changes)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -994,16 +995,16 @@ def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path):
     plain = losses.pop("")
     assert len(plain) == 20 and plain[-1] < plain[0]
     for flags, other in losses.items():
-        assert torch.allclose(plain, other, rtol=1e-9, atol=0), (flags, (plain - other).abs().max())
-        for k, w in weights[""].items():
+        assert torch.allclose(plain, other, rtol=rtol, atol=0), (flags, (plain - other).abs().max())
+        for k, w in weights[""].items() if precision == "fp64" else ():
             assert torch.allclose(w, weights[flags][k], atol=1e-6), (flags, k)
 
 
 @pytest.mark.slow
-def test_two_ranks_train_the_same_dit(finished, tmp_path):
-    """In fp32 two ranks follow one. In bf16, too, as near as 8 bits of mantissa allow."""
+def test_two_ranks_train_the_same_dit_in_bf16(finished, tmp_path):
+    """In bf16, as near as 8 bits of mantissa allow."""
     losses = {}
-    for precision, ranks in (("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)):
+    for precision, ranks in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
         folder = tmp_path / f"{precision}{ranks}"
         changes = dit_anew(finished, folder, steps=20, precision=precision)
         done = torchrun(folder, ranks, "--stage", "dit", *changes)
@@ -1011,7 +1012,6 @@ def test_two_ranks_train_the_same_dit(finished, tmp_path):
         losses[precision, ranks] = dit_losses(folder)
     plain = losses["fp32", 1]
     assert len(plain) == 20
-    assert torch.allclose(plain, losses["fp32", 2], rtol=1e-4)
     assert torch.allclose(losses["bf16", 1], losses["bf16", 2], rtol=5e-3)
     assert 0 < (plain - losses["bf16", 1]).abs().max() < 0.02     # and it is another precision
 
