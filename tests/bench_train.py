@@ -4,10 +4,10 @@
 
 `overhead`: a step of the dit stage (batch made, forward, backward, clipping, optimizer, moving
 average, log, checkpoints) over the bare forward, backward and optimizer step of such a batch, in
-turn in one process. `two ranks`: clips a second of two ranks over those of one, of one batch size,
-the preset's; each measurement is a process of its own, in turn. Medians over the rounds. Latents
-are random numbers: what they are does not change the time. Prints a table, and writes
-out/train/bench.json.
+turn in one process. `dp 2`, `replicate 2`: clips a second of two ranks, the model sharded or
+copied, over those of one, of one batch size, the preset's; each measurement is a process of its
+own, in turn. Medians over the rounds. Latents are random numbers: what they are does not change
+the time. Prints a table, and writes out/train/bench.json.
 """
 
 import argparse
@@ -31,13 +31,14 @@ import train
 STEPS = {"toy": (3, 24), "small": (1, 5)}           # to warm up, in all
 
 
-def make_run(scale, folder):
+def make_run(scale, folder, replicate=1):
     """A run that has come to its dit stage, with 1024 clips of noise."""
     cfg = train.SCALES[scale]()
     cfg.coupling, cfg.clips = "independent", replace(cfg.clips, count=1024)
     steps = STEPS[scale][1]
     cfg.train_dit = replace(cfg.train_dit, steps=steps, every=steps // 2)
-    run = train.Run(folder, train.finish_config(cfg), torch.device("cpu"), train.make_mesh())
+    run = train.Run(folder, train.finish_config(cfg), torch.device("cpu"),
+                    train.make_mesh(replicate=replicate))
     if train.rank() == 0:
         model = tae.autoencoder(run.cfg.autoencoder_config)
         train.save_tensors(folder / "tae/tae.safetensors", model.state_dict())
@@ -99,7 +100,7 @@ def bare(run):
     return (time.perf_counter() - began) / (steps - warm)
 
 
-def measure(scale):
+def measure(scale, replicate):
     """What one process, or one of two ranks, measures; rank 0 prints it."""
     torch.set_num_threads(1)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -108,7 +109,7 @@ def measure(scale):
     if dist.is_initialized():
         dist.broadcast_object_list(name)
     folder, found = Path(name[0]), {}
-    run = make_run(scale, folder)
+    run = make_run(scale, folder, replicate)
     if train.world_size() == 1:
         found = {"loop": loop(run, folder / "dit0"), "bare": bare(run)}
     else:
@@ -120,11 +121,11 @@ def measure(scale):
         dist.destroy_process_group()
 
 
-def start(scale, ranks):
+def start(scale, ranks, replicate=1):
     """One measurement in processes of its own."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([sys.executable, *(launch if ranks == 2 else []), __file__, "--measure",
-                           scale], capture_output=True, text=True,
+                           scale, "--replicate", str(replicate)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     if done.returncode or not lines:
@@ -138,22 +139,26 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scales", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--measure", choices=list(STEPS), help="internal")
+    parser.add_argument("--replicate", type=int, default=1, help="internal")
     args = parser.parse_args()
     if args.measure:
-        return measure(args.measure)
+        return measure(args.measure, args.replicate)
     raw = {}
-    print("| scale | batch | step, s | overhead | two ranks |\n|---|---|---|---|---|")
+    print("| scale | batch | step, s | overhead | dp 2 | replicate 2 |\n|---|---|---|---|---|---|")
     for scale in args.scales:
-        one, two = [], []
+        one, two, copies = [], [], []
         for _ in range(args.rounds):
             one.append(start(scale, 1))
             two.append(start(scale, 2))
-        raw[scale] = {"one": one, "two": two}
+            copies.append(start(scale, 2, replicate=2))
+        raw[scale] = {"one": one, "dp 2": two, "replicate 2": copies}
         overhead = statistics.median(r["loop"] / r["bare"] for r in one)
-        speedup = statistics.median(a["loop"] / b["loop"] for a, b in zip(one, two))
+        speedups = [statistics.median(a["loop"] / b["loop"] for a, b in zip(one, both))
+                    for both in (two, copies)]
         step = statistics.median(r["loop"] for r in one)
         batch = train.SCALES[scale]().train_dit.batch
-        print(f"| {scale} | {batch} | {step:.3f} | {overhead:.3f} | {speedup:.2f} |", flush=True)
+        print(f"| {scale} | {batch} | {step:.3f} | {overhead:.3f} | "
+              + " | ".join(f"{s:.2f}" for s in speedups) + " |", flush=True)
     path = Path("out/train/bench.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(raw, indent=1))
