@@ -976,13 +976,14 @@ class Mesh:
     """replicate x dp x sp ranks, outermost to innermost: FSDP2 shards the parameters over the dp x
     sp ranks of one replica; the clips of a step are shared out to replicate x dp; the sp ranks of a
     clip share its tokens (Ulysses). Only the dit stage knows sp: to the others all ranks are alike.
+    A replica of one rank is not sharded: its gradients are averaged in `optimize`.
     """
 
     replicate: int = 1
     dp: int = 1
     sp: int = 1
     reshard: bool = True  # free a block's parameters after its forward; else after its backward
-    weights: DeviceMesh | None = None  # of FSDP2; None without torch.distributed
+    weights: DeviceMesh | None = None  # of FSDP2; None where each rank has the whole model
     tokens: sample_parallel.Axis | None = None  # the ranks of this rank's clips; None: sp is 1
 
     @property
@@ -1006,7 +1007,8 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
     mesh = Mesh(replicate, dp, sp, reshard)
     if dist.is_initialized():
         ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
-        mesh.weights = ranks if replicate > 1 else ranks["dp"]
+        if dp * sp > 1:
+            mesh.weights = ranks if replicate > 1 else ranks["dp"]
         groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
         for name, m in (("replicate", ranks), ("dp", ranks), ("data", groups), ("sp", groups)):
             dist.distributed_c10d._set_pg_timeout(sample_parallel.patience(), m.get_group(name))
@@ -1429,6 +1431,15 @@ def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
     return t.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, f)))
 
 
+def average_gradients(weights: list[nn.Parameter]) -> None:
+    """The mean over all ranks, in one message: what FSDP2 does by itself for what it shards."""
+    weights = [p for p in weights if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in weights]) / world_size()
+    dist.all_reduce(flat)
+    for p, part in zip(weights, flat.split([p.numel() for p in weights])):
+        p.grad = part.view_as(p)
+
+
 def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfig, steps: int,
              losses: Callable[[int], Iterator[list[Callable[[nn.Module], Tensor]]]]
              ) -> dict[str, Tensor]:
@@ -1437,8 +1448,8 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
     losses(first) yields, from step `first` on, a list of closures a step: closure(model) -> scalar
     loss of one part of this rank's part of the batch (`closure.keys`: its rows of the data, for the
     log). Checkpoints go to `folder`; the run resumes at the last one, whatever number of ranks
-    wrote it. The model comes from `place`; where it is sharded, gradients are averaged over the
-    ranks. The state is complete on rank 0, and empty on the others.
+    wrote it. The model comes from `place`; gradients are averaged over the ranks. The state is
+    complete on rank 0, and empty on the others.
 
     A step whose loss or gradient is not finite changes nothing. After three in a row the state of
     the last checkpoint is taken again, and training goes on with the steps that follow: to repeat
@@ -1494,6 +1505,8 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             loss = loss + part_loss.detach()
         for k, p in names.items():
             own[k].grad = None if p.grad is None else local(p.grad)
+        if run.mesh.weights is None and world_size() > 1:
+            average_gradients(weights)
         total = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         if run.mesh.weights is not None:
             total = total.square()
@@ -2921,7 +2934,7 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     for flag, default, text in (
             ("dp", 0, "ranks that share out parameters and clips (default: all that are left)"),
             ("sp", 1, "ranks that share the tokens of a clip, in the dit stage (default 1)"),
-            ("replicate", 1, "copies of the sharded model, one or more nodes each (default 1)")):
+            ("replicate", 1, "copies of the model, one or more nodes each, or a rank (default 1)")):
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=text)
     parser.add_argument("--reshard", default="true", metavar="true|false",
                         help="free a block's parameters after its forward pass (default true)")

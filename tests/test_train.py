@@ -983,8 +983,8 @@ def dit_losses(folder):
 def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path, precision, rtol):
     """Twenty steps of one rank, and of every axis of the mesh, step for step."""
     losses, weights = {}, {}
-    for flags in ("", "--dp 2", "--sp 2", "--dp 4", "--replicate 2 --dp 2", "--dp 2 --sp 2",
-                  "--dp 4 --reshard false"):
+    for flags in ("", "--dp 2", "--sp 2", "--dp 4", "--replicate 2", "--replicate 2 --dp 2",
+                  "--dp 2 --sp 2", "--dp 4 --reshard false"):
         folder = tmp_path / f"run{flags}".replace(" ", "")
         changes = dit_anew(finished, folder, steps=20, every=7, precision=precision)
         ranks = math.prod(int(n) for n in flags.split() if n.isdigit())
