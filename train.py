@@ -32,12 +32,14 @@ Letters: B batch, T frames, H W height and width, M clips in the data set, P tex
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -887,10 +889,20 @@ class _Split(torch.utils.data.Dataset):
         return self.clips.clip(self.split, *(i if isinstance(i, tuple) else (i,)))
 
 
+_workers: list[multiprocessing.Process] = []
+
+
 def _deaf(_) -> None:
     """A worker goes on when all of a job are asked to stop: its trainer needs it for the step."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before multiprocessing asks them by SIGTERM, to which they are deaf, and waits."""
+    for worker in _workers:
+        worker.kill()
 
 
 def batches(clips, split: str, indices: list[list]) -> Iterator[tuple[Tensor, list[str]]]:
@@ -902,12 +914,14 @@ def batches(clips, split: str, indices: list[list]) -> Iterator[tuple[Tensor, li
     def collate(rows):
         return torch.stack([r[0] for r in rows]), [r[1] for r in rows]
 
+    before = set(multiprocessing.active_children())
     loaded = iter(
         torch.utils.data.DataLoader(
             _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=collate,
             worker_init_fn=_deaf
         )
     )
+    _workers.extend(set(multiprocessing.active_children()) - before)
 
     def one_line():                             # what a worker raises comes with its traceback
         try:

@@ -863,6 +863,19 @@ def test_a_video_that_vanishes_in_mid_run_is_named_and_another_stands_in(tmp_pat
     assert "\n" not in str(e.value)
 
 
+def test_a_process_ends_though_its_workers_are_deaf(tmp_path):
+    """As after an error in mid-run, whose traceback holds the reader until the end."""
+    folder = make_folder(tmp_path / "v")
+    code = ("import train\n"
+            f"cfg = train.parse_args(['--data', {str(folder)!r}, '--workdir', 'x'])[0]\n"
+            "reader = train.batches(train.VideoFolder(cfg), 'train', [[i] for i in range(99)])\n"
+            "print(len(next(reader)), len(train._workers))\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[0] == "2" and int(done.stdout.split()[1]) > 0
+
+
 @pytest.mark.parametrize("case,line", [
     ("empty", "no video in it"), ("captionless", "no captions"), ("blank", "its caption is empty"),
     ("unreadable", "none of its 1 videos can be read"), ("table", "its first line must be"),
