@@ -1259,6 +1259,8 @@ class Checkpoints:
             future.result()
         except (Exception, CheckpointException) as error:  # what the file system says, wrapped
             self.clear()
+            if world_size() > 1 and sample_parallel.is_loss(_reason(error)):    # no fault of files
+                raise sample_parallel.LostRank(_reason(error)) from None
             kept = self.steps()
             raise UserError(
                 f"{final}: could not be written ({_reason(error)}); "

@@ -1163,7 +1163,7 @@ def test_a_rank_that_hangs_is_named(finished, tmp_path):
         while not list(folder.glob("dit/step_*")) and all(p.poll() is None for p in ranks):
             time.sleep(0.05)
         ranks[1].send_signal(signal.SIGSTOP)
-        said = ranks[0].communicate(timeout=60)[1]
+        said = ranks[0].communicate(timeout=120)[1]
     finally:
         for p in ranks:
             p.kill()
