@@ -1270,6 +1270,13 @@ def measure(sampler, *args, **kwargs):
                 "sent": sent, "expected": expected, "equal": equal, "steps": f["S"]}
 
 
+def oracle(sampler):
+    """The mode and the patches with which `emulate` does what this sampler does."""
+    if sampler.pp.size > 1:
+        return "pipefusion", sampler.M
+    return (sampler.baseline, sampler.ring.size) if sampler.baseline else ("exact", 1)
+
+
 def difference(a, b):
     """Largest difference, relative to the largest value of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
@@ -1480,13 +1487,6 @@ DEMO_MODES = {                                              # world -> degrees a
 }
 
 
-def oracle_of(mode):
-    """The emulation that a mode must reproduce -> (mode of emulate, patches)."""
-    if mode.get("baseline"):
-        return mode["baseline"], mode["ring"]
-    return ("pipefusion", mode["patches"]) if "patches" in mode else ("exact", 1)
-
-
 def demo_rank(model, decoder, modes, inputs, z):
     """What each forked rank of the demo does: every mode once, then the two decoders."""
     rows = []
@@ -1495,7 +1495,7 @@ def demo_rank(model, decoder, modes, inputs, z):
         sampler = ParallelSampler(model, mesh, mode.get("patches", 0),
                                   baseline=mode.get("baseline"))
         x1, row = measure(sampler, **inputs)
-        rows.append((mode, x1, row))
+        rows.append((mode, x1, row, oracle(sampler)))
     return rows, halo_decode(decoder, z), tiled_decode(decoder, z)
 
 
@@ -1585,13 +1585,12 @@ def demo(out="out/sample_parallel"):
     for world, modes in DEMO_MODES.items():
         ranks = launch(demo_rank, world, model, decoder, modes, inputs, z)
         rows, halo, tiles = ranks[0]
-        for i, (mode, x1, row) in enumerate(rows):
-            oracle, patches = oracle_of(mode)
-            want = emulate(oracle, model, **inputs, patches=patches)
+        for i, (mode, x1, row, (name, patches)) in enumerate(rows):
+            want = emulate(name, model, **inputs, patches=patches)
             diff = difference(x1, want)
             same = all(torch.equal(x1, other[0][i][1]) for other in ranks)
             results.append((mode, diff, row, torch.equal(x1, want), same))
-            print_row(row, "exact" if oracle == "exact" else "emulation", diff)
+            print_row(row, "exact" if name == "exact" else "emulation", diff)
     tiled = difference(tiles, tiled_decode(decoder, z))
     bitwise = [r for r in results if r[0].get("cfg", 1) == 1 and r[0].get("ring", 1) == 1]
     rounded = [r for r in results if r not in bitwise and not r[0].get("baseline")]
@@ -1957,13 +1956,6 @@ def after_rank0(what, verdict):
     while not store.check([what]):                            # raises when whoever keeps it is gone
         time.sleep(0.1)
     return store.get(what) == b"1"
-
-
-def oracle(sampler):
-    """The mode and the patches with which `emulate` does what this sampler does."""
-    if sampler.pp.size > 1:
-        return "pipefusion", sampler.M
-    return (sampler.baseline, sampler.ring.size) if sampler.baseline else ("exact", 1)
 
 
 def tolerance_of(model):
