@@ -38,8 +38,8 @@ Run.   python flow.py                 # 2-D: three couplings, paths, errors    2
 Differences from the paper.  The loss is a mean over elements, not a sum. Midpoint, Heun, RK4 and
 Dormand-Prince stand beside Movie Gen's Euler. The diffusion baseline is ours to define, since the
 paper says only "v-prediction, zero terminal SNR": the scaled-linear betas of latent diffusion,
-rescaled by [ZSNR], sampled with DDIM. The linear-quadratic schedule is offered, not the default: on
-every toy tried it lost to plain linear steps, because its last steps are long.
+rescaled by [ZSNR], sampled with DDIM. The linear-quadratic schedule is Movie Gen's, and train.py's
+default from 1b on; on toys it lost to plain linear steps, because its last steps are long.
 
 Letters.  B batch, x0 noise, x1 data, x_t between them, t flow time, v velocity, s = sigma_min, ts
 the (steps + 1) times of a schedule, S straightness.
@@ -433,8 +433,15 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
     would come to depend on the caption, which at sampling time it does not [C2OT].
     """
     import ot  # imported here: it takes seconds
+    if x0.shape != x1.shape:
+        raise ValueError(f"x0 {tuple(x0.shape)}, x1 {tuple(x1.shape)}: need the same shape")
     if groups is None:
         groups = torch.zeros(len(x0), dtype=torch.int64)
+    if groups.shape != x0.shape[:1]:
+        raise ValueError(f"groups {tuple(groups.shape)}: need one for each of {len(x0)} noises")
+    for name, x in (("x0", x0), ("x1", x1)):
+        if not x.isfinite().all():
+            raise ValueError(f"{name}: NaN or infinity")
     order = torch.arange(len(x0))
     for g in groups.cpu().unique():
         rows = (groups.cpu() == g).nonzero()[:, 0]

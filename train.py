@@ -1865,8 +1865,10 @@ def caption_groups(latents: Latents, size: int = 32) -> Tensor:
 def couple_latents(run: Run) -> None:
     """coupling.pt: the dual weights of the semi-discrete coupling of N(0, I) with the normalised
     latents."""
-    path = run.folder / "coupling.pt"
+    path, partial = run.folder / "coupling.pt", run.folder / "coupling.partial"
     if not run.cfg.coupling.startswith("sdot") or path.exists():
+        if rank() == 0:
+            partial.unlink(missing_ok=True)    # left by a kill between the two
         return
     began = time.monotonic()
     latents, tae, size = load_latents(run), statistics_of(run), run.cfg.sdot.cluster
@@ -1877,7 +1879,7 @@ def couple_latents(run: Run) -> None:
     z = tae.normalize(latents.mean)
     coupling = sdot.Coupling.fit(
         z, groups, cfg=run.cfg.sdot, progress=True, ranks=dist.is_initialized(),
-        device=run.device, checkpoint=run.folder / "coupling.partial")
+        device=run.device, checkpoint=partial)
     if rank() == 0:
         print(coupling.report())
         coupling.save(path)

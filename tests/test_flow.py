@@ -1,5 +1,6 @@
 """flow.py against closed forms, measured orders of convergence, and two other libraries."""
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -415,6 +416,25 @@ def test_straightness_is_energy_minus_displacement():
     assert m["displacement"] == pytest.approx(2 * r2, rel=2e-3)
     assert m["curvature"] == pytest.approx(1 - 8 / math.pi ** 2, rel=0.02)
     assert abs(flow.straightness(lambda x, t: torch.ones_like(x), x0)["S"]) < 1e-4
+
+
+@pytest.mark.parametrize("x0,x1,groups,line", [
+    (pair(4)[0], pair(6)[1], None, "need the same shape"),
+    (*pair(6), torch.zeros(5), "groups (5,): need one for each of 6"),
+    (*pair(6), torch.zeros(9), "groups (9,): need one for each of 6"),
+    (pair(6)[0] / 0, pair(6)[1], None, "x0: NaN or infinity"),
+    (pair(6)[0], pair(6)[1] * math.nan, None, "x1: NaN or infinity")])
+def test_minibatch_pairing_names_what_it_cannot_pair(x0, x1, groups, line):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        flow.minibatch_pairing(x0, x1, groups)
+
+
+def test_minibatch_pairing_names_a_solver_that_stopped_short(monkeypatch):
+    ot = pytest.importorskip("ot")
+    real = ot.emd
+    monkeypatch.setattr(ot, "emd", lambda *a, **k: real(*a, **{**k, "numItermax": 1}))
+    with pytest.raises(RuntimeError, match="numItermax"), pytest.warns(UserWarning):
+        flow.minibatch_pairing(*pair(64))
 
 
 def test_minibatch_coupling_straightens_the_regression_target():

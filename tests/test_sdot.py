@@ -1,6 +1,9 @@
 """sdot.py against exact partitions, POT's exact solver, POT's own semi-discrete solver, and itself
 on more ranks, after a kill, and on data that is not as it should be."""
 import math
+import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -449,21 +452,47 @@ def test_unreadable_files_are_named(tmp_path):
     torch.save({"anything": 1}, path)
     with pytest.raises(ValueError, match="format"):
         Coupling.load(path)
+    for bad in ({"format": 1}, {"format": 1, "cfg": {"no such": 1}}):
+        torch.save(bad, path)
+        with pytest.raises(ValueError, match="c.pt: not a coupling of this version"):
+            Coupling.load(path)
+    for bad in (torch.ones(3), {"state": None}):
+        torch.save(bad, path)
+        with pytest.raises(ValueError, match="c.pt: not an unfinished solve"):
+            Coupling.fit(Y, groups, checkpoint=path)
+    with pytest.raises(ValueError, match="part: no such folder"):
+        Coupling.fit(Y, groups, checkpoint=tmp_path / "none" / "part")
 
 
-def test_a_write_that_fails_keeps_the_file_that_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path):
+    """Files may have 1000 bytes. The solve, not saved, is there for the next call."""
     Y, groups, c = grouped(M=24)
-    path = tmp_path / "c.pt"
+    path, part = tmp_path / "c.pt", tmp_path / "part"
     c.save(path)
     before = path.read_bytes()
+    solved = Coupling.fit(Y, groups, checkpoint=part)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            solved.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["c.pt", "part"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdot, "noise", lambda key, *a: pytest.fail("it solved again")
+                      if key[2:3] == (0,) else normal(*a[:2]))
+        again = Coupling.fit(Y, groups, checkpoint=part)
+    assert torch.equal(again.h, solved.h) and again.meta == solved.meta
+    again.save(path)
+    assert os.listdir(tmp_path) == ["c.pt"]
 
-    def full(data, where):
-        Path(where).write_bytes(b"half")
-        raise OSError("No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError):
-        c.save(path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+def test_the_bar_shows_the_mass_error_as_it_falls(capfd):
+    """Inside one group, long before the first measurement; it is rms |p_j / b_j - 1|."""
+    Coupling.fit(latents(300, 64), progress=True, start="voronoi", target=0.05)
+    seen = [float(e) for e in re.findall(r"mass_error=([0-9.]+)", capfd.readouterr().err)]
+    assert len(seen) > 3 and seen[0] > 0.5 and seen[-1] < 0.07
 
 
 @pytest.mark.parametrize("kill_at", [3, 40, 75])
@@ -493,7 +522,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, kill_at)
     resumed = Coupling.fit(Y, groups, checkpoint=tmp_path / "part", **flags)
     assert len(drawn) <= all_blocks - kill_at + 1                    # no step was done again
     assert torch.equal(resumed.h, whole.h) and resumed.meta == whole.meta
-    assert not list(tmp_path.iterdir())
+    resumed.save(tmp_path / "c.pt")
+    assert os.listdir(tmp_path) == ["c.pt"]
 
 
 def _rank(rank: int, world: int, init: str, out: str) -> None:
@@ -535,6 +565,29 @@ def test_exact_duplicates_share_one_cell_evenly():
     assert (torch.bincount(rows, minlength=60) == 6).all()
 
 
+@pytest.mark.parametrize("N,d,offset", [(20, 2048, 1e-5), (20, 2048, 1e-7), (40, 64, 1e-6),
+                                        (40, 16, 1e-5), (40, 64, 3e-4), (40, 64, 0.0)])
+def test_clips_that_are_as_good_as_the_same_are_drawn_alike(N, d, offset):
+    """One clip encoded twice: its rows differ in the last bits (0.0: in the sign of a zero)."""
+    Y = latents(N, d)
+    Y[3, 0] = 0.0
+    twin = Y[3] + offset * normal(1, d)[0]
+    if not offset:
+        twin[0] = -0.0
+    c = Coupling.fit(torch.cat([Y, twin[None]]), target=0.05)
+    share = torch.bincount(c.couple(normal(40_000, d)), minlength=N + 1) / 40_000 * (N + 1)
+    assert 0.85 < share[3] < 1.15 and 0.85 < share[N] < 1.15 and c.meta["chi2"] < 0.01
+    assert (c.copies != torch.arange(N + 1)).sum() == 1              # nobody else was merged
+
+
+def test_close_neighbours_keep_cells_of_their_own():
+    """A chain whose links are nearer than a copy would be, but whose ends are not."""
+    Y = torch.cat([latents(40, 64), latents(40, 64)[:1] + torch.arange(1, 6)[:, None] * 7e-4])
+    copies = sdot._copies(Y, torch.zeros(45).long(), 64)
+    apart = (Y - Y[copies]).norm(dim=1).max() / (Y - Y.mean(0)).norm(dim=1).square().mean().sqrt()
+    assert apart < 2e-3 and 41 <= len(copies.unique()) < 45
+
+
 def test_copies_share_by_their_masses():
     Y = torch.cat([torch.ones(2, 8), torch.zeros(1, 8)])
     c = Coupling.fit(Y, mass=torch.tensor([9.0, 1.0, 10.0]), target=0.03)
@@ -547,8 +600,8 @@ def test_copies_share_by_their_masses():
 def test_pairs_never_use_a_noise_twice_whatever_the_masses():
     mass = torch.cat([torch.full((10,), 9.0), torch.ones(10)])
     c = Coupling.fit(latents(20, 8), torch.arange(20) // 10, mass)
-    first, second = c.pairs(0)[0], c.pairs(1)[0]
-    assert len(torch.cat([first, second]).unique()) == len(first) + len(second)
+    keys = torch.cat([c.pairs(0, repeat=4)[0], c.pairs(1)[0], c.pairs(2)[0]])
+    assert len(keys.unique()) == len(keys)
 
 
 def test_flips_enter_as_rows_of_their_own():
