@@ -95,7 +95,7 @@ class ClipConfig:
     fps: int = 8  # of the files that are written
     things: int = 1  # moving objects in a clip of the toy world
     script: str = "latin"  # of its signs: latin | chinese
-    count: int = 6144  # M: clips in the data set that the DiT is trained on
+    count: int = 6144  # M: clips the DiT is trained on (toy and small with --data: 1024)
     max_interval: int = 4  # real videos: take every n-th frame, n drawn from 1 .. max_interval
     tell_fps: bool = False  # real videos: captions begin with the frame rate of the clip, FPS-12
     workers: int = 2  # processes that decode real videos
@@ -538,7 +538,7 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
             continue
         t = torch.arange(T) - (T - 1) / 2
         vx, vy = (
-            (c * t).sum() / t.square().sum() * 32 / H for c in (cx, cy)
+            (c * t).sum() / t.square().sum().clamp_min(1) * 32 / H for c in (cx, cy)
         )  # pixels a frame at H = 32
         speed, octant = math.hypot(vx, vy), round(math.atan2(vy, vx) / (math.pi / 4)) % 8
         score = bank @ nn.functional.normalize(centred_sprite(own, cx, cy).flatten(), dim=0)
@@ -677,6 +677,14 @@ def drawn_shape(shapes: list[tuple[int, int, int]], cfg: Config, i: int,
     return min(sides, key=lambda s: abs(math.log(s[1] / s[2] / aspect)))
 
 
+def held_out(cfg: Config, frames: int) -> int:
+    """The first frame of a video that training does not see: of its last fifth, or of its last clip
+    if that is longer; 0 where two clips do not fit, and all of it is for both."""
+    T = max(cfg.clips.frames, *cfg.clips.lengths, 0)
+    cut = min(int(0.8 * frames), frames - T)
+    return cut if cut >= T else 0
+
+
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".gif")
 
 
@@ -684,7 +692,7 @@ class VideoFolder:
     """Captioned videos: .mp4 .avi .mkv .webm .gif, each with a caption in a .txt beside it or in
     metadata.csv (`file_name,text`). A clip is a random window: T frames at a random start and
     frame interval, shrunk so that the short side is 1 to 1.5 times the size of a clip, cropped at
-    random. The last fifth of each video is held out of training.
+    random. The last fifth of each video, one clip at least, is held out of training.
 
     Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not
     grow with the number, the length or the resolution of the videos. Unreadable files are named
@@ -711,7 +719,7 @@ class VideoFolder:
         self.videos: list[
             tuple[Path, str, int, float, float]
         ] = []  # file, caption, frames, frames per second, height / width
-        short = []
+        short, whole = [], []
         for path in files:
             if path.name not in captions:
                 say(f"{path}: no caption, skipped")
@@ -723,12 +731,17 @@ class VideoFolder:
                 continue
             if frames < cfg.clips.frames:
                 short.append(path.name)
+            elif not held_out(cfg, frames):
+                whole.append(path.name)
             self.videos.append((path, captions[path.name], frames, rate, aspect))
         if short:
             say(
                 f"shorter than {cfg.clips.frames} frames, the last frame is repeated: "
                 + ", ".join(short)
             )
+        if whole:
+            say("too short for two clips, so that nothing of it is held out of training: "
+                + ", ".join(whole))
         if not self.videos:
             raise UserError(
                 f"--data {cfg.data}: none of its {len(files)} videos can be read and has a caption"
@@ -776,9 +789,8 @@ class VideoFolder:
         if done is not None and self.cfg.train_tae.motion > 1:
             most = int(autoencoder.motion_interval(rng, done, self.cfg.train_tae.motion))
         path, caption, frames, rate, aspect = video
-        lo, hi = (int(0.8 * frames), frames) if split == "heldout" else (0, int(0.8 * frames))
-        if hi - lo < T:  # too short to hold anything out
-            lo, hi = 0, frames
+        cut = held_out(self.cfg, frames)
+        lo, hi = (cut, frames) if split == "heldout" else (0, cut or frames)
         interval = rng.randint(1, max(1, min(most, (hi - lo) // T)))
         start = rng.randint(lo, max(lo, hi - interval * (T - 1) - 1))
         covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # its short side
@@ -905,22 +917,24 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def batches(clips, split: str, indices: list[list]) -> Iterator[tuple[Tensor, list[str]]]:
+def cores() -> int:
+    """Cores that this process may use."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
+            os.cpu_count() or 1)
+
+
+def _collate(rows: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+    return torch.stack([r[0] for r in rows]), [r[1] for r in rows]
+
+
+def batches(clips, split: str, indices) -> Iterator[tuple[Tensor, list[str]]]:
     """(B, 3, T, H, W) and captions for each list of clips, in order: a clip is its index, or the
     arguments of `clip`. Videos are decoded by worker processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(clips.cfg.clips.workers, cores) if isinstance(clips, VideoFolder) else 0
-
-    def collate(rows):
-        return torch.stack([r[0] for r in rows]), [r[1] for r in rows]
-
+    workers = min(clips.cfg.clips.workers, cores()) if isinstance(clips, VideoFolder) else 0
     before = set(multiprocessing.active_children())
-    loaded = iter(
-        torch.utils.data.DataLoader(
-            _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=collate,
-            worker_init_fn=_deaf
-        )
-    )
+    loaded = iter(torch.utils.data.DataLoader(
+        _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=_collate,
+        worker_init_fn=_deaf))
     _workers.extend(set(multiprocessing.active_children()) - before)
 
     def one_line():                             # what a worker raises comes with its traceback
@@ -983,6 +997,13 @@ def barrier() -> None:
     """Wait for all ranks, if there are several."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def wait_for_rank0(what: str) -> None:
+    """Until rank 0 has done what it does alone, however long that takes: a barrier would call it
+    silent. `what` names the place, which a process comes to once."""
+    sample_parallel.after_rank0(f"train/{what}", True)
+    barrier()
 
 
 @dataclass
@@ -1051,7 +1072,7 @@ class WholeDraws(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         x = args[0] if args else kwargs.get("tensor")
-        if func in self.draws and isinstance(x, DTensor):
+        if func in self.draws and isinstance(x, Tensor):    # on the CPU, the same for every device
             whole = torch.empty(x.shape, dtype=x.dtype)
             kwargs.pop("tensor", None)
             func(whole, *args[1:], **kwargs)
@@ -1126,6 +1147,15 @@ def opened(path: Path):
         raise UserError(
             f"{path}: damaged or missing ({error}); remove it and start the run again"
         ) from None
+
+
+def readable(path: Path) -> bool:
+    """Whether a safetensors file is there and whole."""
+    try:
+        load_file(path)
+    except (SafetensorError, OSError):
+        return False
+    return True
 
 
 class _SafeUnpickler(pickle.Unpickler):
@@ -1286,7 +1316,8 @@ class Checkpoints:
             raise ValueError(wrong)
 
     def load(self, state: dict) -> int:
-        """Fill `state` from the newest checkpoint that is whole -> its step; 0 if there is none."""
+        """Fill `state` from the newest checkpoint that is whole -> its step; 0 if there is none,
+        UserError if there are some, none of them whole."""
         self.wait()
         barrier()
         for path in self.steps():
@@ -1298,10 +1329,15 @@ class Checkpoints:
             except UserError:
                 raise
             except (Exception, CheckpointException) as error:
+                if world_size() > 1 and sample_parallel.is_loss(_reason(error)):
+                    raise sample_parallel.LostRank(_reason(error)) from None
                 self.damaged.add(path)
                 if rank() == 0:
                     print(f"{path}: damaged ({_reason(error)}), using the one before it",
                           file=sys.stderr)
+        if self.damaged:
+            raise UserError(f"{self.folder}: none of its checkpoints can be read; move them away "
+                            "to begin again")
         return 0
 
 
@@ -1398,8 +1434,9 @@ def read_events(path: Path) -> list[dict]:
     return rows
 
 
-class Stopped(Exception):
-    """The run was asked to end, and can go on where it is."""
+class Stopped(BaseException):
+    """The run was asked to end, and can go on where it is. No Exception: nobody may take it for
+    a damaged file."""
 
 
 class Stop:
@@ -1450,7 +1487,7 @@ def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
 def average_gradients(weights: list[nn.Parameter]) -> None:
     """The mean over all ranks, in one message: what FSDP2 does by itself for what it shards."""
     weights = [p for p in weights if p.grad is not None]
-    flat = torch.cat([p.grad.flatten() for p in weights]) / world_size()
+    flat = torch.cat([p.grad.flatten() for p in weights]).div_(world_size())
     dist.all_reduce(flat)
     for p, part in zip(weights, flat.split([p.numel() for p in weights])):
         p.grad = part.view_as(p)
@@ -1471,12 +1508,13 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
     the last checkpoint is taken again, and training goes on with the steps that follow: to repeat
     the ones between would end the same way. Stopped after a SIGTERM or SIGUSR1.
     """
+    Stop.patient = True     # from here on a signal is heard after the next step
     # Norm, optimizer and average need this rank's numbers alone, so they get its shards as tensors:
     # DTensor took a seventh of a toy's step to find, one by one, that there was nothing to do.
     local = lambda x: x.to_local() if isinstance(x, DTensor) else x
     names = dict(model.named_parameters())
     own = {k: nn.Parameter(local(p)) if isinstance(p, DTensor) else p for k, p in names.items()}
-    lookup = lambda name: "table" in name or "embedding" in name
+    lookup = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
     decays = {k: p.ndim >= 2 and not lookup(k) for k, p in own.items()}     # not lookups and biases
     optimizer = torch.optim.AdamW(
         [{"params": [p for k, p in own.items() if decays[k]]},
@@ -1505,9 +1543,12 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
         began = time.monotonic()
         checkpoints.save(step, state)
 
+    # NCCL's time-out ends the process without a word; gloo's, half as long, names the silent rank.
+    pulse = (dist.new_group(backend="gloo", timeout=sample_parallel.patience() / 2)
+             if dist.is_initialized() and run.device.type == "cuda" else None)
     bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=rank() != 0,
                mininterval=1.0, dynamic_ncols=True)
-    source, Stop.patient = losses(first), True
+    source = losses(first)
     bad, rewound, recent = 0, 0, []
     for step in range(first, steps):
         lr = learning_rate(step, t, steps)
@@ -1533,6 +1574,8 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             told = torch.stack([loss, asked])
             dist.all_reduce(told, dist.ReduceOp.AVG if told.is_cuda else dist.ReduceOp.SUM)
             loss, asked = told if told.is_cuda else told / world_size()
+        if pulse is not None:
+            dist.barrier(group=pulse)
         value, norm = loss.item(), total.item()
         if math.isfinite(value) and math.isfinite(norm):
             bad = 0
@@ -1546,7 +1589,8 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             bad += 1
             run.event(stage, step, "skipped", f"loss {value:g}, gradient norm {norm:g}"
                       + keys_of(parts))
-        model.zero_grad()
+        for p in (*names.values(), *weights):       # a shard and its tensor hold a gradient each
+            p.grad = None
         metrics.add(step, value, lr, norm)
         if len(recent) == 50:
             mean = sum(recent) / 50
@@ -1627,15 +1671,23 @@ def train_tae(run: Run, clips) -> None:
         mine, steps = shard(batch), t.steps if video else t.image_steps
         finish = round(steps * (1 - t.finish)) if video else steps  # from here on: whole clips
         per_step = batch if video else -(-batch // 4)  # an image batch takes 4 frames of each clip
-        rows = range(mine.start, mine.stop) if video else range(per_step)
+
+        def images(step: int) -> Tensor:
+            """This rank's frames of an image batch, counted through all frames of its clips."""
+            g = generator(cfg.seed, "tae", False, step)
+            return torch.randperm(per_step * cfg.clips.frames, generator=g)[:batch][mine]
+
+        def rows(step: int) -> list[int]:
+            return (list(range(batch)[mine]) if video else
+                    (images(step) // cfg.clips.frames).unique().tolist())
 
         def clips_from(first: int):
             for split, low, high in (("tae", 0, finish), ("train", finish, steps)):
+                todo = ([s * per_step + i for i in rows(s)] for s in range(max(first, low), high))
+                if split == "tae":          # crops of one window share its place in the curriculum
+                    todo = ([(i, i // CROPS * CROPS // per_step / steps) for i in batch]
+                            for batch in todo)
                 if first < high:
-                    todo = [[s * per_step + i for i in rows] for s in range(max(first, low), high)]
-                    if split == "tae":      # crops of one window share its place in the curriculum
-                        todo = [[(i, i // CROPS * CROPS // per_step / steps) for i in batch]
-                                for batch in todo]
                     yield from batches(clips, split, todo)
 
         def source(first: int):
@@ -1645,8 +1697,9 @@ def train_tae(run: Run, clips) -> None:
                 T = 1 if image else t.window
                 T = x.shape[2] if step >= finish else T
                 if not video:
-                    frames = rearrange(x, "b c t h w -> (b t) c 1 h w")
-                    x = frames[torch.randperm(len(frames), generator=g)[:batch][mine]]
+                    frames = images(step)
+                    _, clip = (frames // x.shape[2]).unique(return_inverse=True)
+                    x = x.transpose(1, 2)[clip, frames % x.shape[2]][:, :, None]    # (b c 1 h w)
                 else:
                     at = torch.randint(x.shape[2] - T + 1, (), generator=g).item()
                     x = x[:, :, at : at + T]
@@ -1680,13 +1733,16 @@ def train_tae(run: Run, clips) -> None:
         tae = autoencoder.autoencoder(cfg.autoencoder_config).eval()
         tae.load_state_dict(only(state, "tae."), strict=False)
         tae, stats = tae.to(run.device), autoencoder.LatentStats(tae)
-        with torch.no_grad():
-            rows = [list(range(i, i + 32)) for i in range(0, 256, 32)]
-            for x, _ in batches(clips, "train", rows):
-                stats.update(tae.encode(x.to(run.device)))
+        for _, _, posterior in encoded(run, tae, clips, "train", range(256), whole_clip(cfg)):
+            stats.update(posterior)
         tae.lat_mean[:], tae.lat_std[:] = stats.result()
         save_tensors(final, tae.state_dict())
-    barrier()
+    wait_for_rank0("statistics")
+
+
+def whole_clip(cfg: Config) -> tuple[int, int, int]:
+    """T, H, W of a clip."""
+    return cfg.clips.frames, cfg.clips.size, cfg.clips.size
 
 
 def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -1703,6 +1759,21 @@ def load_tae(run: Run) -> autoencoder.Autoencoder:
 
 SHARD = 256  # clips in one file of latents
 LARGE = 2**23  # pixels of a clip from which on the autoencoder sees one frame at a time
+
+
+def streamed(cfg: Config, shape: tuple[int, int, int]) -> dict[str, bool]:
+    """The arguments with which encode and decode keep a clip of T x H x W within memory."""
+    return {"stream": True} if math.prod(shape) > LARGE and cfg.variant != "vidtwin" else {}
+
+
+@torch.no_grad()
+def encoded(run: Run, tae: autoencoder.Autoencoder, clips, split: str, rows: list[int],
+            shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, list[str], object]]:
+    """(clips, captions, posterior) of these rows, as many at once as memory takes."""
+    n, how = max(1, min(32, LARGE // math.prod(shape))), streamed(run.cfg, shape)
+    parts = [[(i, None, shape) for i in rows[k : k + n]] for k in range(0, len(rows), n)]
+    for x, captions in batches(clips, split, parts):
+        yield x, captions, tae.encode(x.to(run.device), **how)
 
 
 def shards_of(clips, count: int) -> list[tuple[tuple[int, int, int], list[int]]]:
@@ -1730,43 +1801,36 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
     M, shards, index = run.cfg.clips.count, {}, folder / "index.json"
     for s, shard in enumerate(shards_of(clips, M)):
         shards[f"shard_{s:05d}.safetensors"] = shard
-    todo = list(shards)
-    if index.exists():
+    files, every = [*shards, "text.safetensors", "captions.json"], slice(rank(), None, world_size())
+    todo = files
+    if index.exists():                          # each rank looks at some, and all hear of all
         sums = json.loads(index.read_text())["shards"]
-        whole = lambda n: (folder / n).exists() and crc(folder / n) == sums.get(n)
-        todo = [n for n in todo if not whole(n)]
+        bad = [n for n in files[every] if not (folder / n).exists()
+               or crc(folder / n) != sums.get(n, crc(folder / n))]
+        said = [bad]
+        if dist.is_initialized():
+            said = [None] * world_size()
+            dist.all_gather_object(said, bad)
+        todo = sorted(itertools.chain(*said))
         if not todo:
             return
         if rank() == 0:
-            names = ", ".join(todo)
-            print(f"{folder}: damaged or missing, encoded again: {names}", file=sys.stderr)
+            print(f"{folder}: damaged or missing, encoded again: {', '.join(todo)}",
+                  file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     began, tae = time.monotonic(), load_tae(run)
-    mine = []
-    for name in todo[rank() :: world_size()]:
-        try:
-            if index.exists():
-                raise OSError
-            load_file(folder / name)  # whole: an earlier start of this run wrote it
-        except (SafetensorError, OSError):
-            mine.append(name)
+    mine = [n for n in [n for n in todo if n in shards][every]
+            if index.exists() or not readable(folder / n)]      # an earlier start wrote some
     bar = tqdm(total=sum(len(shards[n][1]) for n in mine), desc="latents", unit="clip",
                disable=rank() != 0)
     for name in mine:
         shape, rows = shards[name]
-        rows = [(i, None, shape) for i in rows]
-        large = math.prod(shape) > LARGE
-        at_once = 1 if large else min(32, LARGE // math.prod(shape))
         mean, logvar, texts = [], [], []
-        with torch.no_grad():
-            for x, captions in batches(clips, "train",
-                                       [rows[i : i + at_once]
-                                        for i in range(0, len(rows), at_once)]):
-                posterior = tae.encode(x.to(run.device), **({"stream": True} if large else {}))
-                mean.append(posterior.mean.cpu())
-                logvar.append(posterior.logvar.cpu())
-                texts += captions
-                bar.update(len(captions))
+        for _, captions, posterior in encoded(run, tae, clips, "train", rows, shape):
+            mean.append(posterior.mean.cpu())
+            logvar.append(posterior.logvar.cpu())
+            texts += captions
+            bar.update(len(captions))
         save_tensors(folder / name, {"mean": torch.cat(mean), "logvar": torch.cat(logvar)},
                      captions=json.dumps(texts))
     bar.close()
@@ -1785,9 +1849,9 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
         write_json(folder / "captions.json",
                    {"captions": unique, "of": [where[c] for c in captions],
                     "rows": [rows for _, rows in shards.values()]})
-        write_json(index, {"shards": {n: crc(folder / n) for n in shards}})
+        write_json(index, {"shards": {n: crc(folder / n) for n in files}})
     run.spent("latents", time.monotonic() - began)
-    barrier()
+    wait_for_rank0(f"captions of {folder}")
 
 
 def text_config(cfg: Config, folder: Path) -> text_cond.TextConfig:
@@ -2101,9 +2165,8 @@ class Loaded:
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents (B, C, T', H', W') -> clips (B, 3, T, H, W) in [-1, 1]."""
-        c = self.cfg.clips
-        how = {"stream": True} if c.frames * c.size**2 > LARGE else {}
-        x = self.tae.decode(self.tae.denormalize(z), c.frames, (c.size, c.size), **how)
+        T, H, W = whole_clip(self.cfg)
+        x = self.tae.decode(self.tae.denormalize(z), T, (H, W), **streamed(self.cfg, (T, H, W)))
         return x.clamp(-1, 1)
 
     def schedule(self, steps: int | None = None, name: str | None = None) -> Tensor:
@@ -2177,11 +2240,9 @@ def export(folder: Path, path: Path) -> None:
 
 
 def make_samples(run: Run) -> None:
-    """samples/: a GIF and an MP4 for each prompt, and index.json."""
-    folder = run.folder / "samples"
-    if (folder / "index.json").exists() or rank() != 0:
-        return
-    began, loaded, cfg = time.monotonic(), load_run(run.folder, run.device), run.cfg
+    """samples/: a GIF and an MP4 for each prompt, and index.json. Each rank makes some; what is
+    there is kept."""
+    folder, cfg, began = run.folder / "samples", run.cfg, time.monotonic()
     if cfg.data:
         captions = load_latents(run).captions
         todo = [("trained", captions[i % len(captions)])
@@ -2189,22 +2250,29 @@ def make_samples(run: Run) -> None:
     else:
         todo = test_prompts(cfg)
     folder.mkdir(exist_ok=True)
-    rows = []
-    bar = tqdm(total=len(todo), desc="sample", unit="clip", dynamic_ncols=True)
-    for i in range(0, len(todo), cfg.sample.batch):
-        part = todo[i : i + cfg.sample.batch]
+    part_file = lambda i: folder / f"clips_{i:04d}.safetensors"
+    mine = [i for i in range(0, len(todo), cfg.sample.batch)[rank() :: world_size()]
+            if not readable(part_file(i))]
+    loaded = load_run(run.folder, run.device) if mine else None
+    parts = [todo[i : i + cfg.sample.batch] for i in mine]
+    bar = tqdm(total=sum(map(len, parts)), desc="sample", unit="clip", dynamic_ncols=True,
+               disable=rank() != 0 or not mine)
+    for i, part in zip(mine, parts):
         clips = loaded.generate([p for _, p in part], list(range(i, i + len(part)))).cpu()
-        for j, ((kind, prompt), clip) in enumerate(zip(part, clips), i):
-            write_video(folder / f"{j:04d}.gif", clip, loaded.fps,
-                        zoom=max(1, 128 // cfg.clips.size))
-            write_video(folder / f"{j:04d}.mp4", clip, loaded.fps,
-                        zoom=max(1, 128 // cfg.clips.size))
-            rows.append({"file": f"{j:04d}", "kind": kind, "prompt": prompt, "seed": j})
-        save_tensors(folder / f"clips_{i:04d}.safetensors", {"clips": clips})
+        for j, clip in enumerate(clips, i):
+            for suffix in ("gif", "mp4"):
+                write_video(folder / f"{j:04d}.{suffix}", clip, loaded.fps,
+                            zoom=max(1, 128 // cfg.clips.size))
+        save_tensors(part_file(i), {"clips": clips})
         bar.update(len(part))
     bar.close()
-    write_json(folder / "index.json", rows)
-    run.spent("sample", time.monotonic() - began)
+    barrier()
+    if rank() == 0:
+        write_json(folder / "index.json",
+                   [{"file": f"{j:04d}", "kind": kind, "prompt": prompt, "seed": j}
+                    for j, (kind, prompt) in enumerate(todo)])
+        if mine:
+            run.spent("sample", time.monotonic() - began)
 
 
 def make_report(run: Run, clips) -> dict:
@@ -2218,28 +2286,26 @@ def make_report(run: Run, clips) -> dict:
     report: dict = {"scale": cfg.scale, "seed": cfg.seed, "data": cfg.data or "toy world",
                     "coupling": cfg.coupling}
 
-    rows = [list(range(i, i + 16)) for i in range(0, 64, 16)]
-    heldout = list(batches(clips, "heldout", rows))
-    x = torch.cat([b[0] for b in heldout])
-    with torch.no_grad():
-        posteriors = [tae.encode(part.to(run.device)) for part in x.split(16)]
-        recon = torch.cat(
-            [tae.decode(p.mean, cfg.clips.frames, x.shape[-2:]).cpu() for p in posteriors]
-        )
-        report["tae_psnr_db"] = round(autoencoder.psnr(recon, x).mean().item(), 2)
-        report["tae_rate_percent"] = round(100 * tae.compression_rate(*x.shape[2:]), 3)
-        report["dit_val_loss"] = round(
-            validation_loss(loaded, posteriors, [c for b in heldout for c in b[1]]), 4
-        )
+    shape = whole_clip(cfg)
+    (folder / "reconstructions").mkdir(exist_ok=True)
+    psnr, latents, captions = [], [], []
+    for x, texts, posterior in encoded(run, tae, clips, "heldout", range(64), shape):
+        with torch.no_grad():
+            recon = tae.decode(posterior.mean, shape[0], shape[1:], **streamed(cfg, shape)).cpu()
+        psnr.append(autoencoder.psnr(recon, x))
+        for i, (a, b) in enumerate(zip(x[: max(0, 12 - len(captions))], recon), len(captions)):
+            pair = torch.cat([a, torch.full_like(a[..., :2], -1), b], dim=-1)
+            write_video(folder / "reconstructions" / f"{i:02d}.gif", pair, cfg.clips.fps,
+                        zoom=max(1, 128 // cfg.clips.size))
+        latents.append(tae.normalize(posterior.mean))
+        captions += texts
+    report["tae_psnr_db"] = round(torch.cat(psnr).mean().item(), 2)
+    report["tae_rate_percent"] = round(100 * tae.compression_rate(*shape), 3)
+    report["dit_val_loss"] = round(validation_loss(loaded, torch.cat(latents), captions), 4)
     report["parameters"] = {
         name: sum(p.numel() for p in m.parameters())
         for name, m in (("tae", tae), ("text", loaded.text), ("dit", loaded.dit))
     }
-    (folder / "reconstructions").mkdir(exist_ok=True)
-    for i in range(12):
-        pair = torch.cat([x[i], torch.full_like(x[i, ..., :2], -1), recon[i]], dim=-1)
-        write_video(folder / "reconstructions" / f"{i:02d}.gif", pair, cfg.clips.fps,
-                    zoom=max(1, 128 // cfg.clips.size))
 
     rows = json.loads((folder / "samples" / "index.json").read_text())
     made = torch.cat(
@@ -2284,12 +2350,12 @@ def make_report(run: Run, clips) -> dict:
 
 
 @torch.no_grad()
-def validation_loss(loaded: Loaded, posteriors: list, captions: list[str]) -> float:
-    """Flow-matching loss on held-out clips at ten fixed times: Movie Gen's proxy for what people
-    prefer."""
-    x1 = loaded.tae.normalize(torch.cat([p.mean for p in posteriors]))
+def validation_loss(loaded: Loaded, x1: Tensor, captions: list[str]) -> float:
+    """Flow-matching loss on held-out latents at ten fixed times: Movie Gen's proxy for what people
+    prefer. As many clips at once as are sampled at once."""
     P, mask, _, _ = loaded.prompts(captions)
-    v_fn = lambda x, t: loaded.dit(x, t, P, mask)
+    v_fn = lambda *all: torch.cat([loaded.dit(*part) for part in zip(
+        *(v.split(loaded.cfg.sample.batch) for v in (*all, P, mask)))])
     return flow.validation_loss(v_fn, x1, loaded.cfg.flow, times=10)[0]
 
 
@@ -2683,7 +2749,7 @@ def costs(cfg: Config, shapes: tuple[list, list], L: int, gpus: int, sp: int, re
          "Adam's two moments": (8 * W, "8 W")}
     if t.ema:
         m["moving average"] = 4 * W, "4 W"
-    if gpus > 1:  # FSDP's whole copies; gradients outside of the blocks come when those are done
+    if S > 1:  # FSDP's whole copies; gradients outside of the blocks come when those are done
         held, why = (2, "one at work, one on its way") if reshard else (depth, "all of them stay")
         m["whole blocks"] = held * e * block, f"{held} e {block:,}: {why}"
         m["whole rest"] = 4 * rest, f"4 x {rest:,}: what is outside of the blocks"
@@ -2700,6 +2766,9 @@ def costs(cfg: Config, shapes: tuple[list, list], L: int, gpus: int, sp: int, re
     swiglu, head = (4 * D + 2 * e * F, "4 D + 2e F"), (24 * D, "24 D")
     most, why = swiglu if cfg.dit.checkpointing else max(swiglu, head)
     m["backward"] = b * n * most, f"b n ({why}): gradients in a SwiGLU, or the head"
+    if S == 1 < gpus:
+        freed = sum(m[k][0] for k in ("activations", "clips and text", "backward"))
+        m["gradients to send"] = max(0, 4 * W - freed), "4 W - activations: one message of all"
 
     w, times = {}, K * (2 if reshard else 1)
     if S > 1:
@@ -2707,7 +2776,9 @@ def costs(cfg: Config, shapes: tuple[list, list], L: int, gpus: int, sp: int, re
                            f"{times} (S - 1) (e {blocks:,} + 4 x {rests:,}): FSDP's parameters")
         w["reduce-scatter"] = K * (S - 1) * 4 * W, "K (S - 1) 4 W: FSDP's gradients"
     if R > 1:
-        w["all-reduce"] = K * 8 * W * (R - 1) // R, "K 8 W (R - 1) / R: gradients, between replicas"
+        times, why = (K, "K ") if S > 1 else (1, "")
+        w["all-reduce"] = (times * 8 * W * (R - 1) // R,
+                           f"{why}8 W (R - 1) / R: gradients, between replicas")
     if sp > 1:
         times = 12 if cfg.dit.checkpointing else 8  # q, k, v, out: forward, backward, and again
         w["all-to-all"] = (times * depth * each * n * D * e * (sp - 1) // sp,
@@ -3026,8 +3097,8 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
             setattr(cfg, section, replace(getattr(cfg, section), **values))
         except ValueError as error:  # a stage's own check, which names the field
             raise UserError(f"--{section}.{error}") from None
-    if cfg.data and given["clips.count"] is None:
-        cfg.clips.count = min(cfg.clips.count, 1024)  # windows of real videos cost a decoding each
+    if cfg.data and given["clips.count"] is None and args.scale in ("toy", "small"):
+        cfg.clips.count = 1024  # windows of real videos cost a decoding each
     for name in ("data", "workdir", "export"):
         if getattr(args, name) == "":
             raise UserError(f"--{name} '': no such {'file' if name == 'export' else 'folder'}")
@@ -3119,7 +3190,7 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
                                 timeout=timedelta(seconds=args.timeout))
     elif "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         # some versions of torchrun allow each rank one thread; a single rank may have them all
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(cores())
     mesh = make_mesh(args.dp, args.sp, args.replicate, args.reshard, device.type)
     check_shares(cfg, mesh, args.workdir)
     clips = clips_of(cfg, quiet=rank() != 0)
@@ -3131,7 +3202,7 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     report = None
     for name, stage in stages.items():
         report = stage()
-        barrier()
+        wait_for_rank0(name)
         if Stop.asked:
             raise Stopped(f"stopped by {Stop.asked} after {name}; start again to continue")
         if name == args.stage:
@@ -3139,6 +3210,15 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     if report:
         print(json.dumps(report, indent=1))
         print(f"look at {run.folder / 'index.html'}")
+
+
+def first_to_say() -> bool:
+    """Whether no other rank has told the user yet: what only one of them met is said, too."""
+    if not dist.is_initialized():
+        return int(os.environ.get("RANK", 0)) == 0
+    with contextlib.suppress(dist.DistError):
+        return dist.distributed_c10d._get_default_store().add("said", 1) == 1
+    return True
 
 
 def ours(error: BaseException) -> bool:
@@ -3157,8 +3237,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         if not (isinstance(error, UserError) or ours(error)):
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
+        if first_to_say():
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         print(f"train.py: {error}", file=sys.stderr)

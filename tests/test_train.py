@@ -81,6 +81,13 @@ def test_judge_reads_chinese():
     assert train.parse(train.caption(world))[0]["text"] == "火山"
 
 
+def test_an_image_is_judged_without_its_motion():
+    world = tae.World((tae.Thing("red", "circle", "left", "slow"),))
+    (clip,) = tae.render([world], 1)
+    seen = train.judge(clip, train.caption(world))
+    assert seen["color"] and seen["shape"] and not seen["direction"]
+
+
 def test_judge_can_fail():
     rng = random.Random(0)
     worlds = [tae.sample_world(rng) for _ in range(120)]
@@ -307,6 +314,47 @@ def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch, capfd):
     assert "No space left on device" in err and "step_0000003 is kept" in err
     assert "Traceback" not in err
     assert sorted(p.name for p in (copy / "dit").glob("*")) == kept
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_stop_while_a_checkpoint_is_read_costs_none(copy, finished, monkeypatch, signals):
+    """A stop is no damage: it is heard after the first step, and no checkpoint is taken for bad."""
+    forget(copy, "dit/model.safetensors", "samples", "report.json", "coupling.pt")
+    real, left = train.Checkpoints.check, [signals]
+
+    def check(self, path):
+        if path.parent.name == "dit" and left[0]:
+            left[0] -= 1
+            os.kill(os.getpid(), train.signal.SIGTERM)
+        real(self, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpoints, "check", check)
+        assert run(copy) == 0
+    assert not (copy / "dit/model.safetensors").exists()
+    there = sorted(p.name for p in (copy / "dit").glob("step_*"))
+    assert there == ["step_0000006", "step_0000007"]
+    assert run(copy) == 0 and figures(copy) == figures(finished)
+
+
+def test_checkpoints_that_cannot_be_read_are_not_thrown_away(copy, capfd):
+    forget(copy, "dit/model.safetensors", "samples", "report.json")
+    there = sorted((copy / "dit").glob("step_*"))
+    for data in (copy / "dit").glob("step_*/*.distcp"):
+        data.write_bytes(b"")
+    assert run(copy) == 2
+    assert "none of its checkpoints can be read; move them away" in capfd.readouterr().err
+    assert sorted((copy / "dit").glob("step_*")) == there
+
+
+@pytest.mark.parametrize("name", ["latents/text.safetensors", "latents/captions.json",
+                                  "samples/clips_0000.safetensors"])
+def test_what_is_removed_is_made_again(copy, finished, name):
+    """The one line for a damaged file says: remove it and start the run again."""
+    (copy / name).unlink()
+    forget(copy, "report.json")
+    assert run(copy) == 0
+    assert (copy / name).read_bytes() == (finished / name).read_bytes()
+    assert figures(copy) == figures(finished)
 
 
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
@@ -798,10 +846,10 @@ def config(folder, *flags):
 
 
 def test_windows_are_frames_at_an_interval(tmp_path):
-    folder = make_folder(tmp_path / "v")
+    folder = make_folder(tmp_path / "v", frames=60)
     clips = train.VideoFolder(config(folder))
-    assert [(p.name, n) for p, _, n, *_ in clips.videos] == [("v0.mp4", 40), ("v1.mp4", 40),
-                                                              ("v2.gif", 40)]
+    assert [(p.name, n) for p, _, n, *_ in clips.videos] == [("v0.mp4", 60), ("v1.mp4", 60),
+                                                              ("v2.gif", 60)]
     seen = set()
     for i in range(0, 24 * train.CROPS, train.CROPS):
         for split in ("train", "heldout"):
@@ -809,14 +857,61 @@ def test_windows_are_frames_at_an_interval(tmp_path):
             assert x.shape == (3, 16, 32, 32) and text == f"grey number {i // train.CROPS % 3}"
             k = ((x.mean((0, 2, 3)) + 1) * 127.5 / 4)                       # frame numbers
             d = k.diff()
-            held = split == "heldout"
-            if not held:
-                assert k[-1] < 32.6                  # the last fifth is held out of training
-                assert d.std() < 0.4 and 0.7 < d.mean() < 2.3
+            assert d.std() < 0.4 and 0.7 < d.mean() < 2.3
+            if split == "heldout":                   # the last fifth, or the last clip if longer
+                assert k[0] > 43.4
+            else:
+                assert k[-1] < 43.6
                 seen.add(round(d.mean().item()))
             again, _ = clips.clip(split, i)
             assert torch.equal(x, again)
     assert seen == {1, 2}
+
+
+@pytest.mark.parametrize("frames,cut", [(1000, 800), (80, 64), (79, 63), (60, 44), (32, 16),
+                                        (31, 0), (16, 0), (5, 0)])
+def test_what_is_held_out_is_never_trained_on(frames, cut):
+    """Clips have 16 frames: the last fifth, or the last clip; nothing where two do not fit."""
+    assert train.held_out(train.finish_config(train.SCALES["toy"]()), frames) == cut
+
+
+@pytest.mark.parametrize("scale,count", [("toy", 1024), ("small", 1024), ("1b", 1_000_000),
+                                         ("30b", 10_000_000)])
+def test_only_the_small_scales_cut_down_real_videos(scale, count):
+    argv = ["--scale", scale, "--data", "videos"]
+    assert train.parse_args(argv)[0].clips.count == count
+    assert train.parse_args([*argv, "--clips.count", "77"])[0].clips.count == 77
+
+
+def test_image_batches_do_not_depend_on_the_ranks(tmp_path, monkeypatch):
+    """Two ranks' frames are those of one, and each decodes the clips it needs alone."""
+    cfg = train.parse_args(["--train_tae.image_batch", "8", "--train_tae.image_steps", "3"])[0]
+    seen: dict = {}
+
+    def optimize(run, stage, folder, model, t, steps, losses):
+        for (one,), _ in zip(losses(0), range(3)):
+            seen.setdefault(train.rank(), []).append(one(lambda x, step, g: x))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "optimize", optimize)
+    monkeypatch.setattr(train, "check_judge", lambda cfg: {"color": 1.0})
+    asked: list = []
+    clips = train.ToyClips(cfg)
+    whole = clips.clip
+    clips.clip = lambda *a: asked.append(a[1]) or whole(*a)
+    for world in (1, 2):
+        for r in range(world):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(train, "rank", lambda r=r: r)
+                patch.setattr(train, "world_size", lambda world=world: world)
+                folder = tmp_path / f"{world}{r}"
+                train.train_tae(train.Run(folder, cfg, torch.device("cpu")), clips)
+        if world == 1:
+            alone, decoded = seen.pop(0), len(asked)
+            asked.clear()
+    for step in range(3):
+        assert torch.equal(alone[step], torch.cat([seen[0][step], seen[1][step]]))
+        assert alone[step].shape == (8, 3, 1, 32, 32)
+    assert decoded <= len(asked) <= 2 * decoded
 
 
 def test_reader_reaches_every_frame(tmp_path):
