@@ -55,6 +55,7 @@ a rank or a patch; P numbers in a token; D width; M patches; S steps; W warm-up 
 and Ring degrees; L text tokens, but blocks where bytes are counted; t flow time.
 """
 import argparse
+import itertools
 import math
 import multiprocessing as mp
 import os
@@ -63,6 +64,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -178,12 +180,9 @@ class Layout:
         replaces: so the cache is kept by patch, p0: u0 u1 | p1: u0 u1. With the orders mixed up a
         patch overwrites half of itself and half of a neighbour. The clip looks as if nothing had
         happened (1.7 % off on the demo's model, staleness costs 5 %): only an oracle sees it."""
-        pieces = {}
-        for u in range(self.U):
-            for m in range(self.M):
-                start = sum(self.size(None, r, i) for i in range(u)) + self.local(m, r, u).start
-                pieces[m, u] = torch.arange(start, start + self.size(m, r, u))
-        return torch.cat([pieces[m, u] for m in range(self.M) for u in range(self.U)])
+        patch = [torch.full((self.size(m, r, u),), m, device=self.order.device)
+                 for u in range(self.U) for m in range(self.M)]
+        return torch.cat(patch).argsort(stable=True)
 
 
 def token_order(model, shape, axis, device=None):
@@ -274,9 +273,9 @@ class Wire:
 
 
 class Inbox:
-    """Messages of known shapes from one rank. The irecv of the next one is always posted before
-    this one is used, so that it arrives while we compute. (Shapes must be known: gloo sends bytes,
-    not sizes.)"""
+    """Messages of known shapes from the rank src of the world. The irecv of the next one is always
+    posted before this one is used, so that it arrives while we compute. (Shapes must be known: gloo
+    sends bytes, not sizes.)"""
 
     def __init__(self, shapes, src, group, dtype, device):
         self.shapes, self.src, self.group = iter(shapes), src, group
@@ -287,7 +286,7 @@ class Inbox:
         shape = next(self.shapes, None)
         if shape is not None:
             buffer = torch.empty(shape, **self.kind)
-            self.next = buffer, dist.irecv(buffer, group=self.group, group_src=self.src)
+            self.next = buffer, dist.irecv(buffer, self.src, self.group)
 
     def get(self):
         buffer, work = self.next
@@ -297,19 +296,20 @@ class Inbox:
 
 
 class Outbox:
-    """isends in flight: their tensors must stay alive and unchanged until they are gone.
+    """isends in flight to the rank dst of the world: their tensors must stay alive and unchanged
+    until they are gone.
 
     `limit` bounds the memory. It must not be below M: the last stage's latents are taken M
     micro-steps later."""
 
-    def __init__(self, group, wire, what, limit):
-        self.group, self.wire, self.what, self.limit = group, wire, what, limit
+    def __init__(self, dst, group, wire, what, limit):
+        self.dst, self.group, self.wire, self.what, self.limit = dst, group, wire, what, limit
         self.flying = deque()
 
-    def send(self, x, dst):
+    def send(self, x):
         x = x.contiguous()
         self.wire.count(self.what, x)
-        self.flying.append((x, dist.isend(x, group=self.group, group_dst=dst)))
+        self.flying.append((x, dist.isend(x, self.dst, self.group)))
         if len(self.flying) > self.limit:
             self.flying.popleft()[1].wait()
 
@@ -340,7 +340,9 @@ attention = F.scaled_dot_product_attention
 
 def attention_lse(q, k, v):
     """Attention over some of the keys, with what is needed to merge it with the rest:
-    o = softmax(q k^T / sqrt(d)) v  and  lse = log sum exp(q k^T / sqrt(d)), (b, heads, n), fp32."""
+    o = softmax(q k^T / sqrt(d)) v  and  lse = log sum exp(q k^T / sqrt(d)), (b, heads, n), fp32.
+    On a GPU the fused kernel is there for 16-bit numbers; in fp32 the plain form builds (n, n), and
+    is meant for small sizes."""
     if q.device.type == "cpu":          # fused kernels have the lse at hand, and never build (n, n)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
@@ -362,7 +364,8 @@ class Ring:
 
     def __call__(self, q, k, v):
         R, r, group = self.axis.size, self.axis.index, self.axis.group
-        kv = torch.stack((k, v))                                            # (2, b, h, n_r, d)
+        # Contiguous: the fused op trusts q's strides, the wire kv's.
+        q, kv = q.contiguous(), torch.stack((k, v)).contiguous()            # kv (2, b, h, n_r, d)
         o = lse = None
         for hop in range(R):
             works = []
@@ -475,11 +478,11 @@ class StaleKV:
     def __call__(self, q, k, v):
         m = self.now.patch
         if m is None:
-            q, k, v = (a[:, :, self.splice.to(q.device)] for a in (q, k, v))  # patch-major, copies
+            q, k, v = (a[:, :, self.splice] for a in (q, k, v))                # patch-major, copies
             self.k, self.v = k, v
             self.age = [self.now.step] * self.layout.M
             o = torch.empty_like(q)
-            o[:, :, self.splice.to(q.device)] = self.core(q, k, v)                      # and back
+            o[:, :, self.splice] = self.core(q, k, v)                                   # and back
             return o
         slot = self.layout.slot(m, self.r)
         self.k[:, :, slot], self.v[:, :, slot] = k, v
@@ -494,26 +497,23 @@ class DistriFusion:
 
     def __init__(self, axis, sizes, now, warmup, wire, exchange=True):
         self.axis, self.sizes, self.now, self.warmup, self.wire = axis, sizes, now, warmup, wire
-        self.exchange, self.flying = exchange, None
+        self.exchange, self.flying = exchange, ([], [])
 
     def __call__(self, q, k, v):
-        kv = torch.stack((k, v))
         fresh = self.now.step < self.warmup
         if not fresh and not self.exchange:
             return attention(q, k, v)
-        stale, self.flying = self.flying, None
-        if fresh or self.exchange:
-            self.flying = post_all_gather(kv, self.sizes, 3, self.axis)
-            self.wire.sent["kv"] += kv.numel() * kv.element_size() * (self.axis.size - 1)
+        kv, stale = torch.stack((k, v)), self.flying
+        self.flying = post_all_gather(kv, self.sizes, 3, self.axis)
+        self.wire.sent["kv"] += kv.nbytes * (self.axis.size - 1)
         works, parts = self.flying if fresh else stale      # stale: posted in this layer a step ago
-        for work in works:
-            work.wait()
-        parts = [kv if i == self.axis.index else p for i, p in enumerate(parts)]
-        self.flying = ([], parts) if fresh else self.flying
+        while works:
+            works.pop().wait()
+        parts[self.axis.index] = kv
         return attention(q, *torch.cat(parts, dim=3))
 
     def finish(self):
-        for work in self.flying[0] if self.flying else []:
+        for work in self.flying[0]:
             work.wait()
 
 
@@ -532,6 +532,19 @@ def both_branches(B, text, mask=None, null=None, null_mask=None):
         masks = [all_true(P) if m is None else m.expand(P.shape[:2]) for P, m in pairs]
         mask = torch.cat([F.pad(m, (0, L - m.shape[1])) for m in masks])                # (2B, L)
     return torch.cat([F.pad(P, (0, 0, 0, L - P.shape[1])) for P, _ in pairs]), mask     # (2B, L, D)
+
+
+def times(ts, steps):
+    """The times to visit (S + 1,), fp32: ts, or `steps` equal steps. ValueError unless they lead
+    from 0, noise, to 1, data."""
+    if ts is None:
+        if steps < 1:
+            raise ValueError(f"steps {steps}: must be at least 1")
+        return torch.linspace(0, 1, steps + 1)
+    ts = torch.as_tensor(ts).float().cpu()
+    if ts.dim() != 1 or len(ts) < 2 or ts[0].abs() > 1e-6 or not (ts[-1] - 1).abs() < 1e-6:
+        raise ValueError(f"ts {ts.tolist()}: needs two times or more, from 0 to 1")
+    return ts
 
 
 def guide(v, guidance):
@@ -554,7 +567,7 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
     what. The real samplers are tested against this function, bit for bit where the arithmetic is
     the same."""
     one_of("mode", mode, ("exact", "pipefusion", "distrifusion", "no_exchange"))
-    ts = torch.linspace(0, 1, steps + 1) if ts is None else ts.float().cpu()
+    ts = times(ts, steps).to(x0.device)
     guided, B, dtype = null is not None, x0.shape[0], next(model.parameters()).dtype
     text, mask = both_branches(B, text, mask, null, null_mask)
     b = B * (2 if guided else 1)
@@ -586,7 +599,7 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
     with swapped_attention({block: partial(attend, i) for i, block in enumerate(model.blocks)}):
         for i in range(len(ts) - 1):
             whole = mode == "exact" or i < warmup
-            c = model.condition(ts[i].expand(b).to(x0.device))
+            c = model.condition(ts[i].expand(b))
             for part in [slice(None)] if whole else Layout(order, M).patch:
                 h = model.embed(torch.cat([x[:, part]] * (b // B)).to(dtype))           # (b, n, D)
                 for block in model.blocks:
@@ -608,19 +621,16 @@ def real_columns(model, shape, rows):
     return torch.ones(len(rows), 1, device=rows.device) if mask is None else mask[rows].float()
 
 
-class swapped_attention:
+@contextmanager
+def swapped_attention(attends):
     """{block: callable}: within this context the blocks attend so, afterwards as before."""
-
-    def __init__(self, attends):
-        self.attends = attends
-
-    def __enter__(self):
-        self.before = {block: block.attend for block in self.attends}
-        for block, attend in self.attends.items():
+    before = {block: block.attend for block in attends}
+    try:
+        for block, attend in attends.items():
             block.attend = attend
-
-    def __exit__(self, *_):
-        for block, attend in self.before.items():
+        yield
+    finally:
+        for block, attend in before.items():
             block.attend = attend
 
 
@@ -672,17 +682,26 @@ class ParallelSampler:
         self.M = (patches or self.pp.size) if self.pp.size > 1 else 1
         self.mine = spans(split(depth, self.pp.size))[self.pp.index]        # my stage's blocks
         self.first, self.last = self.pp.index == 0, self.pp.index == self.pp.size - 1
-        # Groups of a pipeline's own, there and back. With one for both, two stages would share an
-        # NCCL stream in both directions and wait for each other's receive; and the mesh's own may
-        # be the world, whose collectives TORCH_DISTRIBUTED_DEBUG=DETAIL counts with messages.
-        self.there = self.back = None
+        # A group for each link of a pipeline's circle, used in one direction. NCCL runs a group's
+        # messages in the order of their posting: with two links in it, a send would wait behind the
+        # receive of a later patch. And it makes a pair at its first message, where both wait for
+        # each other: so here, link by link. (Nor does the mesh's own group serve: it may be the
+        # world, whose collectives TORCH_DISTRIBUTED_DEBUG=DETAIL counts with messages.)
+        self.prev = self.next = None                # (rank, group) of my two links
         if self.pp.size > 1:
+            one = torch.zeros(1, device=next(model.parameters()).device)
             for line in rearrange(mesh.mesh, "c p r u -> (c r u) p").tolist():
-                groups = [dist.new_group(line, patience()) for _ in range(2)]
-                self.there, self.back = groups if self.rank in line else (self.there, self.back)
+                for a, b in zip(line, line[1:] + line[:1]):
+                    group = dist.new_group([a, b], patience())
+                    if self.rank == a:
+                        self.next = b, group
+                        dist.isend(one, b, group).wait()
+                    if self.rank == b:
+                        self.prev = a, group
+                        dist.irecv(one, a, group).wait()
         self.wire, self.events, self.facts = Wire(), [], {}
-        self._agree(weights=self._fingerprint(),
-                    settings=(self.degrees, self.M, warmup, patch_axis, baseline))
+        self._agree(settings=(self.degrees, self.M, warmup, patch_axis, baseline),
+                    **self._fingerprint())
 
     # -- before: all ranks hold the same things ----------------------------------------------------
 
@@ -690,25 +709,21 @@ class ParallelSampler:
         """A sum for each weight here: a rank with other weights would turn the clip to noise."""
         plain = lambda p: not p.is_meta and type(p) is nn.Parameter  # FSDP's shards differ, rightly
         weights = self.model.named_parameters()
-        return {name: p.detach().double().sum().item() for name, p in weights if plain(p)}
+        return {f"weights {name}": p.detach().double().sum().item()
+                for name, p in weights if plain(p)}
 
     def _agree(self, **mine):
         if self.world == 1:
             return
-        everyone = [None] * self.world
+        everyone, first = [None] * self.world, {}           # a stage has only some of the weights
         dist.all_gather_object(everyone, mine)
-        for name in mine:
-            first = {}                    # weight -> (rank, sum): a stage has only some of them
-            for rank, theirs in enumerate(everyone):
-                if name != "weights":
-                    if theirs[name] != everyone[0][name]:
-                        raise ValueError(f"{name}: rank {rank} has others than rank 0")
-                    continue
-                for weight, total in theirs[name].items():
-                    other, wanted = first.setdefault(weight, (rank, total))
-                    if not math.isclose(total, wanted, rel_tol=1e-6, abs_tol=1e-6):
-                        raise ValueError(f"weights: rank {rank} has another {weight} than rank "
-                                         f"{other}")
+        for rank, theirs in enumerate(everyone):
+            for name, value in theirs.items():
+                other, wanted = first.setdefault(name, (rank, value))
+                near = isinstance(value, float) and math.isclose(value, wanted, rel_tol=1e-6,
+                                                                 abs_tol=1e-6)
+                if not near and str(value) != str(wanted):              # as words, NaN is itself
+                    raise ValueError(f"{name}: rank {rank} has another than rank {other}")
 
     def _from_rank0(self, x):
         if x is None or self.world == 1:
@@ -725,8 +740,11 @@ class ParallelSampler:
         """x0 (B, ...), text (B, L, D_text), mask (B, L); null (B or 1, L', D_text) turns guidance
         on. -> x1 like x0, on every rank. ts (S+1,) is a schedule from 0 to 1; without it `steps`
         equal steps. progress: a bar, on rank 0."""
-        ts = torch.linspace(0, 1, steps + 1) if ts is None else ts.float().cpu()
+        ts = times(ts, steps)
         guided, self.step = null is not None, 0
+        for name, P, sizes in (("text", text, [len(x0)]), ("null", null, [1, len(x0)])):
+            if P is not None and len(P) not in sizes:
+                raise ValueError(f"{name}: a batch of {len(P)}, but x0 is one of {len(x0)}")
         check_degrees(self.world, **self.degrees, warmup=self.warmup, guided=guided,
                       steps=len(ts) - 1)
         shapes = [None if a is None else tuple(a.shape) for a in (x0, text, mask, null, null_mask)]
@@ -745,9 +763,10 @@ class ParallelSampler:
     def _sample(self, x0, text, mask, null, null_mask, guidance, ts, progress):
         model, now, wire = self.model, Now(), Wire()
         guided, B, S = null is not None, x0.shape[0], len(ts) - 1
+        ts = ts.to(x0.device)                           # here, once: each such copy stops the CPU
         N = model.positions(x0.shape).shape[0]
-        order = (token_order(model, x0.shape, self.patch_axis, x0.device) if self.M > 1
-                 else torch.arange(N, device=x0.device))
+        order = (token_order(model, x0.shape, self.patch_axis, x0.device)
+                 if self.M > 1 or self.baseline else torch.arange(N, device=x0.device))
         layout = Layout(order, self.M, self.ring.size, self.ulysses.size)
         me = self.ring.index, self.ulysses.index
         rows = layout.rows(*me)                             # my tokens, for the whole sample
@@ -762,7 +781,7 @@ class ParallelSampler:
             mask = None if mask is None else mask.chunk(2)[self.cfg.index]
         b = text.shape[0]
         dtype = next(model.parameters()).dtype
-        condition = lambda i: model.condition(ts[i].expand(b).to(x0.device))
+        condition = lambda i: model.condition(ts[i].expand(b))
 
         # One token through one block tells width, dtype and heads of whatever model this is.
         blocks, heads = list(model.blocks[self.mine]), []
@@ -786,17 +805,13 @@ class ParallelSampler:
         # Mail. Stage p gets hidden tokens from stage p - 1 for every item; the first stage gets the
         # tokens that the last has stepped, for every item but those of the last step.
         n = lambda m: layout.size(m, *me)
-        hidden = latent = out_hidden = out_latent = None
-        if not self.first:
-            hidden = Inbox([(b, n(m), D) for _, m in items], self.pp.index - 1, self.there,
-                           hidden_dtype, x.device)
-        if self.first and not self.last:
-            latent = Inbox([(B, n(m), x.shape[-1]) for i, m in items if i < S - 1],
-                           self.pp.size - 1, self.back, x.dtype, x.device)
-        if not self.last:
-            out_hidden = Outbox(self.there, wire, "hidden", 2 * self.M + self.pp.size)
-        elif not self.first:
-            out_latent = Outbox(self.back, wire, "latent", 2 * self.M + self.pp.size)
+        inbox = outbox = None
+        if self.pp.size > 1:
+            hidden = [(b, n(m), D) for _, m in items], *self.prev, hidden_dtype
+            latent = [(B, n(m), x.shape[-1]) for i, m in items if i < S - 1], *self.prev, x.dtype
+            inbox = Inbox(*(latent if self.first else hidden), x.device)
+            outbox = Outbox(*self.next, wire, "latent" if self.last else "hidden",
+                            2 * self.M + self.pp.size)
 
         bar = None
         if progress and self.rank == 0:
@@ -812,18 +827,18 @@ class ParallelSampler:
                 if self.first:
                     # Step i - 1 of these tokens comes back from the last stage: whole after a
                     # warm-up step (taken with the first patch), else patch by patch.
-                    if latent and i > 0 and (m in (None, 0) or i > self.warmup):
-                        x[:, layout.local(m if i > self.warmup else None, *me)] = latent.get()
+                    if inbox and i > 0 and (m in (None, 0) or i > self.warmup):
+                        x[:, layout.local(m if i > self.warmup else None, *me)] = inbox.get()
                     start = time.perf_counter()
                     h = model.embed(torch.cat([x[:, part]] * (b // B)).to(dtype))       # (b, n, D)
                 else:
-                    h = hidden.get()                                                    # (b, n, D)
+                    h = inbox.get()                                                     # (b, n, D)
                     start = time.perf_counter()
                 for block in blocks:
                     h = block(h, pos[part], c, text, mask)
                 if not self.last:
                     end = time.perf_counter()
-                    out_hidden.send(h, self.pp.index + 1)
+                    outbox.send(h)
                 else:
                     v = model.head(h, c).float()                                        # (b, n, P)
                     if self.cfg.size == 2:
@@ -831,8 +846,8 @@ class ParallelSampler:
                     v = guide(v, guidance) if guided else v
                     x[:, part] += (ts[i + 1] - ts[i]) * v * real[part]  # Euler, of these tokens
                     end = time.perf_counter()
-                    if out_latent and i < S - 1:
-                        out_latent.send(x[:, part], 0)  # rows that change only after it was used
+                    if outbox and i < S - 1:
+                        outbox.send(x[:, part])         # rows that change only after it was used
                 if self.record:
                     inner = attends[blocks[0]]
                     inner = inner.cores[0] if isinstance(inner, Ulysses) else inner
@@ -840,9 +855,8 @@ class ParallelSampler:
                                         tuple(getattr(inner, "age", ()))))
                 if bar is not None and m in (None, self.M - 1):
                     bar.update()
-        for box in (out_hidden, out_latent):
-            if box:
-                box.flush()
+        if outbox:
+            outbox.flush()
         for attend in attends.values():
             if isinstance(attend, DistriFusion):
                 attend.finish()
@@ -894,24 +908,12 @@ class Elsewhere(nn.Module):
 
 
 def keep_stage(model, pp, index):
-    """Drop the blocks of the other stages, in place: a PipeFusion rank needs 1/pp of them."""
+    """Drop the blocks of the other stages, in place: a PipeFusion rank needs 1/pp of them. Done to
+    a model on the meta device, the others are never read (`prepare` of train.load_run)."""
     mine = spans(split(len(model.blocks), pp))[index]
     for i in range(len(model.blocks)):
         if not mine.start <= i < mine.stop:
             model.blocks[i] = Elsewhere()
-    return model
-
-
-def load_stage(model, state, pp, index):
-    """A model on the meta device (no memory yet) and a state dict -> this stage's part, loaded.
-
-    With `torch.load(file, mmap=True, weights_only=True)` the blocks of the other stages are never
-    read from disk."""
-    wanted = keep_stage(model, pp, index).state_dict().keys()
-    missing = [k for k in wanted if k not in state]
-    if missing:
-        raise ValueError(f"checkpoint: has no {missing[0]} (and {len(missing) - 1} others)")
-    model.load_state_dict({k: state[k] for k in wanted}, strict=False, assign=True)
     return model
 
 
@@ -936,10 +938,11 @@ class Halo(TorchFunctionMode):
         padding above and below    the neighbour's rows; the picture's own edge keeps its padding
         group norm                 mean and variance over all bands
         attention over space       K and V of all bands; attention over time stays as it is
-        pooling, norms over rows   refused
+        refused, by a ValueError   strides across rows, kernels that change their number, pooling,
+                                   unfolding, smooth interpolation, norms over rows or the batch
     Layouts: pictures (frames, C, H, W) or (B, C, T, H, W), attention (sequences, heads, tokens, d)
-    with tokens row by row. What cannot be split (strides across rows, smooth interpolation) is a
-    ValueError, not a wrong picture."""
+    with tokens row by row. These functions are all that it knows: a mean or a flip over rows in
+    plain arithmetic stays one of the band. So check a new decoder once, as `--check` does."""
 
     def __init__(self, axis, rows, width, wire=None):
         super().__init__()
@@ -949,11 +952,13 @@ class Halo(TorchFunctionMode):
             F.conv2d: self.conv, F.conv3d: self.conv, F.pad: self.pad,
             F.group_norm: self.group_norm,
             F.scaled_dot_product_attention: self.attend, F.interpolate: self.interpolate,
-            F.layer_norm: self.layer_norm}
+            F.layer_norm: self.layer_norm, F.rms_norm: self.layer_norm,
+            F.batch_norm: self.batch_norm}
         self.replace |= dict.fromkeys((
             F.conv_transpose2d, F.conv_transpose3d, F.instance_norm, F.avg_pool2d, F.avg_pool3d,
             F.max_pool2d, F.max_pool3d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
-            F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.grid_sample), self.refuse)
+            F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.grid_sample, F.unfold, F.fold),
+            self.refuse)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self.replace:
@@ -989,11 +994,13 @@ class Halo(TorchFunctionMode):
         k = weight.dim() - 2
         if isinstance(padding, str):
             self.refuse(func)
-        padding, steps = ([a] * k if isinstance(a, int) else list(a) for a in (padding, stride))
+        padding, steps, spread = ([a] * k if isinstance(a, int) else list(a)
+                                  for a in (padding, stride, dilation))
         p, padding[k - 2] = padding[k - 2], 0
-        if p:
-            if steps[k - 2] != 1:
-                self.refuse(func)
+        reach = spread[k - 2] * (weight.shape[-2] - 1)
+        if steps[k - 2] != 1 or p and 2 * p != reach or not p and x.shape[-2] <= reach:
+            self.refuse(func)
+        if p:                                           # without: not over rows, or after F.pad
             x = self.extend(x, p, p, lambda x, top, bottom: F.pad(x, (0, 0, top, bottom)))
         return func(x, weight, bias, stride, padding, dilation, groups)
 
@@ -1001,6 +1008,8 @@ class Halo(TorchFunctionMode):
         pad = list(pad)
         if x.dim() < 4 or len(pad) < 4 or pad[2] == pad[3] == 0:
             return func(x, pad, mode, value)
+        if mode == "circular" or min(pad[2:4]) < 0:
+            self.refuse(func)
         top, bottom, pad[2], pad[3] = pad[2], pad[3], 0, 0
         zeros = [0] * (len(pad) - 4)
 
@@ -1028,6 +1037,11 @@ class Halo(TorchFunctionMode):
         if len(normalized_shape) > 1:
             self.refuse(func)
         return func(x, normalized_shape, *args, **kwargs)
+
+    def batch_norm(self, func, *args, training=False, **kwargs):
+        if training:
+            self.refuse(func)
+        return func(*args, training=training, **kwargs)
 
     def attend(self, func, q, k, v, *args, **kwargs):
         # Tokens that are a multiple of the band's pixels: over space. Sequences that are: over
@@ -1085,7 +1099,13 @@ def halo_decode(decode, z):
     rows = split(z.shape[3], axis.size)
     with Halo(axis, rows, z.shape[4]):
         y = decode(z[:, :, :, spans(rows)[axis.index]])
-    per_row = y.shape[3] // rows[axis.index]
+    heights, W = [None] * axis.size, z.shape[4]
+    dist.all_gather_object(heights, y.shape[3])
+    per_row = heights[0] // rows[0]
+    whole = per_row * (W - 1) < y.shape[4] <= per_row * W   # columns grow likewise, may be cropped
+    if heights != [per_row * r for r in rows] or not whole:
+        raise ValueError(f"decode halo: {rows} latent rows of {W} became {heights} of "
+                         f"{y.shape[4]}, not a picture in bands, use --decode one")
     if axis.index > 0:
         dist.isend(y.contiguous(), group=axis.pairs, group_dst=0).wait()
         return None
@@ -1108,15 +1128,17 @@ def tiled_decode(decode, z, tile=4, overlap=2):
                          "needs (B, C, T, H, W) and overlap < tile")
     T = z.shape[2]
     starts = list(range(0, max(T - overlap, 1), tile - overlap))
+    if len(starts) == 1:
+        return decode(z) if axis.index == 0 else None
     mine = {s: decode(z[:, :, s:s + tile]) for s in starts[axis.index::axis.size]}
     if axis.index > 0:
         for y in mine.values():
             dist.isend(y.contiguous(), group=axis.pairs, group_dst=0).wait()
         return None
-    f, odd = divmod(mine[0].shape[2], min(tile, T))                 # video frames of a latent frame
+    f, odd = divmod(mine[0].shape[2], tile)                         # video frames of a latent frame
     if odd:
-        raise ValueError(f"decode tiles: {mine[0].shape[2]} frames from {min(tile, T)} latent "
-                         "ones, the decoder drops some; use --decode one")
+        raise ValueError(f"decode tiles: {mine[0].shape[2]} frames from {tile} latent ones, the "
+                         "decoder drops some; use --decode one")
     for i, s in enumerate(starts):
         if i % axis.size:
             mine[s] = mine[0].new_empty(*mine[0].shape[:2], f * min(tile, T - s),
@@ -1173,14 +1195,13 @@ def cost(model, N, S, W, M, link, flops, B=1, size=2, **degrees):
     attend = 4 * N**2 * D * L * 2 * B / flops                      # seconds of a step on one device
     whole = attend + 2 * params * N * 2 * B / flops
     one = traffic(N, D, L, model.width, B, 2, 1, 1, 1, size, **degrees)    # bytes of one whole step
-    wait = (one.get("ulysses", 0) + one.get("cfg", 0)) / link
-    wait += max(0, one.get("ring", 0) / link - attend / (cfg * pp * ring * ulysses))
+    exchange = (one.get("ulysses", 0) + one.get("cfg", 0)) / link
+    wait = exchange + max(0, one.get("ring", 0) / link - attend / (cfg * pp * ring * ulysses))
     step = whole / (cfg * ring * ulysses) + pp * wait             # serial stages, as in the warm-up
     if pp == 1:
         seconds, M = S * step, 1
     else:
         ring_wait = max(0, one.get("ring", 0) * M / link - attend / (cfg * pp * ring * ulysses))
-        exchange = (one.get("ulysses", 0) + one.get("cfg", 0)) / link
         micro = (whole / (cfg * pp * ring * ulysses) + exchange + ring_wait) / M
         micro = max(micro, one["hidden"] / M / link)
         seconds = W * (step + pp * one["hidden"] / link) + ((S - W) * M + pp - 1) * micro
@@ -1196,22 +1217,19 @@ def cost(model, N, S, W, M, link, flops, B=1, size=2, **degrees):
 def plan(model, N, world, S=50, W=1, link=50e9, flops=400e12, memory=80e9, guided=True):
     """Every mesh of `world` ranks with its cost, best first; what exceeds `memory` comes last."""
     base = cost(model, N, S, W, 1, link, flops, cfg=1, pp=1, ring=1, ulysses=1)[0]
-    rows = []
-    for cfg in (1, 2)[:1 + guided]:
-        for pp in range(1, world + 1):
-            for ring in range(1, world + 1):
-                ulysses = world // (cfg * pp * ring)
-                if cfg * pp * ring * ulysses != world or pp > model.depth or ulysses > model.heads:
-                    continue
-                for M in [1] if pp == 1 else [pp, 2 * pp]:
-                    if M * ring * ulysses > N or (pp > 1 and W > S):
-                        continue
-                    degrees = {"cfg": cfg, "pp": pp, "ring": ring, "ulysses": ulysses}
-                    seconds, sent, used = cost(model, N, S, W, M, link, flops, **degrees)
-                    ideal = cost(model, N, S, W, M, 1e30, flops, **degrees)[0]
-                    rows.append(dict(degrees, patches=M, sent=sent, memory=used,
-                                     fits=used <= memory, seconds=seconds,
-                                     ideal=base / ideal, speedup=base / seconds))
+    rows, parts = [], [d for d in range(1, world + 1) if world % d == 0]
+    for cfg, pp, ring in itertools.product((1, 2)[:1 + guided], parts, parts):
+        ulysses = world // (cfg * pp * ring)
+        if cfg * pp * ring * ulysses != world or pp > model.depth or ulysses > model.heads:
+            continue
+        for M in [1] if pp == 1 else [pp, 2 * pp]:
+            if M * ring * ulysses > N or (pp > 1 and W > S):
+                continue
+            degrees = {"cfg": cfg, "pp": pp, "ring": ring, "ulysses": ulysses}
+            seconds, sent, used = cost(model, N, S, W, M, link, flops, **degrees)
+            ideal = cost(model, N, S, W, M, 1e30, flops, **degrees)[0]
+            rows.append(dict(degrees, patches=M, sent=sent, memory=used, fits=used <= memory,
+                             seconds=seconds, ideal=base / ideal, speedup=base / seconds))
     simplest = lambda r: r["pp"] * r["ring"] * r["ulysses"]
     return sorted(rows, key=lambda r: (not r["fits"], r["seconds"], simplest(r)))
 
@@ -1257,6 +1275,8 @@ def measure(sampler, *args, **kwargs):
     more than the formula's equal share."""
     start = time.perf_counter()
     x1 = sampler.sample(*args, **kwargs)
+    if x1.is_cuda:
+        torch.cuda.synchronize()
     seconds, sent, f = time.perf_counter() - start, all_sent(sampler), sampler.facts
     expected = traffic(**f, **sampler.degrees)
     kv = expected.get("ring", 0)
@@ -1751,6 +1771,9 @@ def parse(argv=None):
             fail(f"--{name} '': is empty")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch sees no CUDA device here")
+    gpus = torch.cuda.device_count() if args.device == "cuda" else math.inf
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        fail(f"--device cuda: {gpus} GPUs here, one rank each")
     if args.gpus > 4096:
         fail(f"--gpus {args.gpus}: a table of at most 4096")
     if args.mode in ("auto", "every") and (args.patches or args.shard):
@@ -1771,8 +1794,10 @@ def parse(argv=None):
             fail(f"--workdir: needed with {flag} (without it, the demo runs)")
         if not args.plan and name in costs and args.mode not in ("auto", "every"):
             fail(f"{flag}: needs --plan or --mode auto")
-        if name == "warmup" and args.workdir and args.mode == "mesh" and args.pp == 1:
-            fail(f"{flag} {args.warmup}: needs --pp 2 or more (K, V are never stale without)")
+        needs_pp = ("warmup", "patches", "patch_axis") if args.mode == "mesh" else ("patches",)
+        if name in needs_pp and args.workdir and args.pp == 1:
+            fail(f"{flag} {getattr(args, name)}: needs --pp 2 or more (without a pipeline there "
+                 "are no patches, and no K, V are stale)")
     return args
 
 
@@ -1862,6 +1887,10 @@ def sample_run(args):
     shape, settings = tuple(sketch.latent_shape), sketch.config["sample"]
     if settings["solver"] != "euler" and rank == 0:
         print(f"the run samples with {settings['solver']}; here it is Euler", file=sys.stderr)
+    bands = len(shape) == 4 and shape[2] >= world           # (C, T, H, W), not VidTwin's flat ones
+    if args.decode == "halo" and not bands or args.decode == "tiles" and len(shape) != 4:
+        raise ValueError(f"--decode {args.decode}: latents {shape} cannot be cut so for {world} "
+                         "ranks, use --decode one")
     args.steps = args.steps or settings["steps"]
     guidance = settings["guidance"] if args.guidance is None else args.guidance
     ts = sketch.schedule(args.steps, args.schedule)
@@ -1905,8 +1934,7 @@ def sample_run(args):
     sampler = ParallelSampler(run.dit, mesh, patches, args.warmup, args.patch_axis, baseline)
     if args.shard:
         shard_weights(run.dit, mesh)
-    halo = args.decode == "halo" or (args.decode == "auto" and world > 1 and len(shape) == 4
-                                     and shape[2] >= world)
+    halo = args.decode == "halo" or (args.decode == "auto" and world > 1 and bands)
     ok = True
     for j, prompt in enumerate(prompts):
         inputs = inputs_of(run, prompt, args.seed + j, guidance, ts)
@@ -1924,7 +1952,8 @@ def sample_run(args):
         elif not halo and rank == 0:
             clip = run.decode(z)
         if rank == 0:
-            clip = clip[..., :run.config["clips"]["size"], :]           # without the TAE's padding
+            clips = run.config["clips"]                                 # without the TAE's padding
+            clip = clip[:, :, :clips["frames"], :clips["size"]]
             path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{j}")
             train.write_video(path, clip[0].float().cpu(), run.fps)
             print(f"{path}: {prompt}   ({row['seconds']:.1f} s)", flush=True)

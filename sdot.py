@@ -1185,7 +1185,7 @@ def main() -> None:
     parser.add_argument("--plan", type=int, nargs=2, metavar=("M", "D"),
                         help="time, memory and gain for M latents of D numbers, and stop")
     parser.add_argument("--study", metavar="RUN", type=Path,
-                        help="compare couplings on the latents of a finished toy run: 54 minutes")
+                        help="compare couplings on a finished toy run: about an hour")
     parser.add_argument("--steps", type=int, default=400, help="study: training steps of each run")
     args = parser.parse_args()
     if args.steps < 1:

@@ -98,6 +98,7 @@ SAMPLE = """
     --workdir '' / --workdir / --frobnicate / --step 5 / --gpus x / --link x / --tflops x
     --memory x / --size 7b / --mode auto --patches 4 / --mode auto --shard / --mode auto --ring 2
     --decode / --prompt-file / --mode distrifusion --ulysses 2 / --schedule x --out sub/clip.gif
+    --patch-axis h / --patches 1 / --patches 1 --mode distrifusion
 """
 SAMPLE += " / ".join(f"--{flag} {HUGE}" for flag in ("cfg", "ring", "patches", "warmup", "steps",
                                                     "seed", "gpus"))
@@ -158,6 +159,7 @@ SURROUNDINGS = {  # what lies in the current folder before
     "a run": lambda here: sketch(here / "run"),
     "an unfinished run": lambda here: sketch(here / "run", finished=False),
     "a run by diffusion": lambda here: sketch(here / "run", "--flow.objective", "diffusion"),
+    "a run of VidTwin": lambda here: sketch(here / "run", "--tae", "vidtwin"),
     "cut config": lambda here: spoilt(here / "run", '{"scale": "to'),
     "empty config": lambda here: spoilt(here / "run", ""),
     "a list as config": lambda here: spoilt(here / "run", "[1]"),
@@ -232,11 +234,13 @@ SAMPLED = [
     ("prompts", "--workdir run --prompt a --mode every", "--mode every: checks and writes no clip"),
     ("prompts", "--workdir run --prompt a --prompt b --mode every --check", "takes one prompt"),
     ("prompts", "--workdir run --prompt a --mode every --check --out c.gif", "leave out --out"),
+    ("a run of VidTwin", "--workdir run --prompt a --decode halo", "--decode halo: latents ("),
+    ("a run of VidTwin", "--workdir run --prompt a --decode tiles", "--decode tiles: latents ("),
 ]
 MESHES = [  # ranks, flags: wrong only together with the number of ranks, or with the model's sizes
     (2, "--cfg 2 --pp 2"), (4, "--ulysses 2"), (3, "--cfg 3"), (6, "--pp 6"), (9, "--ulysses 9"),
     (2, "--patches 1 --pp 2"), (2, "--warmup 99 --pp 2"), (2, "--patches 3 --ring 2"),
-    (2, "--patch-axis q --ulysses 2"),
+    (2, "--patch-axis q --ulysses 2"), (2, "--patch-axis h --cfg 2"), (9, "--decode halo --ring 9"),
 ]
 
 
