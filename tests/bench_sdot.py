@@ -95,35 +95,35 @@ METHODS = {"POT, tuned": lambda *a: pot(*a, tuned=True), "AlignFlow's recipe": a
 
 
 def solve(N, d, target, patience, per_target):
-    """Rows of seconds, noises a target and mass error: ours, then the rivals."""
-    Y = sdot.toy_latents(N, d)
+    """Rows of seconds, noises a target and mass error, printed as they come: ours, the rivals."""
+    Y, rows = sdot.toy_latents(N, d), []
+    print(f"N {N}, d {d}, to an rms mass error of {target:g}\n"
+          "| solver | noises a target | seconds | seconds / ours | mass error |\n"
+          "|---|---|---|---|---|", flush=True)
+
+    def add(method, noises, seconds, h):
+        error = None if h is None else sdot.mass_error(Y, h, per_target)
+        reached = error is not None and error <= 1.05 * target
+        rows.append({"N": N, "d": d, "method": method, "noises": noises, "seconds": seconds,
+                     "error": error, "reached": reached})
+        print(f"| {method} | {noises:.0f} | {seconds:.1f} | {seconds / rows[0]['seconds']:.1f} | "
+              f"{'not finished' if h is None else f'{error:.3f}'} |", flush=True)
+        return reached
+
     began = time.perf_counter()
     state = sdot.fit(Y, cfg=sdot.SDOTConfig(target=target))
     ours = time.perf_counter() - began
-    error = sdot.mass_error(Y, state.avg, per_target)
-    rows = [{"N": N, "d": d, "method": "sdot.fit", "seconds": ours, "noises": state.samples / N,
-             "error": error, "reached": error <= 1.05 * target}]
+    add("sdot.fit", state.samples / N, ours, state.avg)
     for name, method in METHODS.items():
         for level in (round(k / target ** 2) for k in LEVELS):
-            began, row = time.perf_counter(), {"N": N, "d": d, "method": name, "noises": level}
+            began = time.perf_counter()
             try:
                 h = method(Y, level, patience * ours)
             except Late:
-                rows.append({**row, "seconds": patience * ours, "error": None, "reached": False})
+                add(name, level, patience * ours, None)
                 break
-            spent = time.perf_counter() - began
-            error = sdot.mass_error(Y, h, per_target)
-            row |= {"seconds": spent, "error": error, "reached": error <= 1.05 * target}
-            rows.append(row)
-            if row["reached"]:
+            if add(name, level, time.perf_counter() - began, h):
                 break
-    print(f"N {N}, d {d}, to an rms mass error of {target:g}\n"
-          "| solver | noises a target | seconds | seconds / ours | mass error |\n"
-          "|---|---|---|---|---|")
-    for r in rows:
-        found = "not finished" if r["error"] is None else f"{r['error']:.3f}"
-        print(f"| {r['method']} | {r['noises']:.0f} | {r['seconds']:.1f} | "
-              f"{r['seconds'] / ours:.1f} | {found} |", flush=True)
     return rows
 
 
