@@ -18,8 +18,8 @@ Run.   torchrun train.py --scale toy               # all stages: no download, no
        python train.py --help                      # every field of every config is a flag
 
 Starting a run again continues it: finished stages are skipped, an unfinished one resumes at its
-last checkpoint. Every random number comes from (seed, stage, step), so that the resumed run is
-the uninterrupted one. SIGTERM and SIGUSR1 write a checkpoint first. A step whose loss or gradient
+last checkpoint. Every random number comes from (seed, stage, step), and the autoencoder's own from
+the rank, so that the resumed run is the uninterrupted one. SIGTERM and SIGUSR1 write a checkpoint first. A step whose loss or gradient
 is not finite is skipped; after three in a row the weights of the last checkpoint are taken again.
 
 A run folder: config.json, metrics.csv (stage; step; loss, the mean over elements and ranks; lr;
@@ -1081,7 +1081,7 @@ class WholeDraws(TorchFunctionMode):
 
 
 def place(run: "Run", model: nn.Module, precision: str = "fp32") -> nn.Module:
-    """The model on this rank's device: whole on one rank, else sharded over run.mesh (FSDP2, a
+    """The model on this rank's device: whole on one rank and in copies, else sharded (FSDP2, a
     backbone block by block, in bf16 if asked: then gradients are still summed in fp32). A backbone
     on the meta device comes to life here, in shards."""
     model = model.double() if precision == "fp64" else model
@@ -2176,8 +2176,8 @@ class Loaded:
 
     @torch.no_grad()
     def generate(self, prompts: list[str], seeds: list[int] | None = None) -> Tensor:
-        """New clips (B, 3, T, H, W) in [-1, 1] for prompts: Euler with classifier-free guidance,
-        as configured."""
+        """New clips (B, 3, T, H, W) in [-1, 1] for prompts, with classifier-free guidance; steps,
+        solver and scale as configured."""
         s = self.cfg.sample
         P, mask, P0, mask0 = self.prompts(prompts)
         v_fn = flow.guided(lambda x, t: self.dit(x, t, P, mask),
