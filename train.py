@@ -18,9 +18,10 @@ Run.   torchrun train.py --scale toy               # all stages: no download, no
        python train.py --help                      # every field of every config is a flag
 
 Starting a run again continues it: finished stages are skipped, an unfinished one resumes at its
-last checkpoint. Every random number comes from (seed, stage, step), and the autoencoder's own from
-the rank, so that the resumed run is the uninterrupted one. SIGTERM and SIGUSR1 write a checkpoint first. A step whose loss or gradient
-is not finite is skipped; after three in a row the weights of the last checkpoint are taken again.
+last checkpoint. Every random number comes from (seed, stage, step), the autoencoder's own also from
+the rank: the resumed run is the uninterrupted one. SIGTERM and SIGUSR1 write a checkpoint first. A
+step whose loss or gradient is not finite is skipped; after three in a row the weights of the last
+checkpoint are taken again.
 
 A run folder: config.json, metrics.csv (stage; step; loss, the mean over elements and ranks; lr;
 grad_norm before clipping), events.jsonl (starts, stops, checkpoints, skipped steps), tae/,
