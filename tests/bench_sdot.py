@@ -5,10 +5,10 @@ to a given rms mass error, on the same latents, in one process, one after the ot
     python tests/bench_sdot.py --problems 20000x1024    # hours on 2 cores
     python tests/bench_sdot.py --only couple memory     # the rest
 
-`solve`: a rival has no stopping rule, so it is run for 1, 1.3, 2 and 4 times 1 / target^2 noises a
-target, each time from its start; only the first run that reaches the target counts, and the mass
-error is measured off the clock, by noise that no solver has seen. A run is cut short at
-`--patience` times our time.
+`solve`: a rival has no stopping rule, so it is run for `--levels` 1, 1.3, 2 and 4 times the noises
+a target that the law asks for, 1 / target^2, each time from its start; only the first run that
+reaches the target counts, and the mass error is measured off the clock, by noise that no solver has
+seen. A run is cut short at `--patience` times our time.
 `couple`: seconds of the pairing over those of the bare matrix product. `memory`: the largest
 resident set of a process that solves 20 steps and pairs a batch at N = 10^5, d = 1024, less the
 imports (the data set itself is 0.38 GiB; 5 minutes), and the plan for 10^6 x 4096. `step`: the
@@ -29,8 +29,6 @@ from ot.semidiscrete import solve_semidiscrete
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sdot
-
-LEVELS = (1, 1.3, 2, 4)         # noises a target, in units of 1 / target^2
 
 
 class Late(Exception):
@@ -90,11 +88,11 @@ def alignflow(Y, level, limit):
     return (mean - square) / 2
 
 
-METHODS = {"POT, tuned": lambda *a: pot(*a, tuned=True), "AlignFlow's recipe": alignflow,
-           "POT, defaults": lambda *a: pot(*a, tuned=False)}
+METHODS = {"tuned": lambda *a: pot(*a, tuned=True), "alignflow": alignflow,
+           "defaults": lambda *a: pot(*a, tuned=False)}                     # POT's, [AF]'s, POT's
 
 
-def solve(N, d, target, patience, per_target):
+def solve(N, d, target, patience, per_target, methods, levels):
     """Rows of seconds, noises a target and mass error, printed as they come: ours, the rivals."""
     Y, rows = sdot.toy_latents(N, d), []
     print(f"N {N}, d {d}, to an rms mass error of {target:g}\n"
@@ -114,11 +112,11 @@ def solve(N, d, target, patience, per_target):
     state = sdot.fit(Y, cfg=sdot.SDOTConfig(target=target))
     ours = time.perf_counter() - began
     add("sdot.fit", state.samples / N, ours, state.avg)
-    for name, method in METHODS.items():
-        for level in (round(k / target ** 2) for k in LEVELS):
+    for name in methods:
+        for level in (round(k / target ** 2) for k in levels):
             began = time.perf_counter()
             try:
-                h = method(Y, level, patience * ours)
+                h = METHODS[name](Y, level, patience * ours)
             except Late:
                 add(name, level, patience * ours, None)
                 break
@@ -199,6 +197,9 @@ def main():
     parser.add_argument("--problems", nargs="+", default=["2000x64"], metavar="NxD")
     parser.add_argument("--target", type=float, default=0.1)
     parser.add_argument("--patience", type=float, default=12.0)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS),
+                        help="rivals: POT with our start and step, AlignFlow's recipe, POT")
+    parser.add_argument("--levels", nargs="+", type=float, default=[1, 1.3, 2, 4])
     parser.add_argument("--per-target", type=int, default=400, help="noises of the measurement")
     parser.add_argument("--only", nargs="+", choices=("solve", "couple", "memory", "step"),
                         default=("solve", "couple", "memory", "step"))
@@ -206,8 +207,8 @@ def main():
     path = Path("out/sdot/bench.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, seed 0")
-    parts = {f"solve {p}": lambda p=p: solve(*map(int, p.split("x")), args.target, args.patience,
-                                             args.per_target) for p in args.problems}
+    how = args.target, args.patience, args.per_target, args.methods, args.levels
+    parts = {f"solve {p}": lambda p=p: solve(*map(int, p.split("x")), *how) for p in args.problems}
     parts |= {"couple": couple, "memory": memory, "step": step}
     for name, part in parts.items():
         if name.split()[0] in args.only:
