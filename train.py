@@ -62,7 +62,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -355,11 +355,16 @@ def finish_config(cfg: Config) -> Config:
     return cfg
 
 
+def whole_clip(cfg: Config) -> tuple[int, int, int]:
+    """T, H, W of a clip."""
+    return cfg.clips.frames, cfg.clips.size, cfg.clips.size
+
+
 def token_pixels(cfg: Config) -> list[int]:
     """Rows and columns of pixels of one token."""
     with torch.device("meta"):
         model = autoencoder.autoencoder(cfg.autoencoder_config)
-    (_, _, *sides), *_ = model.streams(cfg.clips.frames, cfg.clips.size, cfg.clips.size)
+    (_, _, *sides), *_ = model.streams(*whole_clip(cfg))
     return [cfg.clips.size // n * p for n, p in zip(sides, cfg.patch[1:])]
 
 
@@ -652,7 +657,7 @@ class ToyClips:
                                          script=c.script)
         faster = done is not None and most > 1
         interval = autoencoder.motion_interval(rng, done, most) if faster else 1.0
-        T, H, W = shape or (c.frames, c.size, c.size)
+        T, H, W = shape or whole_clip(self.cfg)
         (x,) = autoencoder.render([world], c.frames, max(H, W), interval=interval)
         T0, H0, W0 = x.shape[1:]
         top, left, start = (H0 - H) // 2, (W0 - W) // 2, (T0 - T) // 2
@@ -681,7 +686,7 @@ def drawn_shape(shapes: list[tuple[int, int, int]], cfg: Config, i: int,
 def held_out(cfg: Config, frames: int) -> int:
     """The first frame of a video that training does not see: of its last fifth, or of its last clip
     if that is longer; 0 where two clips do not fit, and all of it is for both."""
-    T = max(cfg.clips.frames, *cfg.clips.lengths, 0)
+    T = max((cfg.clips.frames, *cfg.clips.lengths))
     cut = min(int(0.8 * frames), frames - T)
     return cut if cut >= T else 0
 
@@ -759,7 +764,7 @@ class VideoFolder:
         clips are crops of one window, because decoding is what costs. done, shape: as in ToyClips.
         """
         key = f"{split}/{self.cfg.seed}/{i // CROPS}"
-        T, H, W = shape or (self.cfg.clips.frames, self.cfg.clips.size, self.cfg.clips.size)
+        T, H, W = shape or whole_clip(self.cfg)
         if self.window[0] != (key, T, H, W):
             window = self._window(split, i // CROPS, random.Random(key), done, (T, H, W))
             self.window = (key, T, H, W), window
@@ -1000,6 +1005,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_all(mine, group: dist.ProcessGroup | None = None) -> list:
+    """What each rank brings, in their order."""
+    if not dist.is_initialized():
+        return [mine]
+    said = [None] * world_size()
+    dist.all_gather_object(said, mine, group=group)
+    return said
+
+
 def wait_for_rank0(what: str) -> None:
     """Until rank 0 has done what it does alone, however long that takes: a barrier would call it
     silent. `what` names the place, which a process comes to once."""
@@ -1152,11 +1166,10 @@ def opened(path: Path):
 
 def readable(path: Path) -> bool:
     """Whether a safetensors file is there and whole."""
-    try:
-        load_file(path)
-    except (SafetensorError, OSError):
-        return False
-    return True
+    with contextlib.suppress(UserError):
+        load_tensors(path)
+        return True
+    return False
 
 
 class _SafeUnpickler(pickle.Unpickler):
@@ -1309,10 +1322,7 @@ class Checkpoints:
                     wrong = f"{name} is not what was written"
         except (OSError, ValueError) as error:
             wrong = _reason(error)
-        if self.group is not None:
-            said = [""] * world_size()
-            dist.all_gather_object(said, wrong, group=self.group)
-            wrong = next(filter(None, said), "")
+        wrong = next(filter(None, from_all(wrong, self.group)), "")
         if wrong:
             raise ValueError(wrong)
 
@@ -1741,11 +1751,6 @@ def train_tae(run: Run, clips) -> None:
     wait_for_rank0("statistics")
 
 
-def whole_clip(cfg: Config) -> tuple[int, int, int]:
-    """T, H, W of a clip."""
-    return cfg.clips.frames, cfg.clips.size, cfg.clips.size
-
-
 def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries under a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -1807,12 +1812,8 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
     if index.exists():                          # each rank looks at some, and all hear of all
         sums = json.loads(index.read_text())["shards"]
         bad = [n for n in files[every] if not (folder / n).exists()
-               or crc(folder / n) != sums.get(n, crc(folder / n))]
-        said = [bad]
-        if dist.is_initialized():
-            said = [None] * world_size()
-            dist.all_gather_object(said, bad)
-        todo = sorted(itertools.chain(*said))
+               or n in sums and crc(folder / n) != sums[n]]
+        todo = sorted(itertools.chain(*from_all(bad)))
         if not todo:
             return
         if rank() == 0:
@@ -2148,8 +2149,7 @@ class Loaded:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        c = self.cfg.clips
-        return self.tae.latent_shape(c.frames, c.size, c.size)
+        return self.tae.latent_shape(*whole_clip(self.cfg))
 
     def prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """P (B, L, D), mask (B, L) of the prompts, and P, mask of as many null prompts."""
@@ -2245,7 +2245,7 @@ def make_samples(run: Run) -> None:
     there is kept."""
     folder, cfg, began = run.folder / "samples", run.cfg, time.monotonic()
     if cfg.data:
-        captions = load_latents(run).captions
+        captions = json.loads((run.latents / "captions.json").read_text())["captions"]
         todo = [("trained", captions[i % len(captions)])
                 for i in range(min(cfg.sample.prompts, 2 * len(captions)))]
     else:
