@@ -856,7 +856,7 @@ def _copies(Y: Tensor, groups: Tensor, memory: int) -> Tensor:
         same = 1e-6 * size.mean() + 1e-12 * Z[i:i + n].square().sum(1).mean()
         rows = max(1, memory * 2 ** 17 // n)                     # of a block of distances, fp64
         for k in range(0, n, rows):
-            apart = size[k:k + rows, None] + size - 2 * z[k:k + rows] @ z.T
+            apart = torch.addmm(size, z[k:k + rows], z.T, alpha=-2).add_(size[k:k + rows, None])
             apart.diagonal(k).zero_()
             first[i + k:i + k + len(apart)] = i + (apart <= same).byte().argmax(1).cpu()
         i += n
