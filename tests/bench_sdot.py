@@ -93,7 +93,7 @@ METHODS = {"tuned": lambda *a: pot(*a, tuned=True), "alignflow": alignflow,
 
 
 def solve(N, d, target, patience, per_target, methods, levels):
-    """Rows of CPU seconds, noises a target and mass error, printed as they come: ours, the rivals."""
+    """Rows of CPU seconds, noises a target, mass error, printed as they come: ours, the rivals."""
     Y, rows = sdot.toy_latents(N, d), []
     print(f"N {N}, d {d}, to an rms mass error of {target:g}\n"
           "| solver | noises a target | CPU seconds | over ours | mass error |\n"
