@@ -2362,11 +2362,7 @@ def validation_loss(loaded: Loaded, x1: Tensor, captions: list[str]) -> float:
 
 def draw_curves(folder: Path) -> None:
     """curves.png: the loss of each stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = autoencoder.pyplot()
     rows = read_metrics(folder / "metrics.csv")
     stages = list(dict.fromkeys(r["stage"] for r in rows))
     figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(4 * max(1, len(stages)), 3),
@@ -2427,11 +2423,7 @@ def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
 def draw_timeline(folder: Path, dit: dict[str, float]) -> None:
     """timeline.png: steps a second between checkpoints, and what happened to the run, over time;
     dit: what `utilisation` found."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = autoencoder.pyplot()
     rows = read_events(folder / "events.jsonl")
     figure, ax = plt.subplots(figsize=(10, 2.6))
     zero = rows[0]["time"] if rows else 0.0
@@ -2607,13 +2599,7 @@ def compare(base: Path, out: Path, variants: dict[str, dict[str, object]], seeds
     `seeds` times, each on one thread, `workers` at a time. Prints mean and spread of the figures in
     `shown`; writes them all to out/study.json, and out/study.png -> one row for each run. UserError
     for a base without a judge, and where `out` holds a study of other settings."""
-    import multiprocessing
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = autoencoder.pyplot()
     if (base / "config.json").exists() and not (base / "judge.json").exists():
         raise UserError(f"{base}: a run on videos; a study needs the judge of the toy world")
     runs = {(name, seed): out / "study" / f"{name}-{seed}"

@@ -108,12 +108,11 @@ def measure(scale, replicate):
     name = [tempfile.mkdtemp() if train.rank() == 0 else ""]
     if dist.is_initialized():
         dist.broadcast_object_list(name)
-    folder, found = Path(name[0]), {}
+    folder = Path(name[0])
     run = make_run(scale, folder, replicate)
+    found = {"loop": loop(run, folder / "dit0")}
     if train.world_size() == 1:
-        found = {"loop": loop(run, folder / "dit0"), "bare": bare(run)}
-    else:
-        found = {"loop": loop(run, folder / "dit0")}
+        found["bare"] = bare(run)
     if train.rank() == 0:
         print("FOUND " + json.dumps(found), flush=True)
         train.shutil.rmtree(folder)
