@@ -1,13 +1,13 @@
 """Overhead of the training loop, and speed-up of two ranks, one thread a rank.
 
-    python tests/bench_train.py --rounds 3            # about 25 minutes on 2 cores
+    python tests/bench_train.py --rounds 3            # toy 6, small 30 minutes on 2 cores
 
 `overhead`: a step of the dit stage (batch made, forward, backward, clipping, optimizer, moving
-average, log, checkpoints) over the bare forward, backward and optimizer step of such a batch, in
-turn in one process. `dp 2`, `replicate 2`: clips a second of two ranks, the model sharded or
-copied, over those of one, of one batch size, the preset's; each measurement is a process of its
-own, in turn. Medians over the rounds. Latents are random numbers: what they are does not change
-the time. Prints a table, and writes out/train/bench.json.
+average, log, checkpoints) over the bare forward, backward and optimizer step of such a batch, one
+of each in turn in one process. `dp 2`, `replicate 2`: clips a second of two ranks, the model
+sharded or copied, over those of one, of one batch size, the preset's; each measurement is a process
+of its own, in turn. Medians over the rounds. Latents are random numbers: what they are does not
+change the time. Prints a table, and writes out/train/bench.json.
 """
 
 import argparse
@@ -57,24 +57,28 @@ def make_run(scale, folder, replicate=1):
     return run
 
 
-def loop(run, folder):
-    """Seconds of a step of train.py, without the first ones."""
+def loop(run, folder, bare=None):
+    """Seconds of a step of train.py without the first ones, and of `bare`, called after each."""
     warm, stamps, add = STEPS[run.cfg.scale][0], [], train.Metrics.add
 
     def stamp(self, *args):
-        stamps.append(time.perf_counter())
         add(self, *args)
+        ended = time.perf_counter()
+        if bare is not None:
+            bare()
+        stamps.append((ended, time.perf_counter()))
 
     train.Metrics.add = stamp
     try:
         train.train_phase(run, "dit", run.latents, folder, folder / "model.safetensors")
     finally:
         train.Metrics.add = add
-    return (stamps[-1] - stamps[warm - 1]) / (len(stamps) - warm)
+    count, within = len(stamps) - warm, sum(after - ended for ended, after in stamps[warm:])
+    return {"loop": (stamps[-1][1] - stamps[warm - 1][1] - within) / count, "bare": within / count}
 
 
-def bare(run):
-    """Seconds of forward, backward and optimizer on one batch of the same run."""
+def bare_step(run):
+    """A function: forward, backward and optimizer step on one batch of the same run."""
     caught = []
 
     def catch(run, stage, folder, model, t, steps, losses):
@@ -90,14 +94,12 @@ def bare(run):
         train.optimize = optimize
     model, (part,) = caught
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-    warm, steps = STEPS[run.cfg.scale]
-    for step in range(steps):
-        if step == warm:
-            began = time.perf_counter()
+
+    def step():
         part(model).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return (time.perf_counter() - began) / (steps - warm)
+    return step
 
 
 def measure(scale, replicate):
@@ -110,9 +112,7 @@ def measure(scale, replicate):
         dist.broadcast_object_list(name)
     folder = Path(name[0])
     run = make_run(scale, folder, replicate)
-    found = {"loop": loop(run, folder / "dit0")}
-    if train.world_size() == 1:
-        found["bare"] = bare(run)
+    found = loop(run, folder / "dit0", bare_step(run) if train.world_size() == 1 else None)
     if train.rank() == 0:
         print("FOUND " + json.dumps(found), flush=True)
         train.shutil.rmtree(folder)
