@@ -68,6 +68,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -954,22 +955,20 @@ def batches(clips, split: str, indices) -> Iterator[tuple[Tensor, list[str]]]:
 def write_video(path: str | Path, clip: Tensor, fps: int = 8, zoom: int = 1) -> None:
     """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times."""
     frames = ((clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    frames = (
-        rearrange(frames, "c t h w -> t h w c")
-        .repeat_interleave(zoom, 1)
-        .repeat_interleave(zoom, 2)
-        .numpy()
-    )
+    frames = rearrange(frames, "c t h w -> t h w c").numpy()
     path = Path(path)
     if path.suffix == ".gif":
         from PIL import Image
 
-        images = [Image.fromarray(f).quantize(255) for f in frames]
+        images = [Image.fromarray(f).quantize(255) for f in frames]     # before they are large
+        images = [i.resize((zoom * i.width, zoom * i.height), Image.Resampling.NEAREST)
+                  for i in images]
         images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps),
                        loop=0)
     elif path.suffix == ".mp4":
         import av
 
+        frames = frames.repeat(zoom, 1).repeat(zoom, 2)
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
             stream.height, stream.width = (
@@ -1026,7 +1025,7 @@ class Mesh:
     """replicate x dp x sp ranks, outermost to innermost: FSDP2 shards the parameters over the dp x
     sp ranks of one replica; the clips of a step are shared out to replicate x dp; the sp ranks of a
     clip share its tokens (Ulysses). Only the dit stage knows sp: to the others all ranks are alike.
-    A replica of one rank is not sharded: its gradients are averaged in `optimize`.
+    A replica of one rank is not sharded: `optimize` leaves its gradients to DDP.
     """
 
     replicate: int = 1
@@ -1495,15 +1494,6 @@ def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
     return t.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, f)))
 
 
-def average_gradients(weights: list[nn.Parameter]) -> None:
-    """The mean over all ranks, in one message: what FSDP2 does by itself for what it shards."""
-    weights = [p for p in weights if p.grad is not None]
-    flat = torch.cat([p.grad.flatten() for p in weights]).div_(world_size())
-    dist.all_reduce(flat)
-    for p, part in zip(weights, flat.split([p.numel() for p in weights])):
-        p.grad = part.view_as(p)
-
-
 def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfig, steps: int,
              losses: Callable[[int], Iterator[list[Callable[[nn.Module], Tensor]]]]
              ) -> dict[str, Tensor]:
@@ -1545,6 +1535,11 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
     first = checkpoints.load(state)
     metrics, began = run.log_from(stage, first), time.monotonic()
     run.event(stage, first, "start")
+    # A bucket leaves while backward still fills the next; with unused parameters looked for, their
+    # order stays the first one, so that a restart adds up the same numbers in the same order.
+    copies = (DistributedDataParallel(model, broadcast_buffers=False, bucket_cap_mb=4,
+                                      find_unused_parameters=True, gradient_as_bucket_view=True)
+              if run.mesh.weights is None and world_size() > 1 else None)
 
     def save(step: int) -> None:
         nonlocal began
@@ -1566,15 +1561,15 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
         for group in optimizer.param_groups:
             group["lr"] = lr
         parts, loss = next(source), 0.0
-        for part in parts:  # what adds up is shards: whole gradients of a large model do not fit
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=t.precision == "bf16"):
-                part_loss = part(model) / len(parts)
+        for k, part in enumerate(parts):    # what adds up is shards: whole gradients do not fit
+            alone = copies is not None and k + 1 < len(parts)
+            with (torch.autocast(run.device.type, torch.bfloat16, enabled=t.precision == "bf16"),
+                  copies.no_sync() if alone else contextlib.nullcontext()):
+                part_loss = part(copies or model) / len(parts)
             part_loss.backward()
             loss = loss + part_loss.detach()
         for k, p in names.items():
             own[k].grad = None if p.grad is None else local(p.grad)
-        if run.mesh.weights is None and world_size() > 1:
-            average_gradients(weights)
         total = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         if run.mesh.weights is not None:
             total = total.square()
@@ -2753,9 +2748,6 @@ def costs(cfg: Config, shapes: tuple[list, list], L: int, gpus: int, sp: int, re
     swiglu, head = (4 * D + 2 * e * F, "4 D + 2e F"), (24 * D, "24 D")
     most, why = swiglu if cfg.dit.checkpointing else max(swiglu, head)
     m["backward"] = b * n * most, f"b n ({why}): gradients in a SwiGLU, or the head"
-    if S == 1 < gpus:
-        freed = sum(m[k][0] for k in ("activations", "clips and text", "backward"))
-        m["gradients to send"] = max(0, 4 * W - freed), "4 W - activations: one message of all"
 
     w, times = {}, K * (2 if reshard else 1)
     if S > 1:
@@ -3010,7 +3002,8 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     for flag, default, text in (
             ("dp", 0, "ranks that share out parameters and clips (default: all that are left)"),
             ("sp", 1, "ranks that share the tokens of a clip, in the dit stage (default 1)"),
-            ("replicate", 1, "copies of the model, one or more nodes each, or a rank (default 1)")):
+            ("replicate", None, "copies of the model, one or more nodes each, or a rank (default: "
+                                "1; of toy and small, if --dp is not given, all that are left)")):
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=text)
     parser.add_argument("--reshard", default="true", metavar="true|false",
                         help="free a block's parameters after its forward pass (default true)")
@@ -3043,7 +3036,7 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     one_of("--device", args.device, ("", "cpu", "cuda"))
     args.reshard = convert("reshard", [args.reshard], True)
     for name, least in (("dp", 0), ("sp", 1), ("replicate", 1)):
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
     if not 0 <= args.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {args.peak_tflops:g}: must be above 0")
@@ -3051,6 +3044,10 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         if not 0 < getattr(args, name) <= most:
             raise UserError(f"--{name} {getattr(args, name):g}: must be above 0, and at most "
                             f"{most:g}")
+    if args.replicate is None:      # where all of it fits many times over, copies are the faster
+        ranks = args.gpus if args.plan else int(os.environ.get("WORLD_SIZE", 1))
+        copies = args.scale in ("toy", "small") and not args.dp and ranks % args.sp == 0
+        args.replicate = ranks // args.sp if copies else 1
     if not 0 < args.timeout <= 1e9:                  # torch counts it in nanoseconds of 64 bits
         raise UserError(f"--timeout {args.timeout:g}: must be above 0, and at most 1e9")
     if args.export and not args.export.endswith(".safetensors"):

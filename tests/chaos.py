@@ -79,7 +79,8 @@ class Job:
         with log.open("a") as out:
             self.agent = subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                 "--max-restarts", str(restarts), "train.py", "--workdir", str(folder), *TINY],
+                 "--max-restarts", str(restarts), "train.py", "--workdir", str(folder), *TINY,
+                 "--dp", "2"],                                          # shards: more can go wrong
                 cwd=ROOT, stdout=out, stderr=out, preexec_fn=less,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                      "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})

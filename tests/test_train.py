@@ -220,6 +220,7 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatc
 # ---- damage --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fork_shares_the_latents_and_changes_what_it_is_told(finished, tmp_path):
     other = {"coupling": "independent", "seed": 1, "dit.qk_norm": True, "train_dit.steps": 4}
     run = train.fork(finished, tmp_path / "fork", other)
@@ -291,6 +292,7 @@ def test_truncated_checkpoint_is_named_and_the_one_before_is_used(copy, finished
     assert figures(copy) == figures(finished)
 
 
+@pytest.mark.slow
 def test_truncated_latent_shard_is_named_and_made_again(copy, finished, capfd):
     shard = copy / "latents" / "shard_00001.safetensors"
     good = shard.read_bytes()
@@ -316,6 +318,7 @@ def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch, capfd):
     assert sorted(p.name for p in (copy / "dit").glob("*")) == kept
 
 
+@pytest.mark.slow
 def test_a_stop_while_a_checkpoint_is_read_costs_none(copy, finished, monkeypatch):
     """A stop is no damage: it is heard after the first step, and no checkpoint is taken for bad."""
     forget(copy, "dit/model.safetensors", "samples", "report.json", "coupling.pt")
@@ -345,6 +348,7 @@ def test_checkpoints_that_cannot_be_read_are_not_thrown_away(copy, capfd):
     assert sorted((copy / "dit").glob("step_*")) == there
 
 
+@pytest.mark.slow
 def test_what_is_removed_is_made_again(copy, finished):
     """The one line for a damaged file says: remove it and start the run again."""
     names = ("latents/text.safetensors", "latents/captions.json", "samples/clips_0000.safetensors")
@@ -956,6 +960,7 @@ def test_a_video_that_vanishes_in_mid_run_is_named_and_another_stands_in(tmp_pat
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_a_process_ends_though_its_workers_are_deaf(tmp_path):
     """As after an error in mid-run, whose traceback holds the reader until the end."""
     folder = make_folder(tmp_path / "v")
@@ -1056,6 +1061,18 @@ def test_videos_are_not_kept_in_memory(tmp_path):
     assert peaks[1] < 1.1 * peaks[0], peaks
 
 
+@pytest.mark.parametrize("flags, ranks, layout", [
+    ("", 1, (0, 1, 1)), ("", 4, (0, 1, 4)), ("--scale small", 2, (0, 1, 2)),
+    ("--sp 2", 4, (0, 2, 2)), ("--dp 2", 2, (2, 1, 1)), ("--dp 2 --replicate 2", 4, (2, 1, 2)),
+    ("--replicate 1", 2, (0, 1, 1)), ("--scale 1b", 8, (0, 1, 1)),
+    ("--scale small --plan --gpus 3", 1, (0, 1, 3)), ("--scale 30b --plan", 1, (0, 1, 1))])
+def test_small_models_are_copied_and_large_ones_sharded(monkeypatch, flags, ranks, layout):
+    """(--dp, --sp, --replicate) as asked, or by the scale; dp 0: what is left."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    args = train.parse_args(["--workdir", "x", *flags.split()])[1]
+    assert (args.dp, args.sp, args.replicate) == layout
+
+
 # ---- several ranks, and real kills ---------------------------------------------------------------
 
 
@@ -1089,10 +1106,12 @@ def dit_losses(folder):
 def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path, precision, rtol):
     """Twenty steps of one rank, and of every axis of the mesh, step for step."""
     losses, weights = {}, {}
-    for flags in ("", "--dp 2", "--sp 2", "--dp 4", "--replicate 2", "--replicate 2 --dp 2",
-                  "--dp 2 --sp 2", "--dp 4 --reshard false"):
+    for flags in ("", "--dp 2", "--sp 2", "--dp 4", "--replicate 2", "--replicate 4",
+                  "--replicate 2 --dp 2", "--dp 2 --sp 2", "--dp 4 --reshard false"):
         folder = tmp_path / f"run{flags}".replace(" ", "")
-        changes = dit_anew(finished, folder, steps=20, every=7, precision=precision)
+        accumulate = 2 if flags == "--replicate 2" else 1       # DDP waits with its messages
+        changes = dit_anew(finished, folder, steps=20, every=7, precision=precision,
+                           accumulate=accumulate)
         ranks = math.prod(int(n) for n in flags.split() if n.isdigit())
         done = torchrun(folder, ranks, "--stage", "dit", *flags.split(), *changes)
         assert done.returncode == 0, done.stderr[-3000:]
