@@ -57,6 +57,8 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # its advice on DDP would break restarts
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -128,7 +130,7 @@ class TrainConfig:
     motion: int = 1  # tae: motion curriculum, up to so many times as fast in the end; 1 is off
     finish: float = 0.0  # tae: the last part of the steps, on whole clips without a crowd
     accumulate: int = 1  # dit: a rank's clips of a step, in so many parts one after another
-    precision: str = "fp32"  # of the matrix products: fp32 | bf16 | fp64, which is for tests
+    precision: str = "fp32"  # of the matrix products: fp32 | bf16; dit: | fp64, which is for tests
     drop: float = 0.1  # dit: condition dropout
     drop_each: bool = False  # dit: each text encoder is dropped for itself, not all three together
     align: float = 0.0  # dit: weight of the loss that aligns the toy MetaCLIP with the picture
@@ -287,7 +289,8 @@ def finish_config(cfg: Config) -> Config:
         for name in ("finish", "drop", "decay", "ema"):
             if not 0 <= getattr(t, name) <= 1:
                 raise UserError(f"--{section}.{name} {getattr(t, name)}: must be from 0 to 1")
-        one_of(f"--{section}.precision", t.precision, PRECISIONS)
+        one_of(f"--{section}.precision", t.precision,
+               PRECISIONS if section == "train_dit" else ("fp32", "bf16"))
         for name in ("lr", "clip"):
             if not getattr(t, name) > 0:
                 raise UserError(f"--{section}.{name} {getattr(t, name)}: must be above 0")
@@ -1537,7 +1540,7 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
     run.event(stage, first, "start")
     # A bucket leaves while backward still fills the next; with unused parameters looked for, their
     # order stays the first one, so that a restart adds up the same numbers in the same order.
-    copies = (DistributedDataParallel(model, broadcast_buffers=False, bucket_cap_mb=4,
+    copies = (DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=4,
                                       find_unused_parameters=True, gradient_as_bucket_view=True)
               if run.mesh.weights is None and world_size() > 1 else None)
 
@@ -1710,7 +1713,7 @@ def train_tae(run: Run, clips) -> None:
                     at = torch.randint(x.shape[2] - T + 1, (), generator=g).item()
                     x = x[:, :, at : at + T]
                 g = generator(cfg.seed, "tae", video, step, rank())
-                x = x.to(run.device, torch.float64 if t.precision == "fp64" else torch.float32)
+                x = x.to(run.device)
 
                 yield [lambda model, x=x, g=g, step=step: model(x, step, g)]
 

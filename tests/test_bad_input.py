@@ -54,7 +54,7 @@ OUT_OF_BOUNDS = """
     --text.width 100 --text.heads 8 / --text.heads 0 / --text.heads 5 / --text.layers -1
     --text.batch 0 / --text.words '' / --text.bytes '' / --text.concepts ''
     --dit.dim 0 / --dit.dim 100 / --dit.depth 0 / --dit.heads 0 / --dit.heads 5 / --dit.ffn -1
-    --dit.num_classes -1
+    --dit.num_classes -1 / --train_tae.precision fp64
     --flow.sigma_min -0.1 / --flow.sigma_min 1 / --flow.std 0 / --flow.shift -2 / --flow.shift 0
     --sample.solver heun --flow.objective diffusion
     --sdot.target 0 / --sdot.budget 0 / --sdot.batch -1 / --sdot.lr -1 / --sdot.decay 0
