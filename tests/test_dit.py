@@ -507,6 +507,7 @@ def test_checkpointing_changes_no_gradient(conditioning):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.slow
 def test_compile_traces_one_graph_with_the_same_output():
     model = make(awake=True)
     x, t, text, mask = batch(model)
@@ -649,6 +650,7 @@ def test_the_table_of_presets_from_a_copied_file(tmp_path):
     assert rows["block inputs, GB a clip"][2] == f"{73728 * 1536 * 24 * 4 / 1e9:.1f}"
 
 
+@pytest.mark.slow
 def test_a_demo_that_has_not_learnt_fails(tmp_path):
     done = run(tmp_path, "--steps", "2")
     assert done.returncode == 1 and "FAIL one clip learnt" in done.stdout

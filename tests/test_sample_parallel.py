@@ -382,6 +382,7 @@ def trained():
         emulate(mode, model, **inputs, steps=S, patches=M, warmup=W), exact[S])
 
 
+@pytest.mark.slow
 def test_staleness_on_a_trained_model(trained):
     _, _, error = trained
     few, many = error("pipefusion", 8, 2), error("pipefusion", 32, 2)

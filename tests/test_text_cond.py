@@ -594,6 +594,7 @@ def test_bad_arguments_are_one_line_and_status_2(args, monkeypatch, capsys):
     assert e.value.code == 2 and out == "" and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_demo_that_has_not_learnt_fails(tmp_path):
     done = run(tmp_path, "--steps", "2")
     assert done.returncode == 1 and "FAIL letters of held-out words, through bytes" in done.stdout

@@ -281,6 +281,7 @@ def test_where_video_tokens_look(finished, tmp_path, capsys):
     assert (tmp_path / "attention.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_truncated_checkpoint_is_named_and_the_one_before_is_used(copy, finished, capfd):
     forget(copy, "dit/model.safetensors", "samples", "report.json")
     newest = sorted((copy / "dit").glob("step_*"))[-1]
