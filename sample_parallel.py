@@ -642,7 +642,7 @@ class LostRank(RuntimeError):
 
 def is_loss(error):
     """torch.distributed has no exception of its own for this on gloo, only words."""
-    words, text = ("gloo", "connection", "barrier", "timed out"), str(error).lower()
+    words, text = ("gloo", "connection", "barrier", "timed out", "timeout"), str(error).lower()
     return isinstance(error, LostRank | dist.DistError) or any(w in text for w in words)
 
 

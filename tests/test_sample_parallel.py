@@ -774,6 +774,14 @@ def test_a_rank_that_hangs_is_noticed_within_the_time_out(degrees, tmp_path):
     assert said.startswith("rank 0: lost contact") and float(seconds) < 10
 
 
+@pytest.mark.parametrize("words, lost", [
+    ("Application timeout caused pair closure", True),      # gloo's, heard in a backward pass
+    ("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:1", True),
+    ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False)])
+def test_what_a_lost_rank_sounds_like(words, lost):
+    assert sp.is_loss(RuntimeError(words)) == lost
+
+
 def test_launch_reports_the_first_error_and_ends_the_rest():
     def rank():
         if dist.get_rank() == 1:
