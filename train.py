@@ -54,7 +54,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # its advice on DDP would break restarts
@@ -1023,6 +1023,29 @@ def wait_for_rank0(what: str) -> None:
     barrier()
 
 
+def pulse() -> None:
+    """Tell the ranks that are in `wait_for_all` that this one is at work."""
+    if dist.is_initialized():
+        dist.distributed_c10d._get_default_store().add("train/pulse", 1)
+
+
+def wait_for_all(what: str) -> None:
+    """Until every rank has done a share that no other has to do with, however long that takes: a
+    barrier would call the slowest silent. When for the time-out of the ranks none has finished, and
+    none told of work (`pulse`), a barrier finds out who hangs. `what` as in `wait_for_rank0`."""
+    if dist.is_initialized():
+        store, place, seen = dist.distributed_c10d._get_default_store(), f"train/{what}/done", None
+        there = store.add(place, 1)
+        while there < world_size():
+            if (now := (there, store.add("train/pulse", 0))) != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > sample_parallel.patience().total_seconds():
+                break
+            time.sleep(max(0.1, world_size() / 1000))
+            there = store.add(place, 0)
+    barrier()
+
+
 @dataclass
 class Mesh:
     """replicate x dp x sp ranks, outermost to innermost: FSDP2 shards the parameters over the dp x
@@ -1778,6 +1801,7 @@ def encoded(run: Run, tae: autoencoder.Autoencoder, clips, split: str, rows: lis
     parts = [[(i, None, shape) for i in rows[k : k + n]] for k in range(0, len(rows), n)]
     for x, captions in batches(clips, split, parts):
         yield x, captions, tae.encode(x.to(run.device), **how)
+        pulse()
 
 
 def shards_of(clips, count: int) -> list[tuple[tuple[int, int, int], list[int]]]:
@@ -1804,26 +1828,32 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
     """The latents of one phase. What is there and whole is kept."""
     M, shards, index = run.cfg.clips.count, {}, folder / "index.json"
     for s, shard in enumerate(shards_of(clips, M)):
-        shards[f"shard_{s:05d}.safetensors"] = shard
-    files, every = [*shards, "text.safetensors", "captions.json"], slice(rank(), None, world_size())
-    todo = files
+        shards[shard_file(s)] = shard
+    every, todo = slice(rank(), None, world_size()), set()
     if index.exists():                          # each rank looks at some, and all hear of all
         sums = json.loads(index.read_text())["shards"]
-        bad = [n for n in files[every] if not (folder / n).exists()
-               or n in sums and crc(folder / n) != sums[n]]
-        todo = sorted(itertools.chain(*from_all(bad)))
+        bad = [n for n in list(sums)[every] if not (folder / n).exists()
+               or crc(folder / n) != sums[n]]
+        todo = set(itertools.chain(*from_all(bad)))
         if not todo:
             return
         if rank() == 0:
-            print(f"{folder}: damaged or missing, encoded again: {', '.join(todo)}",
+            print(f"{folder}: damaged or missing, encoded again: {', '.join(sorted(todo))}",
                   file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    began, tae = time.monotonic(), load_tae(run)
-    mine = [n for n in [n for n in todo if n in shards][every]
-            if index.exists() or not readable(folder / n)]      # an earlier start wrote some
-    bar = tqdm(total=sum(len(shards[n][1]) for n in mine), desc="latents", unit="clip",
+    began = time.monotonic()
+
+    def mine(files: Collection[str], whole: Callable[[str], bool]) -> list[str]:
+        """This rank's share of the files that are to be made; not what an earlier start made."""
+        if todo:
+            return [n for n in files if n in todo][every]
+        return [n for n in list(files)[every] if not whole(n)]
+
+    names = mine(shards, lambda n: readable(folder / n))
+    tae = load_tae(run) if names else None
+    bar = tqdm(total=sum(len(shards[n][1]) for n in names), desc="latents", unit="clip",
                disable=rank() != 0)
-    for name in mine:
+    for name in names:
         shape, rows = shards[name]
         mean, logvar, texts = [], [], []
         for _, captions, posterior in encoded(run, tae, clips, "train", rows, shape):
@@ -1834,24 +1864,53 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
         save_tensors(folder / name, {"mean": torch.cat(mean), "logvar": torch.cat(logvar)},
                      captions=json.dumps(texts))
     bar.close()
-    barrier()
+    wait_for_all(f"shards of {folder}")
     if rank() == 0:
-        captions = [""] * M
+        captions, shapes = [""] * M, []
         for name, (_, rows) in shards.items():
-            with safe_open(folder / name, "pt") as f:
+            with opened(folder / name) as f:
+                shapes.append(f.get_slice("mean").get_shape()[1:])
                 for i, text in zip(rows, json.loads(f.metadata()["captions"])):
                     captions[i] = text
-        unique = list(dict.fromkeys(captions))
-        conditioner = text_cond.TextConditioner(text_config(run.cfg, run.folder)).to(run.device)
-        features = conditioner.encode(unique)
-        save_tensors(folder / "text.safetensors", features)
-        where = {c: i for i, c in enumerate(unique)}
+        unique = {c: i for i, c in enumerate(dict.fromkeys(captions))}
         write_json(folder / "captions.json",
-                   {"captions": unique, "of": [where[c] for c in captions],
-                    "rows": [rows for _, rows in shards.values()]})
-        write_json(index, {"shards": {n: crc(folder / n) for n in files}})
-    run.spent("latents", time.monotonic() - began)
+                   {"captions": list(unique), "of": [unique[c] for c in captions],
+                    "rows": [rows for _, rows in shards.values()], "shapes": shapes})
     wait_for_rank0(f"captions of {folder}")
+    captions = json.loads((folder / "captions.json").read_text())["captions"]
+    texts = {text_file(s): captions[i : i + SHARD]
+             for s, i in enumerate(range(0, len(captions), SHARD))}
+
+    def says(name: str) -> bool:
+        """Whether a file is whole, and of these captions."""
+        if not readable(folder / name):
+            return False
+        with opened(folder / name) as f:
+            return json.loads(f.metadata()["captions"]) == texts[name]
+
+    names = mine(texts, says)
+    waits = "never" if run.cfg.text.offload == "never" else "cpu"       # not read for each file
+    text = text_cond.TextConditioner(replace(run.cfg.text, offload=waits)).to(run.device)
+    for name in names:
+        save_tensors(folder / name, text.encode(texts[name]), captions=json.dumps(texts[name]))
+        pulse()
+    wait_for_all(f"text of {folder}")
+    files = [*shards, *texts, "captions.json"]
+    sums = dict(itertools.chain(*from_all([(n, crc(folder / n)) for n in files[every]])))
+    if rank() == 0:
+        write_json(index, {"shards": sums})
+    run.spent("latents", time.monotonic() - began)
+    barrier()
+
+
+def shard_file(s: int) -> str:
+    """Name of the s-th file of latents."""
+    return f"shard_{s:05d}.safetensors"
+
+
+def text_file(s: int) -> str:
+    """Name of the s-th file of the text encoders' work, on SHARD captions."""
+    return f"text_{s:05d}.safetensors"
 
 
 def text_config(cfg: Config, folder: Path) -> text_cond.TextConfig:
@@ -1861,30 +1920,39 @@ def text_config(cfg: Config, folder: Path) -> text_cond.TextConfig:
 
 @dataclass
 class Latents:
-    """The data set that the DiT is trained on. Its shards are mapped into memory, not read: what is
-    not asked for stays on the disk."""
+    """The data set that the DiT is trained on. Its files are mapped into memory when they are asked
+    for, a thousand at a time, and not read: what is not asked for stays on the disk."""
 
-    shards: list[dict[str, Tensor]]  # mean, logvar (m, C, T', H', W') each, not normalised
+    folder: Path  # its files hold mean, logvar (m, C, T', H', W'), not normalised; text features
+    shapes: list[torch.Size]  # of a latent, (C, T', H', W'), in each shard
     where: Tensor  # (M, 2) int64: shard of each clip, and its row there
-    of: Tensor  # (M,) int64: row of the caption of each clip
+    of: Tensor  # (M,) int64: caption of each clip
     captions: list[str]  # unique
-    features: dict[str, Tensor]  # rows = captions
+
+    def __post_init__(self):
+        self.file = lru_cache(1000)(lambda name: load_tensors(self.folder / name))
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """`mean` or `logvar` of these clips, which have one shape: (B, C, T', H', W')."""
-        return torch.stack([self.shards[s][name][row] for s, row in self.where[index].tolist()])
+        return torch.stack([self.file(shard_file(s))[name][row]
+                            for s, row in self.where[index].tolist()])
+
+    def features(self, captions: Tensor) -> dict[str, Tensor]:
+        """What the text encoders made of these captions, each padded to the longest, (B, L, ..)."""
+        there = [(self.file(text_file(i // SHARD)), i % SHARD) for i in captions.tolist()]
+        return {k: nn.utils.rnn.pad_sequence([file[k][row] for file, row in there], True)
+                for k in there[0][0]}
 
     def buckets(self) -> list[tuple[torch.Size, Tensor]]:
         """(shape of a latent, the clips that have it)."""
-        shapes = [s["mean"].shape[1:] for s in self.shards]
-        kinds = list(dict.fromkeys(shapes))
-        kind = torch.tensor([kinds.index(s) for s in shapes])[self.where[:, 0]]
+        kinds = list(dict.fromkeys(self.shapes))
+        kind = torch.tensor([kinds.index(s) for s in self.shapes])[self.where[:, 0]]
         return [(shape, (kind == k).nonzero().flatten()) for k, shape in enumerate(kinds)]
 
     @property
     def mean(self) -> Tensor:
         """(M, C, T', H', W'): all of them, read into memory. Only where all have one shape."""
-        return torch.cat([s["mean"] for s in self.shards])
+        return torch.cat([self.file(shard_file(s))["mean"] for s in range(len(self.shapes))])
 
 
 def load_latents(run: Run, folder: Path | None = None) -> Latents:
@@ -1894,9 +1962,8 @@ def load_latents(run: Run, folder: Path | None = None) -> Latents:
     where = torch.zeros(len(table["of"]), 2, dtype=torch.int64)
     for s, rows in enumerate(table["rows"]):
         where[rows, 0], where[rows, 1] = s, torch.arange(len(rows))
-    return Latents([load_tensors(p) for p in sorted(folder.glob("shard_*.safetensors"))], where,
-                   torch.tensor(table["of"]), table["captions"],
-                   load_tensors(folder / "text.safetensors"))
+    return Latents(folder, [torch.Size(s) for s in table["shapes"]], where,
+                   torch.tensor(table["of"]), table["captions"])
 
 
 def statistics_of(run: Run) -> autoencoder.Autoencoder:
@@ -1908,15 +1975,19 @@ def statistics_of(run: Run) -> autoencoder.Autoencoder:
     return tae
 
 
-def caption_groups(latents: Latents, size: int = 32) -> Tensor:
+def caption_groups(latents: Latents, size: int = 32, pretrained: bool = False) -> Tensor:
     """(M,) int64 groups within which SDOT couples: clips of the same caption; where captions are
     unique, clusters of `size` clips or more of similar captions, by the mean of MetaCLIP's
     features, or by bags of hashed words where the encoders are toys."""
     if len(latents.captions) <= len(latents.of) / 2:
         return latents.of
-    if "concepts_mask" in latents.features:
-        x, there = latents.features["concepts"].float(), latents.features["concepts_mask"]
-        bags = (x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1)
+    if pretrained:
+        bags = []
+        for part in torch.arange(len(latents.captions)).split(SHARD):
+            features = latents.features(part)
+            x, there = features["concepts"].float(), features["concepts_mask"]
+            bags.append((x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1))
+        bags = torch.cat(bags)
     else:
         bags = torch.zeros(len(latents.captions), 256)
         for row, text in zip(bags, latents.captions):
@@ -1939,7 +2010,9 @@ def couple_latents(run: Run) -> None:
     if run.cfg.coupling == "sdot-global" and rank() == 0:
         print("--coupling sdot-global ignores captions: unguided samples then do so too",
               file=sys.stderr)
-    groups = caption_groups(latents, size) if run.cfg.coupling == "sdot" else None
+    groups = None
+    if run.cfg.coupling == "sdot":
+        groups = caption_groups(latents, size, run.cfg.text.mode == "pretrained")
     z = tae.normalize(latents.mean)
     coupling = sdot.Coupling.fit(
         z, groups, cfg=run.cfg.sdot, progress=True, ranks=dist.is_initialized(),
@@ -2111,8 +2184,8 @@ def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
         parts = []
         for clips, dropped, *args in zip(*(v.chunk(t.accumulate)
                                            for v in (rows, drop, x1, x0, times))):
-            where = latents.of[clips]
-            features = {k: v[where].to(run.device) for k, v in latents.features.items()}
+            features = {k: v.to(run.device)
+                        for k, v in latents.features(latents.of[clips]).items()}
             args = features, dropped.to(run.device), *(v.to(run.device, dtype) for v in args)
             parts.append(partial(lambda args, model: model(*args), args))
             parts[-1].keys = clips.tolist()
@@ -2264,8 +2337,9 @@ def make_samples(run: Run) -> None:
                             zoom=max(1, 128 // cfg.clips.size))
         save_tensors(part_file(i), {"clips": clips})
         bar.update(len(part))
+        pulse()
     bar.close()
-    barrier()
+    wait_for_all("samples")
     if rank() == 0:
         write_json(folder / "index.json",
                    [{"file": f"{j:04d}", "kind": kind, "prompt": prompt, "seed": j}
@@ -2408,8 +2482,11 @@ def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
     if not seconds:
         return {}
     steps, cfg = sum(b["step"] - a["step"] for a, b in pairs), run.cfg
-    with opened(run.latents / "text.safetensors") as f:
-        L = sum(f.get_slice(k).get_shape()[1] for k in text_cond.ENCODERS)
+    longest = dict.fromkeys(text_cond.ENCODERS, 0)
+    for path in run.latents.glob("text_*.safetensors"):
+        with opened(path) as f:
+            longest = {k: max(n, f.get_slice(k).get_shape()[1]) for k, n in longest.items()}
+    L = sum(longest.values())
     flops = 3 * cfg.train_dit.batch * sum(backbone.flops(cfg.dit, tokens_of(cfg.dit), L))
     peak = run.peak or measured_peak(run.device)
     figures = {"clips_per_second": steps * cfg.train_dit.batch / seconds,

@@ -48,13 +48,14 @@ def make_run(scale, folder, replicate=1, parts=1):
         clips, here = train.ToyClips(run.cfg), folder / "latents"
         captions = [clips.clip("train", i)[1] for i in range(64)]
         for s in range(4):
-            train.save_tensors(here / f"shard_{s:05d}.safetensors", {
+            train.save_tensors(here / train.shard_file(s), {
                 "mean": torch.randn(256, *shape), "logvar": torch.full((256, *shape), -6.0)})
         text = train.text_cond.TextConditioner(run.cfg.text)
-        train.save_tensors(here / "text.safetensors", text.encode(captions))
+        train.save_tensors(here / train.text_file(0), text.encode(captions))
         train.write_json(here / "captions.json", {
             "captions": captions, "of": [i % 64 for i in range(1024)],
-            "rows": [list(range(256 * s, 256 * (s + 1))) for s in range(4)]})
+            "rows": [list(range(256 * s, 256 * (s + 1))) for s in range(4)],
+            "shapes": [shape] * 4})
     train.barrier()
     return run
 

@@ -352,12 +352,46 @@ def test_checkpoints_that_cannot_be_read_are_not_thrown_away(copy, capfd):
 @pytest.mark.slow
 def test_what_is_removed_is_made_again(copy, finished):
     """The one line for a damaged file says: remove it and start the run again."""
-    names = ("latents/text.safetensors", "latents/captions.json", "samples/clips_0000.safetensors")
+    names = ("latents/text_00000.safetensors", "latents/captions.json",
+             "samples/clips_0000.safetensors")
     forget(copy, "report.json", *names)
     assert run(copy) == 0
     for name in names:
         assert (copy / name).read_bytes() == (finished / name).read_bytes()
     assert figures(copy) == figures(finished)
+
+
+def test_captions_are_encoded_in_parts(copy, monkeypatch, capfd):
+    """Their features do not depend on the parts; one that was damaged, or is left over from a start
+    with other captions, is made again."""
+    r = train.Run(copy, parsed(), torch.device("cpu"))
+    want = text_cond.TextConditioner(r.cfg.text).encode(train.load_latents(r).captions)
+    forget(copy, "latents")
+    monkeypatch.setattr(train, "SHARD", 64)
+    train.encode_latents(r, train.clips_of(r.cfg))
+    made = {p.name: p.read_bytes() for p in sorted((copy / "latents").glob("text_*"))}
+    latents = train.load_latents(r)
+    assert len(made) == -(-len(latents.captions) // 64) > 1
+
+    def same(rows):
+        got = latents.features(rows)
+        assert got.keys() == want.keys()
+        for k, x in got.items():
+            L = x.shape[1]
+            assert torch.equal(x, want[k][rows, :L]) and not want[k][rows, L:].any()
+
+    same(torch.arange(len(latents.captions)))
+    same(torch.tensor([len(latents.captions) - 1, 0, 64, 63, 64]))
+    damaged, *_, stale = (copy / "latents" / name for name in made)
+    damaged.write_bytes(b"")
+    assert "text_00000.safetensors" not in capfd.readouterr().err
+    train.encode_latents(r, train.clips_of(r.cfg))
+    assert "encoded again: text_00000.safetensors" in capfd.readouterr().err
+    forget(copy, "latents/index.json")
+    train.save_tensors(stale, train.load_tensors(damaged), captions="[]")
+    train.encode_latents(r, train.clips_of(r.cfg))
+    assert {p.name: p.read_bytes() for p in sorted((copy / "latents").glob("text_*"))} == made
+    assert (copy / "latents/index.json").exists()
 
 
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
@@ -775,7 +809,7 @@ def test_utilisation_counts_what_was_done_while_it_ran(finished):
     assert found["clips_per_second"] == 4
     with torch.device("meta"):
         model = train.TextToVideo(cfg).dit
-    features = train.load_tensors(finished / "latents/text.safetensors")
+    features = train.load_tensors(finished / "latents/text_00000.safetensors")
     L = sum(features[k].shape[1] for k in ("words", "bytes", "concepts"))
     from torch.utils.flop_counter import FlopCounterMode
     x, t, P = (torch.empty(*s, device="meta") for s in ((8, 8, 4, 8, 8), (8,), (8, L, 48)))
@@ -815,11 +849,16 @@ def test_the_other_couplings_train(finished, tmp_path, changes, capfd):
 def test_unique_captions_are_coupled_in_clusters():
     words = ("a red boat on the sea", "two dogs run over green grass")
     captions = [f"{words[i % 2]} take{i}" for i in range(128)]
-    latents = train.Latents([], torch.zeros(128, 2), torch.arange(128), captions, {})
-    groups = train.caption_groups(latents, 32)
-    assert torch.bincount(groups)[groups].min() >= 32
-    for group in groups.unique():
-        assert len({int(i) % 2 for i in (groups == group).nonzero()}) == 1
+    latents = train.Latents(None, [], torch.zeros(128, 2), torch.arange(128), captions)
+    points = torch.randn(128, 4, 8) + 9 * (-1.0) ** torch.arange(128).view(-1, 1, 1)
+    there = torch.arange(4) < torch.randint(1, 4, (128, 1))
+    points[~there] = 1e3                                # padding, which must not count
+    latents.features = lambda rows: {"concepts": points[rows], "concepts_mask": there[rows]}
+    for pretrained in (False, True):
+        groups = train.caption_groups(latents, 32, pretrained)
+        assert torch.bincount(groups)[groups].min() >= 32
+        for group in groups.unique():
+            assert len({int(i) % 2 for i in (groups == group).nonzero()}) == 1
 
 
 def test_unfinished_run_cannot_be_loaded(tmp_path, copy):
@@ -1283,6 +1322,44 @@ def test_a_rank_that_hangs_is_named(finished, tmp_path):
             p.wait()
     assert ranks[0].returncode == 1 and "train.py: rank 1: hangs, or is gone" in said, said[-2000:]
     assert "Traceback" not in said
+
+
+WAIT = """
+import datetime, os, sys, time, torch.distributed as dist, sample_parallel, train
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=3))
+if dist.get_rank() == 1:
+    for _ in range(12):                 # twice the time-out
+        time.sleep(0.5)
+        train.pulse()
+train.wait_for_all("work")
+print("waited", flush=True)
+if dist.get_rank() == 1:
+    time.sleep(60)
+began = time.monotonic()
+try:
+    train.wait_for_all("hang")
+except RuntimeError as error:
+    print(sample_parallel.is_loss(error), train.silent_ranks(1), time.monotonic() - began < 12)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_who_works_is_waited_for_and_who_hangs_is_named(tmp_path):
+    port = str(random.Random(str(tmp_path)).randint(20000, 40000))
+    ranks = [subprocess.Popen([sys.executable, "-c", WAIT], cwd=ROOT, stdout=subprocess.PIPE,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                              "RANK": str(r), "LOCAL_RANK": str(r),
+                                              "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                              "MASTER_PORT": port})
+             for r in range(2)]
+    try:
+        said = ranks[0].communicate(timeout=60)[0]
+    finally:
+        for p in ranks:
+            p.kill()
+            p.wait()
+    assert said.splitlines() == ["waited", "True [1] True"]
 
 
 @pytest.mark.slow
