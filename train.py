@@ -55,6 +55,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from functools import cache, lru_cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # its advice on DDP would break restarts
@@ -730,15 +731,14 @@ class VideoFolder:
             tuple[Path, str, int, float, float]
         ] = []  # file, caption, frames, frames per second, height / width
         short, whole = [], []
-        for path in files:
+        for path, found in zip(files, probe_all(files, quiet)):
             if path.name not in captions:
                 say(f"{path}: no caption, skipped")
                 continue
-            try:
-                frames, rate, aspect = probe(path)
-            except Exception as error:  # whatever PyAV raises for a stream that it cannot read
-                say(f"{path}: unreadable, skipped ({_reason(error)})")
+            if isinstance(found, str):
+                say(f"{path}: unreadable, skipped ({found})")
                 continue
+            frames, rate, aspect = found
             if frames < cfg.clips.frames:
                 short.append(path.name)
             elif not held_out(cfg, frames):
@@ -858,6 +858,32 @@ def probe(path: Path) -> tuple[int, float, float]:
             container.seek(0, stream=stream)
             frames = sum(1 for packet in container.demux(stream) if packet.size)
     return max(frames, 1), rate, stream.codec_context.height / stream.codec_context.width
+
+
+probed: dict[str, tuple[list[int], tuple[int, float, float]]] = {}  # file: size and age; `probe`
+
+
+def probe_all(files: list[Path], quiet: bool = False) -> list[tuple[int, float, float] | str]:
+    """What `probe` says of each file, or why it cannot be read. Each rank looks at some of them and
+    all hear of all; a file that is in `probed`, and has not changed since, is not opened."""
+
+    def look(path: Path):
+        try:
+            stat = path.stat()
+            age, found = probed.get(str(path), (None, None))
+            if age != [stat.st_size, stat.st_mtime_ns]:
+                age, found = [stat.st_size, stat.st_mtime_ns], probe(path)
+            return age, found
+        except Exception as error:  # whatever PyAV raises for a stream that it cannot read
+            return None, _reason(error)
+
+    mine = files[rank() :: world_size()]
+    with ThreadPool(8) as pool:         # most of it is waiting for the disk
+        said = from_all(list(tqdm(pool.imap(look, mine), desc="videos", total=len(mine),
+                                  unit="file", leave=False, delay=3, disable=quiet)))
+    all_said = [said[i % world_size()][i // world_size()] for i in range(len(files))]
+    probed.update((str(p), x) for p, x in zip(files, all_said) if x[0])
+    return [found for _, found in all_said]
 
 
 def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float) -> Tensor:
@@ -3257,8 +3283,13 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
         torch.set_num_threads(cores())
     mesh = make_mesh(args.dp, args.sp, args.replicate, args.reshard, device.type)
     check_shares(cfg, mesh, args.workdir)
+    table = args.workdir / "videos.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):   # what an earlier start found out
+        probed.update(json.loads(table.read_text()))
     clips = clips_of(cfg, quiet=rank() != 0)
     run = open_run(cfg, args.workdir, device, mesh)
+    if rank() == 0 and probed:
+        write_json(table, probed)
     run.peak = 1e12 * args.peak_tflops
     stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),
               "coupling": lambda: couple_latents(run), "dit": lambda: train_dit(run),

@@ -981,6 +981,36 @@ def test_odd_folders(tmp_path, capfd):
     assert x.shape == (3, 16, 32, 32) and (x[:, 5:] - x[:, 4:5]).abs().max() < 0.05
 
 
+def test_videos_are_looked_at_once_and_by_all_ranks(tmp_path, monkeypatch):
+    folder, seen, probe = make_folder(tmp_path / "v"), [], train.probe
+    (folder / "v1.mp4").write_bytes(b"not a video")
+    monkeypatch.setattr(train, "probe", lambda path: seen.append(path.name) or probe(path))
+    monkeypatch.setattr(train, "probed", {})
+    want = train.VideoFolder(config(folder)).videos
+    assert sorted(seen) == ["v0.mp4", "v1.mp4", "v2.gif"] and len(want) == 2
+    monkeypatch.setattr(train, "probed", json.loads(json.dumps(train.probed)))  # as in a run folder
+    train.write_video(folder / "v0.mp4", torch.zeros(3, 30, 40, 40))
+    seen.clear()
+    videos = train.VideoFolder(config(folder)).videos
+    assert sorted(seen) == ["v0.mp4", "v1.mp4"] and tuple(videos[1][2:]) == tuple(want[1][2:])
+    assert videos[0][2] == 30
+
+    monkeypatch.setattr(train, "probed", {})
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    shares: dict = {}
+    files = [v[0] for v in videos] + [folder / "v1.mp4"]
+    for _ in range(2):
+        for r in (0, 1):
+            monkeypatch.setattr(train, "rank", lambda r=r: r)
+            monkeypatch.setattr(train, "from_all", lambda mine, r=r: shares.update({r: mine}) or [
+                shares.get(0, mine), shares.get(1, mine)])
+            train.probed.clear()
+            seen.clear()
+            found = train.probe_all(files, quiet=True)
+            assert sorted(seen) == [["v0.mp4", "v1.mp4"], ["v2.gif"]][r]
+    assert found[:2] == [v[2:] for v in videos] and isinstance(found[2], str)
+
+
 def test_a_video_that_vanishes_in_mid_run_is_named_and_another_stands_in(tmp_path, capfd):
     folder = make_folder(tmp_path / "v")
     clips = train.VideoFolder(config(folder))
