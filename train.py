@@ -949,6 +949,8 @@ def _deaf(_) -> None:
 @atexit.register
 def _end_workers() -> None:
     """Before multiprocessing asks them by SIGTERM, to which they are deaf, and waits."""
+    if _workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would report it as a failure
     for worker in _workers:
         worker.kill()
 
@@ -977,6 +979,7 @@ def batches(clips, split: str, indices) -> Iterator[tuple[Tensor, list[str]]]:
         try:
             yield from loaded
         except UserError as error:
+            error.__traceback__ = None          # it would hold the workers until they are killed
             raise UserError(_reason(error).split("UserError: ")[-1]) from None
     return one_line()
 

@@ -179,7 +179,7 @@ def test_load_run_generates_the_same_clip_again(finished):
 
 def test_starting_again_skips_everything(finished, capfd):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
-    assert run(finished) == 0
+    assert run(finished, "--stage", "sample") == 0
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
     assert "step/s" not in capfd.readouterr().err
 
@@ -194,7 +194,8 @@ def figures(folder):
         ("tae/image", 2), ("tae/video", 4), ("dit", 2))), ("dit", 5),
 ])
 def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch, stage, step):
-    folder, add = tmp_path / "again", train.Metrics.add
+    folder, add, whole = tmp_path / "again", train.Metrics.add, step != 5
+    until = () if whole else ("--stage", "dit")
     if stage == "dit":                                  # the others have tested what is before it
         shutil.copytree(finished, folder)
         forget(folder, "dit", "samples", "report.json")
@@ -208,8 +209,8 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run(folder)
     monkeypatch.undo()
-    assert run(folder) == 0
-    assert figures(folder) == figures(finished)
+    assert run(folder, *until) == 0
+    assert not whole or figures(folder) == figures(finished)
     assert (train.read_metrics(folder / "metrics.csv")
             == train.read_metrics(finished / "metrics.csv"))      # loss by loss, bit by bit
     for name in ("tae/tae.safetensors", "dit/model.safetensors"):
@@ -1040,7 +1041,7 @@ def test_a_process_ends_though_its_workers_are_deaf(tmp_path):
             "print(len(next(reader)), len(train._workers))\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           timeout=60)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert done.stdout.split()[0] == "2" and int(done.stdout.split()[1]) > 0
 
 
