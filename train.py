@@ -646,6 +646,10 @@ class ToyClips:
     def __init__(self, cfg: Config):
         self.cfg, self.shapes = cfg, shapes_of(cfg)
 
+    def at(self, cfg: Config) -> "ToyClips":
+        """The clips of one phase of the run."""
+        return ToyClips(cfg)
+
     def shape(self, i: int) -> tuple[int, int, int]:
         """(T, H, W) of clip i of the dit stage."""
         return drawn_shape(self.shapes, self.cfg, i)
@@ -688,10 +692,9 @@ def drawn_shape(shapes: list[tuple[int, int, int]], cfg: Config, i: int,
     return min(sides, key=lambda s: abs(math.log(s[1] / s[2] / aspect)))
 
 
-def held_out(cfg: Config, frames: int) -> int:
+def held_out(T: int, frames: int) -> int:
     """The first frame of a video that training does not see: of its last fifth, or of its last clip
-    if that is longer; 0 where two clips do not fit, and all of it is for both."""
-    T = max((cfg.clips.frames, *cfg.clips.lengths))
+    of T frames if that is longer; 0 where two clips do not fit, and all of it is for both."""
     cut = min(int(0.8 * frames), frames - T)
     return cut if cut >= T else 0
 
@@ -707,55 +710,71 @@ class VideoFolder:
 
     Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not
     grow with the number, the length or the resolution of the videos. Unreadable files are named
-    and skipped; so is one that vanishes, or is damaged, while the run is on: the next video stands
-    in for it.
+    and skipped. A run keeps to the videos that it began with, in `table`: one that vanishes, or is
+    damaged, later is named, and the next one stands in for it; one that is added is not used.
     """
 
-    def __init__(self, cfg: Config, quiet: bool = False):
+    def __init__(self, cfg: Config, quiet: bool = False, table: Path | None = None):
         self.cfg, self.root, self.window = cfg, Path(cfg.data), ("", None)
         self.lost: set[Path] = set()
         self.shapes = shapes_of(cfg)
-        say = (lambda *_: None) if quiet else (lambda line: print(line, file=sys.stderr))
+        self.longest = max(cfg.clips.frames, *cfg.clips.lengths, 0)     # frames, of all phases
         if not self.root.is_dir():
             raise UserError(f"--data {cfg.data}: no such folder")
-        files = sorted(p for p in self.root.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
+        files = [p.name for p in self.root.iterdir()] if rank() == 0 else []
+        files = from_rank0(sorted(n for n in files if n.lower().endswith(VIDEO_SUFFIXES)))
+        known = from_rank0(read_json(table, None) if table and rank() == 0 else None)
+        # file, caption, frames, frames per second, height / width
+        self.videos: list[tuple[Path, str, int, float, float]]
+        say = (lambda *_: None) if quiet else (lambda line: print(line, file=sys.stderr))
+        if known:
+            self.videos = [(self.root / name, *row) for name, *row in known]
+            old, new = {p.name for p, *_ in self.videos}, set(files)
+            if old - new:
+                say(f"--data {cfg.data}: gone since this run began, others stand in: "
+                    + some_of(old - new))
+        else:
+            self.videos = self._look([self.root / name for name in files], quiet, say)
+
+    def at(self, cfg: Config) -> "VideoFolder":
+        """The clips of one phase of the run. What no phase may train on is the same in all."""
+        other = copy.copy(self)
+        other.cfg, other.shapes, other.window = cfg, shapes_of(cfg), ("", None)
+        return other
+
+    def table(self) -> list:
+        """What a run keeps of its videos."""
+        return [(path.name, *row) for path, *row in self.videos]
+
+    def _look(self, files: list[Path], quiet: bool, say: Callable[[str], None]):
+        data, T = self.cfg.data, self.cfg.clips.frames
         if not files:
-            raise UserError(f"--data {cfg.data}: no video in it ({' '.join(VIDEO_SUFFIXES)})")
-        captions = read_captions(self.root, files)
-        if not captions:
-            raise UserError(
-                f"--data {cfg.data}: no captions; put one in NAME.txt beside each video, or in "
-                "metadata.csv"
-            )
-        self.videos: list[
-            tuple[Path, str, int, float, float]
-        ] = []  # file, caption, frames, frames per second, height / width
-        short, whole = [], []
-        for path, found in zip(files, probe_all(files, quiet)):
-            if path.name not in captions:
+            raise UserError(f"--data {data}: no video in it ({' '.join(VIDEO_SUFFIXES)})")
+        captions = read_captions(self.root, files, quiet)
+        if not any(captions):
+            raise UserError(f"--data {data}: no captions; put one in NAME.txt beside each video, "
+                            "or in metadata.csv")
+        for path, caption in zip(files, captions):
+            if not caption:
                 say(f"{path}: no caption, skipped")
-                continue
-            if isinstance(found, str):
-                say(f"{path}: unreadable, skipped ({found})")
-                continue
-            frames, rate, aspect = found
-            if frames < cfg.clips.frames:
-                short.append(path.name)
-            elif not held_out(cfg, frames):
-                whole.append(path.name)
-            self.videos.append((path, captions[path.name], frames, rate, aspect))
+        told = [row for row in zip(files, captions) if row[1]]
+        found = shared_out("videos", try_probe, [path for path, _ in told], quiet)
+        for (path, _), what in zip(told, found):
+            if isinstance(what, str):
+                say(f"{path}: unreadable, skipped ({what})")
+        videos = [(*row, *what) for row, what in zip(told, found) if not isinstance(what, str)]
+        if not videos:
+            raise UserError(f"--data {data}: none of its {len(files)} videos can be read and has a "
+                            "caption")
+        short = [path.name for path, _, frames, *_ in videos if frames < T]
+        whole = [path.name for path, _, frames, *_ in videos
+                 if frames >= T and not held_out(self.longest, frames)]
         if short:
-            say(
-                f"shorter than {cfg.clips.frames} frames, the last frame is repeated: "
-                + ", ".join(short)
-            )
+            say(f"shorter than {T} frames, the last frame is repeated: " + some_of(short))
         if whole:
             say("too short for two clips, so that nothing of it is held out of training: "
-                + ", ".join(whole))
-        if not self.videos:
-            raise UserError(
-                f"--data {cfg.data}: none of its {len(files)} videos can be read and has a caption"
-            )
+                + some_of(whole))
+        return videos
 
     def shape(self, i: int) -> tuple[int, int, int]:
         """(T, H, W) of clip i of the dit stage: the aspect nearest to its video's."""
@@ -799,7 +818,7 @@ class VideoFolder:
         if done is not None and self.cfg.train_tae.motion > 1:
             most = int(autoencoder.motion_interval(rng, done, self.cfg.train_tae.motion))
         path, caption, frames, rate, aspect = video
-        cut = held_out(self.cfg, frames)
+        cut = held_out(self.longest, frames)
         lo, hi = (cut, frames) if split == "heldout" else (0, cut or frames)
         interval = rng.randint(1, max(1, min(most, (hi - lo) // T)))
         start = rng.randint(lo, max(lo, hi - interval * (T - 1) - 1))
@@ -809,29 +828,52 @@ class VideoFolder:
         return x, rate / interval, caption
 
 
-def read_captions(root: Path, files: list[Path]) -> dict[str, str]:
-    """file name -> caption, from metadata.csv and NAME.txt (which wins). An empty caption is an
-    error."""
-    captions: dict[str, str] = {}
+def some_of(names: Collection[str], most: int = 20) -> str:
+    """Names for a line that somebody will read."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + more
+
+
+def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[str]:
+    """The caption of each file, from metadata.csv or NAME.txt (which wins); "" where there is none.
+    UserError for an empty one, and for one that is no text."""
+    told: dict[str, str] = {}
     table = root / "metadata.csv"
     if table.exists():
         with table.open(newline="", encoding="utf-8", errors="replace") as f:
             rows = csv.DictReader(f)
             if not {"file_name", "text"} <= set(rows.fieldnames or ()):
                 raise UserError(f"{table}: its first line must be file_name,text")
-            captions = {row["file_name"]: (row["text"] or "").strip() for row in rows}
-    for path in files:
+            try:
+                told = {row["file_name"]: row["text"] or "" for row in rows}
+            except csv.Error as error:
+                raise UserError(f"{table}: {error}; is a quotation mark not closed?") from None
+
+    def look(path: Path) -> tuple[str, str]:
+        """Its caption, and what is wrong with it."""
         beside = path.with_suffix(".txt")
-        if beside.exists():
-            captions[path.name] = beside.read_text(encoding="utf-8", errors="replace").strip()
-    for path in files:
-        if captions.get(path.name) == "":
-            raise UserError(f"{path}: its caption is empty")
         try:
-            text_cond.clean(captions.get(path.name, ""))    # rather than after the tae stage
+            caption = beside.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            caption = told.get(path.name)
+        except OSError as error:
+            return "", str(error)
+        if caption is None:
+            return "", ""
+        caption = caption.strip()
+        if not caption:
+            return "", f"{path}: its caption is empty"
+        try:
+            text_cond.clean(caption)                        # rather than after the tae stage
         except ValueError as error:
-            raise UserError(f"{path}: its caption is no text: {error}") from None
-    return {p.name: captions[p.name] for p in files if p.name in captions}
+            return "", f"{path}: its caption is no text: {error}"
+        return caption, ""
+
+    found = shared_out("captions", look, files, quiet)
+    wrong = next((line for _, line in found if line), "")
+    if wrong:
+        raise UserError(wrong)
+    return [caption for caption, _ in found]
 
 
 def open_video(path: Path):
@@ -860,30 +902,12 @@ def probe(path: Path) -> tuple[int, float, float]:
     return max(frames, 1), rate, stream.codec_context.height / stream.codec_context.width
 
 
-probed: dict[str, tuple[list[int], tuple[int, float, float]]] = {}  # file: size and age; `probe`
-
-
-def probe_all(files: list[Path], quiet: bool = False) -> list[tuple[int, float, float] | str]:
-    """What `probe` says of each file, or why it cannot be read. Each rank looks at some of them and
-    all hear of all; a file that is in `probed`, and has not changed since, is not opened."""
-
-    def look(path: Path):
-        try:
-            stat = path.stat()
-            age, found = probed.get(str(path), (None, None))
-            if age != [stat.st_size, stat.st_mtime_ns]:
-                age, found = [stat.st_size, stat.st_mtime_ns], probe(path)
-            return age, found
-        except Exception as error:  # whatever PyAV raises for a stream that it cannot read
-            return None, _reason(error)
-
-    mine = files[rank() :: world_size()]
-    with ThreadPool(8) as pool:         # most of it is waiting for the disk
-        said = from_all(list(tqdm(pool.imap(look, mine), desc="videos", total=len(mine),
-                                  unit="file", leave=False, delay=3, disable=quiet)))
-    all_said = [said[i % world_size()][i // world_size()] for i in range(len(files))]
-    probed.update((str(p), x) for p, x in zip(files, all_said) if x[0])
-    return [found for _, found in all_said]
+def try_probe(path: Path) -> tuple[int, float, float] | str:
+    """What `probe` says, or why the file cannot be read."""
+    try:
+        return probe(path)
+    except Exception as error:  # whatever PyAV raises for a stream that it cannot read
+        return _reason(error)
 
 
 def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float) -> Tensor:
@@ -924,9 +948,9 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
     return torch.stack(out + [out[-1]] * (T - len(out)))
 
 
-def clips_of(cfg: Config, quiet: bool = False) -> ToyClips | VideoFolder:
-    """The clips that a run is about; `quiet` on all ranks but one."""
-    return VideoFolder(cfg, quiet) if cfg.data else ToyClips(cfg)
+def clips_of(cfg: Config, quiet: bool = False, table: Path | None = None) -> ToyClips | VideoFolder:
+    """The clips that a run is about; `quiet` on all ranks but one; table: as in VideoFolder."""
+    return VideoFolder(cfg, quiet, table) if cfg.data else ToyClips(cfg)
 
 
 class _Split(torch.utils.data.Dataset):
@@ -1045,6 +1069,14 @@ def from_all(mine, group: dist.ProcessGroup | None = None) -> list:
     return said
 
 
+def from_rank0(mine):
+    """What rank 0 brings."""
+    box = [mine]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def wait_for_rank0(what: str) -> None:
     """Until rank 0 has done what it does alone, however long that takes: a barrier would call it
     silent. `what` names the place, which a process comes to once."""
@@ -1058,21 +1090,36 @@ def pulse() -> None:
         dist.distributed_c10d._get_default_store().add("train/pulse", 1)
 
 
-def wait_for_all(what: str) -> None:
+def wait_for_all(what: str, pulses: bool = True) -> None:
     """Until every rank has done a share that no other has to do with, however long that takes: a
     barrier would call the slowest silent. When for the time-out of the ranks none has finished, and
-    none told of work (`pulse`), a barrier finds out who hangs. `what` as in `wait_for_rank0`."""
+    none told of work (`pulse`), a barrier finds out who hangs; not where none can be expected to
+    tell. `what` as in `wait_for_rank0`."""
     if dist.is_initialized():
         store, place, seen = dist.distributed_c10d._get_default_store(), f"train/{what}/done", None
         there = store.add(place, 1)
         while there < world_size():
             if (now := (there, store.add("train/pulse", 0))) != seen:
                 seen, since = now, time.monotonic()
-            elif time.monotonic() - since > sample_parallel.patience().total_seconds():
+            elif pulses and time.monotonic() - since > sample_parallel.patience().total_seconds():
                 break
             time.sleep(max(0.1, world_size() / 1000))
             there = store.add(place, 0)
     barrier()
+
+
+def shared_out(what: str, look: Callable, items: list, quiet: bool = False) -> list:
+    """look(item) of each: every rank does some, eight at once because it is the disk that takes the
+    time, and all hear of all. `what` as in `wait_for_rank0`."""
+    mine, found = items[rank() :: world_size()], []
+    with ThreadPool(8) as pool:
+        for x in tqdm(pool.imap(look, mine), desc=what, total=len(mine), unit="file", leave=False,
+                      delay=3, disable=quiet):
+            found.append(x)
+            pulse()
+    wait_for_all(what)
+    said = from_all(found)
+    return [said[i % world_size()][i // world_size()] for i in range(len(items))]
 
 
 @dataclass
@@ -1089,6 +1136,8 @@ class Mesh:
     reshard: bool = True  # free a block's parameters after its forward; else after its backward
     weights: DeviceMesh | None = None  # of FSDP2; None where each rank has the whole model
     tokens: sample_parallel.Axis | None = None  # the ranks of this rank's clips; None: sp is 1
+    files: dist.ProcessGroup | None = None  # gloo, of all ranks: of the thread that writes
+    pulse: dist.ProcessGroup | None = None  # gloo, of all ranks, on GPUs: who is silent?
 
     @property
     def data(self) -> tuple[int, int]:
@@ -1110,12 +1159,16 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
                         f"in all, but there are {world}")
     mesh = Mesh(replicate, dp, sp, reshard)
     if dist.is_initialized():
+        wait = sample_parallel.patience()
+        mesh.files = dist.new_group(backend="gloo", timeout=wait)
+        # NCCL's time-out ends the process without a word; gloo's, half as long, names the silent.
+        mesh.pulse = dist.new_group(backend="gloo", timeout=wait / 2) if device == "cuda" else None
         ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
         if dp * sp > 1:
             mesh.weights = ranks if replicate > 1 else ranks["dp"]
         groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
         for name, m in (("replicate", ranks), ("dp", ranks), ("data", groups), ("sp", groups)):
-            dist.distributed_c10d._set_pg_timeout(sample_parallel.patience(), m.get_group(name))
+            dist.distributed_c10d._set_pg_timeout(wait, m.get_group(name))
         if sp > 1:
             group = groups.get_group("sp")
             mesh.tokens = sample_parallel.Axis(sp, dist.get_rank(group), group)
@@ -1190,12 +1243,25 @@ def write_json(path: Path, value) -> None:
     os.replace(tmp, path)
 
 
+def read_json(path: Path, default):
+    """What write_json wrote; default where nothing is there, or what is there was cut."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return default
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """safetensors, whole or not at all."""
+    """safetensors, whole or not at all; UserError if there is no space for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
-              metadata=metadata or None)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
+                  metadata=metadata or None)
+    except SafetensorError as error:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written ({error}); free some space and start "
+                        "again") from None
     os.replace(tmp, path)
 
 
@@ -1319,13 +1385,13 @@ class WholeWriter(dcp.FileSystemWriter):
 
 class Checkpoints:
     """DCP checkpoints in a folder, written behind the training: the state is copied, and a thread
-    writes the copy. done(step), on rank 0, once it is in its place."""
+    writes the copy. done(step), on rank 0, once it is in its place. group: of several ranks, for
+    the messages of that thread, which must not meet those of the training."""
 
-    def __init__(self, folder: Path, done: Callable[[int], None] = lambda step: None):
-        self.folder, self.done, self.writing, self.group = folder, done, None, None
+    def __init__(self, folder: Path, done: Callable[[int], None] = lambda step: None,
+                 group: dist.ProcessGroup | None = None):
+        self.folder, self.done, self.writing, self.group = folder, done, None, group
         self.damaged: set[Path] = set()
-        if dist.is_initialized():  # messages of the thread must not meet those of the training
-            self.group = dist.new_group(backend="gloo", timeout=sample_parallel.patience())
         self.clear()
         barrier()
 
@@ -1429,7 +1495,7 @@ class Run:
         """Add to the seconds of a stage, which count over all restarts."""
         if rank() == 0:
             path = self.folder / "seconds.json"
-            table = json.loads(path.read_text()) if path.exists() else {}
+            table = read_json(path, {})
             table[stage] = round(table.get(stage, 0) + seconds, 2)
             write_json(path, table)
 
@@ -1586,7 +1652,8 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
         state["ema"] = {k: p.detach().clone() for k, p in names.items()}
     average, weights = [local(x) for x in state.get("ema", {}).values()], list(own.values())
 
-    checkpoints = Checkpoints(folder, lambda step: run.event(stage, step, "checkpoint"))
+    checkpoints = Checkpoints(folder, lambda step: run.event(stage, step, "checkpoint"),
+                              run.mesh.files)
     first = checkpoints.load(state)
     metrics, began = run.log_from(stage, first), time.monotonic()
     run.event(stage, first, "start")
@@ -1604,9 +1671,6 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
         began = time.monotonic()
         checkpoints.save(step, state)
 
-    # NCCL's time-out ends the process without a word; gloo's, half as long, names the silent rank.
-    pulse = (dist.new_group(backend="gloo", timeout=sample_parallel.patience() / 2)
-             if dist.is_initialized() and run.device.type == "cuda" else None)
     bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=rank() != 0,
                mininterval=1.0, dynamic_ncols=True)
     source = losses(first)
@@ -1635,8 +1699,8 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             told = torch.stack([loss, asked])
             dist.all_reduce(told, dist.ReduceOp.AVG if told.is_cuda else dist.ReduceOp.SUM)
             loss, asked = told if told.is_cuda else told / world_size()
-        if pulse is not None:
-            dist.barrier(group=pulse)
+        if run.mesh.pulse is not None:
+            dist.barrier(group=run.mesh.pulse)
         value, norm = loss.item(), total.item()
         if math.isfinite(value) and math.isfinite(norm):
             bad = 0
@@ -1783,7 +1847,7 @@ def train_tae(run: Run, clips) -> None:
             state = optimize(run, "tae/image", folder / "image", model, t, t.image_steps, source)
             if rank() == 0:
                 save_tensors(image_file, only(state, "tae."))
-            barrier()
+            wait_for_rank0(f"{image_file}")
             image = autoencoder.TAE(replace(cfg.tae, variant="2d"))
         image.load_state_dict(load_tensors(image_file), strict=False)
         torch.manual_seed(cfg.seed + 1)  # the same start, were images trained just now or not
@@ -1848,37 +1912,29 @@ def encode_latents(run: Run, clips) -> None:
     for phase in phases(run.cfg):
         if phase.name:
             cfg = at_phase(run.cfg, phase)
-            encode_phase(run, run.folder / "latents" / phase.name, clips_of(cfg, quiet=True))
+            encode_phase(run, run.folder / "latents" / phase.name, clips.at(cfg))
         else:
             encode_phase(run, run.latents, clips)
 
 
 def encode_phase(run: Run, folder: Path, clips) -> None:
     """The latents of one phase. What is there and whole is kept."""
-    M, shards, index = run.cfg.clips.count, {}, folder / "index.json"
-    for s, shard in enumerate(shards_of(clips, M)):
-        shards[shard_file(s)] = shard
-    every, todo = slice(rank(), None, world_size()), set()
-    if index.exists():                          # each rank looks at some, and all hear of all
-        sums = json.loads(index.read_text())["shards"]
-        bad = [n for n in list(sums)[every] if not (folder / n).exists()
-               or crc(folder / n) != sums[n]]
-        todo = set(itertools.chain(*from_all(bad)))
+    every, todo, index = slice(rank(), None, world_size()), set(), folder / "index.json"
+    sums = from_rank0(read_json(index, {}).get("shards", {}) if rank() == 0 else {})
+    if text_file(0) in sums:
+        intact = lambda n: (folder / n).exists() and crc(folder / n) == sums[n]
+        found = shared_out(f"{folder}", intact, list(sums), quiet=rank() != 0)
+        todo = {name for name, good in zip(sums, found) if not good}
         if not todo:
             return
         if rank() == 0:
-            print(f"{folder}: damaged or missing, encoded again: {', '.join(sorted(todo))}",
-                  file=sys.stderr)
+            print(f"{folder}: damaged or missing, encoded again: {some_of(todo)}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began, M = time.monotonic(), run.cfg.clips.count
+    shards = {shard_file(s): shard for s, shard in enumerate(shards_of(clips, M))}
 
-    def mine(files: Collection[str], whole: Callable[[str], bool]) -> list[str]:
-        """This rank's share of the files that are to be made; not what an earlier start made."""
-        if todo:
-            return [n for n in files if n in todo][every]
-        return [n for n in list(files)[every] if not whole(n)]
-
-    names = mine(shards, lambda n: readable(folder / n))
+    names = [n for n in shards if n in todo] if todo else list(shards)
+    names = [n for n in names[every] if todo or not readable(folder / n)]   # by an earlier start
     tae = load_tae(run) if names else None
     bar = tqdm(total=sum(len(shards[n][1]) for n in names), desc="latents", unit="clip",
                disable=rank() != 0)
@@ -1917,17 +1973,16 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
         with opened(folder / name) as f:
             return json.loads(f.metadata()["captions"]) == texts[name]
 
-    names = mine(texts, says)
     waits = "never" if run.cfg.text.offload == "never" else "cpu"       # not read for each file
     text = text_cond.TextConditioner(replace(run.cfg.text, offload=waits)).to(run.device)
-    for name in names:
-        save_tensors(folder / name, text.encode(texts[name]), captions=json.dumps(texts[name]))
-        pulse()
-    wait_for_all(f"text of {folder}")
+    for name in list(texts)[every]:
+        if name in todo or not says(name):
+            save_tensors(folder / name, text.encode(texts[name]), captions=json.dumps(texts[name]))
+    wait_for_all(f"text of {folder}", pulses=run.cfg.text.mode == "toy")
     files = [*shards, *texts, "captions.json"]
-    sums = dict(itertools.chain(*from_all([(n, crc(folder / n)) for n in files[every]])))
+    found = shared_out(f"sums of {folder}", lambda n: crc(folder / n), files, quiet=rank() != 0)
     if rank() == 0:
-        write_json(index, {"shards": sums})
+        write_json(index, {"shards": dict(zip(files, found))})
     run.spent("latents", time.monotonic() - began)
     barrier()
 
@@ -2160,7 +2215,7 @@ def train_dit(run: Run) -> None:
         before = final, here.cfg.dit
     if rank() == 0:
         save_tensors(folder / "model.safetensors", load_tensors(final))
-    barrier()
+    wait_for_rank0(f"{folder}")
 
 
 def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
@@ -2226,7 +2281,7 @@ def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
     state = optimize(run, stage, folder, model, t, t.steps, losses)
     if rank() == 0:
         save_tensors(final, state)
-    barrier()
+    wait_for_rank0(f"{final}")
 
 
 @dataclass
@@ -2356,6 +2411,8 @@ def make_samples(run: Run) -> None:
             if not readable(part_file(i))]
     loaded = load_run(run.folder, run.device) if mine else None
     parts = [todo[i : i + cfg.sample.batch] for i in mine]
+    if mine and cfg.text.mode == "pretrained":      # no encoder is read twice
+        loaded.prompts([p for part in parts for _, p in part])
     bar = tqdm(total=sum(map(len, parts)), desc="sample", unit="clip", dynamic_ncols=True,
                disable=rank() != 0 or not mine)
     for i, part in zip(mine, parts):
@@ -2432,7 +2489,7 @@ def make_report(run: Run, clips) -> dict:
         report["gap"] = {
             "random": accuracy([judge(trained[i][1], trained[j][0]) for i, j in enumerate(order)])
         }
-    seconds = json.loads((folder / "seconds.json").read_text())
+    seconds = read_json(folder / "seconds.json", {})
     seconds["report"] = round(time.monotonic() - began, 2)
     seconds.pop("total", None)
     report["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
@@ -2681,15 +2738,16 @@ def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Ru
             shutil.rmtree(folder / f"{part}.tmp", ignore_errors=True)
             shutil.copytree(base / part, folder / f"{part}.tmp", copy_function=link)
             (folder / f"{part}.tmp").rename(folder / part)
-    if (base / "judge.json").exists():
-        shutil.copyfile(base / "judge.json", folder / "judge.json")
+    for name in ("judge.json", "videos.json"):
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
     return run
 
 
 def _compared(folder: Path) -> None:
     torch.set_num_threads(1)
     cfg = from_dict(Config, json.loads((folder / "config.json").read_text()))
-    run, clips = Run(folder, cfg, torch.device("cpu")), clips_of(cfg)
+    run, clips = Run(folder, cfg, torch.device("cpu")), clips_of(cfg, table=folder / "videos.json")
     encode_latents(run, clips)
     couple_latents(run)
     train_dit(run)
@@ -3272,6 +3330,10 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     Stop.listen()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
+            here = torch.cuda.device_count()
+            if int(os.environ["LOCAL_RANK"]) >= here:
+                raise UserError(f"--nproc_per_node: {here} GPUs here, one rank each; or --device "
+                                "cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if (int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
@@ -3287,12 +3349,10 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     mesh = make_mesh(args.dp, args.sp, args.replicate, args.reshard, device.type)
     check_shares(cfg, mesh, args.workdir)
     table = args.workdir / "videos.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):   # what an earlier start found out
-        probed.update(json.loads(table.read_text()))
-    clips = clips_of(cfg, quiet=rank() != 0)
+    clips = clips_of(cfg, rank() != 0, table)
     run = open_run(cfg, args.workdir, device, mesh)
-    if rank() == 0 and probed:
-        write_json(table, probed)
+    if cfg.data and rank() == 0 and not read_json(table, None):
+        write_json(table, clips.table())
     run.peak = 1e12 * args.peak_tflops
     stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),
               "coupling": lambda: couple_latents(run), "dit": lambda: train_dit(run),
@@ -3344,6 +3404,12 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as error:
         if rank() == 0:
             print(f"train.py: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        if first_to_say():
+            print(f"train.py: {str(error).split(' GPU ')[0]} Fewer clips at once: "
+                  "--train_dit.accumulate, --batch, --dit.checkpointing true; see --plan",
+                  file=sys.stderr, flush=True)
+        return 2
     except RuntimeError as error:
         if world_size() == 1 or not sample_parallel.is_loss(error):
             raise

@@ -392,7 +392,54 @@ def test_captions_are_encoded_in_parts(copy, monkeypatch, capfd):
     train.save_tensors(stale, train.load_tensors(damaged), captions="[]")
     train.encode_latents(r, train.clips_of(r.cfg))
     assert {p.name: p.read_bytes() for p in sorted((copy / "latents").glob("text_*"))} == made
-    assert (copy / "latents/index.json").exists()
+    (copy / "latents/index.json").write_text('{"shards": {"shard_')         # cut: nothing is lost
+    train.encode_latents(r, train.clips_of(r.cfg))
+    assert "shard_00000" not in capfd.readouterr().err
+    # A shard that is made again can have other captions: then so have all files of features.
+    (copy / "latents" / train.shard_file(0)).write_bytes(b"")
+    clips, other = train.clips_of(r.cfg), "a red circle moving left and a red circle moving left"
+    clip = clips.clip
+    clips.clip = lambda split, i, *rest: (clip(split, i, *rest)[0], other if i == 0 else
+                                          clip(split, i, *rest)[1])
+    train.encode_latents(r, clips)
+    latents = train.load_latents(r)
+    assert latents.captions[0] == other
+    want = text_cond.TextConditioner(r.cfg.text).encode(latents.captions)
+    same(torch.arange(len(latents.captions)))
+    train.encode_latents(r, clips)
+    assert json.loads((copy / "latents/index.json").read_text())["shards"].keys() == {
+        p.name for p in (copy / "latents").iterdir()} - {"index.json"}
+
+
+def test_no_space_for_tensors_is_one_line_and_leaves_nothing(tmp_path):
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(train.UserError, match="could not be written .*free some space") as e:
+            train.save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_memory_and_gpus_that_are_too_few_are_one_line(tmp_path, monkeypatch, capfd):
+    def work(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
+                                     "total capacity of 79.1 GiB")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "work", work)
+        assert train.main(["--workdir", str(tmp_path / "x")]) == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1 and "2.00 GiB. Fewer clips at once: --train_dit.acc" in err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert train.main(["--workdir", str(tmp_path / "x"), "--device", "cuda"]) == 2
+    assert capfd.readouterr().err == ("train.py: --nproc_per_node: 1 GPUs here, one rank each; or "
+                                      "--device cpu\n")
 
 
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
@@ -915,7 +962,7 @@ def test_windows_are_frames_at_an_interval(tmp_path):
                                         (31, 0), (16, 0), (5, 0)])
 def test_what_is_held_out_is_never_trained_on(frames, cut):
     """Clips have 16 frames: the last fifth, or the last clip; nothing where two do not fit."""
-    assert train.held_out(train.finish_config(train.SCALES["toy"]()), frames) == cut
+    assert train.held_out(16, frames) == cut
 
 
 @pytest.mark.parametrize("scale,count", [("toy", 1024), ("small", 1024), ("1b", 1_000_000),
@@ -982,34 +1029,55 @@ def test_odd_folders(tmp_path, capfd):
     assert x.shape == (3, 16, 32, 32) and (x[:, 5:] - x[:, 4:5]).abs().max() < 0.05
 
 
-def test_videos_are_looked_at_once_and_by_all_ranks(tmp_path, monkeypatch):
-    folder, seen, probe = make_folder(tmp_path / "v"), [], train.probe
-    (folder / "v1.mp4").write_bytes(b"not a video")
-    monkeypatch.setattr(train, "probe", lambda path: seen.append(path.name) or probe(path))
-    monkeypatch.setattr(train, "probed", {})
-    want = train.VideoFolder(config(folder)).videos
-    assert sorted(seen) == ["v0.mp4", "v1.mp4", "v2.gif"] and len(want) == 2
-    monkeypatch.setattr(train, "probed", json.loads(json.dumps(train.probed)))  # as in a run folder
-    train.write_video(folder / "v0.mp4", torch.zeros(3, 30, 40, 40))
-    seen.clear()
-    videos = train.VideoFolder(config(folder)).videos
-    assert sorted(seen) == ["v0.mp4", "v1.mp4"] and tuple(videos[1][2:]) == tuple(want[1][2:])
-    assert videos[0][2] == 30
+def test_a_run_keeps_to_the_videos_that_it_began_with(tmp_path, monkeypatch, capfd):
+    """One that goes, one that comes, and a caption that changes do not move the clips of others."""
+    folder, table = make_folder(tmp_path / "v"), tmp_path / "videos.json"
+    clips = train.VideoFolder(config(folder), table=table)
+    want = [clips.clip("train", i * train.CROPS) for i in range(3)]
+    train.write_json(table, clips.table())
+    (folder / "v0.mp4").unlink()
+    (folder / "v1.txt").write_text("another caption")
+    shutil.copyfile(folder / "v1.mp4", folder / "a.mp4")
+    (folder / "a.txt").write_text("new")
+    monkeypatch.setattr(train, "probe", None)                       # no file is opened
+    again = train.VideoFolder(config(folder), table=table)
+    assert again.videos == clips.videos
+    assert "gone since this run began, others stand in: v0.mp4" in capfd.readouterr().err
+    for i, (x, _) in enumerate(want):
+        got, said = again.clip("train", i * train.CROPS)
+        assert said == f"grey number {i or 1}"                      # the next one stands in
+        assert i == 0 or torch.equal(got, x)
+    assert "v0.mp4: cannot be read any more" in capfd.readouterr().err
 
-    monkeypatch.setattr(train, "probed", {})
-    monkeypatch.setattr(train, "world_size", lambda: 2)
-    shares: dict = {}
-    files = [v[0] for v in videos] + [folder / "v1.mp4"]
-    for _ in range(2):
-        for r in (0, 1):
+
+def test_no_phase_trains_on_what_is_held_out(tmp_path, monkeypatch):
+    """Images have one frame; what clips of 16 may not see, they may not see either."""
+    clips = train.VideoFolder(config(make_folder(tmp_path / "v", frames=40)))
+    cfg = config(tmp_path / "v", "--phases", "progressive", "--coupling", "independent",
+                 "--clips.size", "48", "--patch", "1", "2", "2")
+    read, last = train.read_window, []
+    monkeypatch.setattr(train, "read_window", lambda path, start, interval, T, *rest: last.append(
+        start + interval * (T - 1)) or read(path, start, interval, T, *rest))
+    for phase in train.phases(cfg):
+        there = train.at_phase(cfg, phase)
+        here = clips.at(there)
+        for i in range(0, 40 * train.CROPS, train.CROPS):
+            x, _ = here.clip("train", i)
+            assert x.shape[1:] == train.whole_clip(there)
+    assert 16 < max(last) < train.held_out(16, 40) == 24
+
+
+def test_shared_out_work_comes_back_in_order(monkeypatch):
+    items, shares = list(range(10)), {}
+    for _ in range(2):                                  # the second time all shares are known
+        for r in range(3):
+            monkeypatch.setattr(train, "world_size", lambda: 3)
             monkeypatch.setattr(train, "rank", lambda r=r: r)
             monkeypatch.setattr(train, "from_all", lambda mine, r=r: shares.update({r: mine}) or [
-                shares.get(0, mine), shares.get(1, mine)])
-            train.probed.clear()
-            seen.clear()
-            found = train.probe_all(files, quiet=True)
-            assert sorted(seen) == [["v0.mp4", "v1.mp4"], ["v2.gif"]][r]
-    assert found[:2] == [v[2:] for v in videos] and isinstance(found[2], str)
+                shares.get(k, [None] * 4) for k in range(3)])
+            found = train.shared_out("squares", lambda x: x * x, items, True)
+            assert shares[r] == [x * x for x in items[r::3]]
+    assert found == [x * x for x in items]
 
 
 def test_a_video_that_vanishes_in_mid_run_is_named_and_another_stands_in(tmp_path, capfd):
@@ -1048,6 +1116,7 @@ def test_a_process_ends_though_its_workers_are_deaf(tmp_path):
 @pytest.mark.parametrize("case,line", [
     ("empty", "no video in it"), ("captionless", "no captions"), ("blank", "its caption is empty"),
     ("unreadable", "none of its 1 videos can be read"), ("table", "its first line must be"),
+    ("quote", "is a quotation mark not closed"), ("locked", "v0.txt"),
 ])
 def test_bad_folders_are_one_line(tmp_path, capfd, case, line):
     folder = tmp_path / "v"
@@ -1063,6 +1132,11 @@ def test_bad_folders_are_one_line(tmp_path, capfd, case, line):
         (folder / "v0.mp4").write_bytes(b"\0" * 1000)
     if case == "table":
         (folder / "metadata.csv").write_text("name,caption\nv0.mp4,x\n")
+    if case == "quote":
+        (folder / "metadata.csv").write_text('file_name,text\nv0.mp4,"' + 200_000 * "x")
+    if case == "locked":
+        (folder / "v0.txt").unlink()
+        (folder / "v0.txt").mkdir()
     assert train.main(["--data", str(folder), "--workdir", str(tmp_path / "run")]) == 2
     err = capfd.readouterr().err.strip().splitlines()
     assert line in err[-1] and "Traceback" not in "".join(err)
