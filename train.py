@@ -2562,22 +2562,35 @@ def measured_peak(device: torch.device) -> float:
 def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
     """Model FLOPs utilisation of the dit stage: three forward passes a step (what is computed twice
     counts once), by dit.py's formula, over what the ranks could do at --peak-tflops each, or as
-    measured here. {} where it did not run."""
-    pairs = [p for p in stretches(rows) if p[0]["stage"] == "dit"]
-    seconds = sum(b["time"] - a["time"] for a, b in pairs)
+    measured here. Clips of each shape count as often as they are drawn. {} where it did not run."""
+    seconds = steps = clips = flops = 0
+    for phase in phases(run.cfg):
+        stage, cfg, folder = "dit", run.cfg, run.latents
+        if phase.name:
+            stage, cfg = f"dit/{phase.name}", at_phase(run.cfg, phase)
+            folder = run.folder / "latents" / phase.name
+        pairs = [p for p in stretches(rows) if p[0]["stage"] == stage]
+        if not pairs:
+            continue
+        longest = dict.fromkeys(text_cond.ENCODERS, 0)
+        for path in folder.glob("text_*.safetensors"):
+            with opened(path) as f:
+                longest = {k: max(n, f.get_slice(k).get_shape()[1]) for k, n in longest.items()}
+        work, buckets = 0, load_latents(run, folder).buckets()
+        for shape, there in buckets:
+            N = (tokens_of(cfg.dit) if len(buckets) == 1 else
+                 math.prod(shape[1:]) // math.prod(cfg.dit.streams[0].patch))
+            work += len(there) * sum(backbone.flops(cfg.dit, N, sum(longest.values())))
+        done = sum(b["step"] - a["step"] for a, b in pairs)
+        seconds += sum(b["time"] - a["time"] for a, b in pairs)
+        steps, clips = steps + done, clips + done * phase.batch
+        flops += 3 * done * phase.batch * work / cfg.clips.count
     if not seconds:
         return {}
-    steps, cfg = sum(b["step"] - a["step"] for a, b in pairs), run.cfg
-    longest = dict.fromkeys(text_cond.ENCODERS, 0)
-    for path in run.latents.glob("text_*.safetensors"):
-        with opened(path) as f:
-            longest = {k: max(n, f.get_slice(k).get_shape()[1]) for k, n in longest.items()}
-    L = sum(longest.values())
-    flops = 3 * cfg.train_dit.batch * sum(backbone.flops(cfg.dit, tokens_of(cfg.dit), L))
     peak = run.peak or measured_peak(run.device)
-    figures = {"clips_per_second": steps * cfg.train_dit.batch / seconds,
-               "tflop_per_step": flops / 1e12, "peak_tflops": peak / 1e12,
-               "mfu_percent": 100 * flops * steps / seconds / peak / world_size()}
+    figures = {"clips_per_second": clips / seconds, "tflop_per_step": flops / steps / 1e12,
+               "peak_tflops": peak / 1e12,
+               "mfu_percent": 100 * flops / seconds / peak / world_size()}
     return {k: float(f"{v:.4g}") for k, v in figures.items()}
 
 

@@ -709,6 +709,25 @@ def test_progressive_run_of_many_shapes(tmp_path, monkeypatch, capfd):
     assert {s[1] for s in shapes["small"]} == {s[1] for s in shapes["full"]} == {1, 2, 4}
     loaded = train.load_run(folder)
     assert loaded.generate(["a red circle moving left"]).shape == (1, 3, 16, 48, 48)
+    events = [{"stage": f"dit/{name}", "event": e, "step": steps, "time": seconds}
+              for name, n, began in (("images", 9, 0), ("small", 8, 100), ("full", 3, 200))
+              for e, steps, seconds in (("start", 0, began), ("end", n, began + n))]
+    run_ = train.Run(folder, loaded.cfg, torch.device("cpu"))
+    alone = [train.utilisation(run_, events[i : i + 2])["tflop_per_step"] for i in (0, 2, 4)]
+    found, batches = train.utilisation(run_, events), [p.batch for p in train.phases(loaded.cfg)]
+    assert batches == [48, 8, 2] and alone[0] / 48 < alone[1] / 8
+    assert found["clips_per_second"] == (9 * 48 + 8 * 8 + 3 * 2) / 20
+    mean = sum(n * flops for n, flops in zip((9, 8, 3), alone)) / 20
+    assert abs(found["tflop_per_step"] / mean - 1) < 1e-3
+    # Clips of each shape count as what they are: by hand, over the clips that there are.
+    cfg = train.at_phase(loaded.cfg, train.phases(loaded.cfg)[2])
+    L = sum(train.load_latents(run_).features(torch.arange(64))[k].shape[1] for k in
+            ("words", "bytes", "concepts"))
+    clips = train.ToyClips(cfg)
+    sizes = [clips.shape(i) for i in range(300)]
+    tokens = [-(-T // 4) * H // 8 * W // 8 for T, H, W in sizes]
+    want = 3 * 2 / 1e12 * sum(sum(train.backbone.flops(cfg.dit, N, L)) for N in tokens) / 300
+    assert abs(alone[2] / want - 1) < 0.02, (alone[2], want)
 
 
 @pytest.mark.slow
