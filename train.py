@@ -54,7 +54,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -1136,13 +1136,24 @@ class Mesh:
     reshard: bool = True  # free a block's parameters after its forward; else after its backward
     weights: DeviceMesh | None = None  # of FSDP2; None where each rank has the whole model
     tokens: sample_parallel.Axis | None = None  # the ranks of this rank's clips; None: sp is 1
-    files: dist.ProcessGroup | None = None  # gloo, of all ranks: of the thread that writes
-    pulse: dist.ProcessGroup | None = None  # gloo, of all ranks, on GPUs: who is silent?
 
     @property
     def data(self) -> tuple[int, int]:
         """This rank's part of the clips of a step: which one, of how many."""
         return rank() // self.sp, self.replicate * self.dp
+
+    @cached_property
+    def files(self) -> dist.ProcessGroup | None:
+        """All ranks, for the thread that writes checkpoints: its messages must not meet others."""
+        return (dist.new_group(backend="gloo", timeout=sample_parallel.patience())
+                if dist.is_initialized() else None)
+
+    @cached_property
+    def pulse(self) -> dist.ProcessGroup | None:
+        """All ranks, on GPUs: NCCL's time-out ends the process without a word; gloo's, half as
+        long, names the silent rank."""
+        return (dist.new_group(backend="gloo", timeout=sample_parallel.patience() / 2)
+                if dist.is_initialized() and dist.get_backend() == "nccl" else None)
 
 
 def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True,
@@ -1159,16 +1170,12 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
                         f"in all, but there are {world}")
     mesh = Mesh(replicate, dp, sp, reshard)
     if dist.is_initialized():
-        wait = sample_parallel.patience()
-        mesh.files = dist.new_group(backend="gloo", timeout=wait)
-        # NCCL's time-out ends the process without a word; gloo's, half as long, names the silent.
-        mesh.pulse = dist.new_group(backend="gloo", timeout=wait / 2) if device == "cuda" else None
         ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
         if dp * sp > 1:
             mesh.weights = ranks if replicate > 1 else ranks["dp"]
         groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
         for name, m in (("replicate", ranks), ("dp", ranks), ("data", groups), ("sp", groups)):
-            dist.distributed_c10d._set_pg_timeout(wait, m.get_group(name))
+            dist.distributed_c10d._set_pg_timeout(sample_parallel.patience(), m.get_group(name))
         if sp > 1:
             group = groups.get_group("sp")
             mesh.tokens = sample_parallel.Axis(sp, dist.get_rank(group), group)
