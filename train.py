@@ -1000,10 +1000,11 @@ def batches(clips, split: str, indices) -> Iterator[tuple[Tensor, list[str]]]:
     _workers.extend(set(multiprocessing.active_children()) - before)
 
     def one_line():                             # what a worker raises comes with its traceback
+        nonlocal loaded
         try:
             yield from loaded
         except UserError as error:
-            error.__traceback__ = None          # it would hold the workers until they are killed
+            error.__traceback__ = loaded = None         # whoever keeps the error keeps no workers
             raise UserError(_reason(error).split("UserError: ")[-1]) from None
     return one_line()
 

@@ -1116,6 +1116,7 @@ def test_a_video_that_vanishes_in_mid_run_is_named_and_another_stands_in(tmp_pat
     with pytest.raises(train.UserError, match="none of its 3 videos can be read any more") as e:
         list(train.batches(clips, "train", indices))
     assert "\n" not in str(e.value)
+    assert not any(w.is_alive() for w in train._workers)        # though the error is still here
 
 
 @pytest.mark.slow
