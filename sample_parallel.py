@@ -1983,7 +1983,7 @@ def after_rank0(what, verdict):
     if dist.get_rank() == 0:
         store.set(what, str(int(verdict)))
     while not store.check([what]):                            # raises when whoever keeps it is gone
-        time.sleep(max(0.1, dist.get_world_size() / 1000))
+        time.sleep(min(1.0, max(0.1, dist.get_world_size() / 1000)))
     return store.get(what) == b"1"
 
 

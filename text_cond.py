@@ -120,9 +120,9 @@ class TextConfig:
 PRESETS = {
     "toy":   TextConfig("toy", 256),
     "small": TextConfig("toy", 384),
-    "1b":    TextConfig("pretrained", 1536),
-    "5b":    TextConfig("pretrained", 3072),
-    "30b":   TextConfig("pretrained", 6144),
+    "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # many captions, much memory
+    "5b":    TextConfig("pretrained", 3072, offload="cpu"),
+    "30b":   TextConfig("pretrained", 6144, offload="cpu"),
 }
 
 # ---- 2. Prompts, as users type them --------------------------------------------------------------

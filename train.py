@@ -48,6 +48,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -723,7 +724,9 @@ class VideoFolder:
             raise UserError(f"--data {cfg.data}: no such folder")
         files = [p.name for p in self.root.iterdir()] if rank() == 0 else []
         files = from_rank0(sorted(n for n in files if n.lower().endswith(VIDEO_SUFFIXES)))
-        known = from_rank0(read_json(table, None) if table and rank() == 0 else None)
+        known = from_rank0(read_videos(table) if table and rank() == 0 else None)
+        if isinstance(known, str):
+            raise UserError(known)
         # file, caption, frames, frames per second, height / width
         self.videos: list[tuple[Path, str, int, float, float]]
         say = (lambda *_: None) if quiet else (lambda line: print(line, file=sys.stderr))
@@ -733,6 +736,9 @@ class VideoFolder:
             if old - new:
                 say(f"--data {cfg.data}: gone since this run began, others stand in: "
                     + some_of(old - new))
+            if new - old:
+                say(f"--data {cfg.data}: not seen when this run began, not used: "
+                    + some_of(new - old))
         else:
             self.videos = self._look([self.root / name for name in files], quiet, say)
 
@@ -828,6 +834,18 @@ class VideoFolder:
         return x, rate / interval, caption
 
 
+def read_videos(table: Path) -> list | str | None:
+    """What VideoFolder.table gave, or what is wrong with it; None where there is nothing."""
+    if not table.exists():
+        return None
+    rows = read_json(table, [])
+    kinds = str, str, int, float, float
+    if rows and all(isinstance(row, list) and tuple(map(type, row)) == kinds for row in rows):
+        return rows
+    return (f"{table}: damaged; remove it, and --data is looked at again (with the videos that the "
+            "run began with, it goes on as before)")
+
+
 def some_of(names: Collection[str], most: int = 20) -> str:
     """Names for a line that somebody will read."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -842,9 +860,9 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
     if table.exists():
         with table.open(newline="", encoding="utf-8", errors="replace") as f:
             rows = csv.DictReader(f)
-            if not {"file_name", "text"} <= set(rows.fieldnames or ()):
-                raise UserError(f"{table}: its first line must be file_name,text")
             try:
+                if not {"file_name", "text"} <= set(rows.fieldnames or ()):
+                    raise UserError(f"{table}: its first line must be file_name,text")
                 told = {row["file_name"]: row["text"] or "" for row in rows}
             except csv.Error as error:
                 raise UserError(f"{table}: {error}; is a quotation mark not closed?") from None
@@ -1091,20 +1109,38 @@ def pulse() -> None:
         dist.distributed_c10d._get_default_store().add("train/pulse", 1)
 
 
-def wait_for_all(what: str, pulses: bool = True) -> None:
+@contextlib.contextmanager
+def pulsing():
+    """A pulse every second, around what tells of no progress itself, as the load of an encoder: who
+    dies there is missed, who hangs is not."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(1):
+            pulse()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def wait_for_all(what: str) -> None:
     """Until every rank has done a share that no other has to do with, however long that takes: a
-    barrier would call the slowest silent. When for the time-out of the ranks none has finished, and
-    none told of work (`pulse`), a barrier finds out who hangs; not where none can be expected to
-    tell. `what` as in `wait_for_rank0`."""
+    barrier would call the slowest silent. LostRank when for the time-out of the ranks none has
+    finished, and none told of work (`pulse`). `what` as in `wait_for_rank0`."""
     if dist.is_initialized():
         store, place, seen = dist.distributed_c10d._get_default_store(), f"train/{what}/done", None
         there = store.add(place, 1)
         while there < world_size():
             if (now := (there, store.add("train/pulse", 0))) != seen:
                 seen, since = now, time.monotonic()
-            elif pulses and time.monotonic() - since > sample_parallel.patience().total_seconds():
-                break
-            time.sleep(max(0.1, world_size() / 1000))
+            elif time.monotonic() - since > sample_parallel.patience().total_seconds():
+                raise sample_parallel.LostRank(f"{what}: {there} of {world_size()} ranks are done")
+            time.sleep(min(1.0, max(0.1, world_size() / 1000)))
             there = store.add(place, 0)
     barrier()
 
@@ -1247,16 +1283,19 @@ def generator(*key) -> torch.Generator:
 def write_json(path: Path, value) -> None:
     """Whole or not at all: written beside, then renamed."""
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(value, indent=1))
+    with tmp.open("w") as f:
+        f.write(json.dumps(value, indent=1))
+        f.flush()
+        os.fsync(f.fileno())        # else a power cut can leave the new name and no content
     os.replace(tmp, path)
 
 
 def read_json(path: Path, default):
-    """What write_json wrote; default where nothing is there, or what is there was cut."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return default
+    """What write_json wrote; default where nothing of its kind is there."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if isinstance(value := json.loads(path.read_text()), type(default)):
+            return value
+    return default
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
@@ -1981,12 +2020,13 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
         with opened(folder / name) as f:
             return json.loads(f.metadata()["captions"]) == texts[name]
 
-    waits = "never" if run.cfg.text.offload == "never" else "cpu"       # not read for each file
-    text = text_cond.TextConditioner(replace(run.cfg.text, offload=waits)).to(run.device)
+    text = text_cond.TextConditioner(run.cfg.text).to(run.device)
     for name in list(texts)[every]:
         if name in todo or not says(name):
-            save_tensors(folder / name, text.encode(texts[name]), captions=json.dumps(texts[name]))
-    wait_for_all(f"text of {folder}", pulses=run.cfg.text.mode == "toy")
+            with pulsing():
+                features = text.encode(texts[name])
+            save_tensors(folder / name, features, captions=json.dumps(texts[name]))
+    wait_for_all(f"text of {folder}")
     files = [*shards, *texts, "captions.json"]
     found = shared_out(f"sums of {folder}", lambda n: crc(folder / n), files, quiet=rank() != 0)
     if rank() == 0:
@@ -3351,10 +3391,10 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     Stop.listen()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
-            here = torch.cuda.device_count()
-            if int(os.environ["LOCAL_RANK"]) >= here:
-                raise UserError(f"--nproc_per_node: {here} GPUs here, one rank each; or --device "
-                                "cpu")
+            ranks, here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            if ranks > here:
+                raise UserError(f"--nproc_per_node {ranks}: {here} GPUs here, one rank each; or "
+                                "--device cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if (int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
@@ -3372,7 +3412,7 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     table = args.workdir / "videos.json"
     clips = clips_of(cfg, rank() != 0, table)
     run = open_run(cfg, args.workdir, device, mesh)
-    if cfg.data and rank() == 0 and not read_json(table, None):
+    if cfg.data and rank() == 0 and not table.exists():
         write_json(table, clips.table())
     run.peak = 1e12 * args.peak_tflops
     stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),
@@ -3392,9 +3432,10 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def first_to_say() -> bool:
-    """Whether no other rank has told the user yet: what only one of them met is said, too."""
+    """Whether no other rank has told the user yet: what only one of them met is said, too. Before
+    they have met: whether this is the first on its machine."""
     if not dist.is_initialized():
-        return int(os.environ.get("RANK", 0)) == 0
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
     with contextlib.suppress(dist.DistError):
         return dist.distributed_c10d._get_default_store().add("said", 1) == 1
     return True

@@ -635,7 +635,7 @@ def test_vidtwin_latents_are_normalised_by_channel():
 @ALL
 def test_bf16_is_finite_and_checkpointing_changes_nothing(cfg):
     torch.manual_seed(0)
-    model, x = tae.autoencoder(cfg), clips(2)
+    model, x = tae.autoencoder(cfg), clips(1)
     grads = []
     for remember in (False, True):
         for m in model.modules():
