@@ -722,8 +722,8 @@ class VideoFolder:
         self.longest = max(cfg.clips.frames, *cfg.clips.lengths, 0)     # frames, of all phases
         if not self.root.is_dir():
             raise UserError(f"--data {cfg.data}: no such folder")
-        files = [p.name for p in self.root.iterdir()] if rank() == 0 else []
-        files = from_rank0(sorted(n for n in files if n.lower().endswith(VIDEO_SUFFIXES)))
+        there = self.root.iterdir() if rank() == 0 else ()
+        files = from_rank0(sorted(p.name for p in there if p.suffix.lower() in VIDEO_SUFFIXES))
         known = from_rank0(read_videos(table) if table and rank() == 0 else None)
         if isinstance(known, str):
             raise UserError(known)
@@ -1111,8 +1111,8 @@ def pulse() -> None:
 
 @contextlib.contextmanager
 def pulsing():
-    """A pulse every second, around what tells of no progress itself, as the load of an encoder: who
-    dies there is missed, who hangs is not."""
+    """A pulse every second, around what tells of no progress itself, as the load of an encoder: a
+    rank that dies there is noticed, one that hangs there is not."""
     over = threading.Event()
 
     def beat() -> None:
@@ -1969,7 +1969,11 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
     every, todo, index = slice(rank(), None, world_size()), set(), folder / "index.json"
     sums = from_rank0(read_json(index, {}).get("shards", {}) if rank() == 0 else {})
     if text_file(0) in sums:
-        intact = lambda n: (folder / n).exists() and crc(folder / n) == sums[n]
+        def intact(name: str) -> bool:
+            with contextlib.suppress(OSError):
+                return crc(folder / name) == sums[name]
+            return False
+
         found = shared_out(f"{folder}", intact, list(sums), quiet=rank() != 0)
         todo = {name for name, good in zip(sums, found) if not good}
         if not todo:
