@@ -1974,6 +1974,11 @@ def inputs_of(run, prompt, seed, guidance, ts):
             "guidance": guidance, "ts": ts}
 
 
+def between_looks():
+    """Wait before the next look at the store, which is one for all ranks."""
+    time.sleep(min(1.0, max(0.1, dist.get_world_size() / 1000)))
+
+
 def after_rank0(what, verdict):
     """Wait until rank 0 got here -> its verdict. Decoding and checking alone may take it longer
     than any time-out that is there to find a silent rank: so the others look, and do not listen."""
@@ -1983,7 +1988,7 @@ def after_rank0(what, verdict):
     if dist.get_rank() == 0:
         store.set(what, str(int(verdict)))
     while not store.check([what]):                            # raises when whoever keeps it is gone
-        time.sleep(min(1.0, max(0.1, dist.get_world_size() / 1000)))
+        between_looks()
     return store.get(what) == b"1"
 
 

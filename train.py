@@ -719,7 +719,7 @@ class VideoFolder:
         self.cfg, self.root, self.window = cfg, Path(cfg.data), ("", None)
         self.lost: set[Path] = set()
         self.shapes = shapes_of(cfg)
-        self.longest = max(cfg.clips.frames, *cfg.clips.lengths, 0)     # frames, of all phases
+        self.longest = max((cfg.clips.frames, *cfg.clips.lengths))      # of all phases
         if not self.root.is_dir():
             raise UserError(f"--data {cfg.data}: no such folder")
         there = self.root.iterdir() if rank() == 0 else ()
@@ -1140,7 +1140,7 @@ def wait_for_all(what: str) -> None:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > sample_parallel.patience().total_seconds():
                 raise sample_parallel.LostRank(f"{what}: {there} of {world_size()} ranks are done")
-            time.sleep(min(1.0, max(0.1, world_size() / 1000)))
+            sample_parallel.between_looks()
             there = store.add(place, 0)
     barrier()
 
@@ -2017,16 +2017,13 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
     texts = {text_file(s): captions[i : i + SHARD]
              for s, i in enumerate(range(0, len(captions), SHARD))}
 
-    def says(name: str) -> bool:
-        """Whether a file is whole, and of these captions."""
-        if not readable(folder / name):
-            return False
-        with opened(folder / name) as f:
-            return json.loads(f.metadata()["captions"]) == texts[name]
-
     text = text_cond.TextConditioner(run.cfg.text).to(run.device)
     for name in list(texts)[every]:
-        if name in todo or not says(name):
+        there = name not in todo and readable(folder / name)
+        if there:                       # of an earlier start: of these captions?
+            with opened(folder / name) as f:
+                there = json.loads(f.metadata()["captions"]) == texts[name]
+        if not there:
             with pulsing():
                 features = text.encode(texts[name])
             save_tensors(folder / name, features, captions=json.dumps(texts[name]))
@@ -2111,16 +2108,16 @@ def statistics_of(run: Run) -> autoencoder.Autoencoder:
     return tae
 
 
-def caption_groups(latents: Latents, size: int = 32, pretrained: bool = False) -> Tensor:
+def caption_groups(latents: Latents, size: int = 32) -> Tensor:
     """(M,) int64 groups within which SDOT couples: clips of the same caption; where captions are
     unique, clusters of `size` clips or more of similar captions, by the mean of MetaCLIP's
     features, or by bags of hashed words where the encoders are toys."""
     if len(latents.captions) <= len(latents.of) / 2:
         return latents.of
-    if pretrained:
+    parts = torch.arange(len(latents.captions)).split(SHARD)
+    if "concepts_mask" in latents.features(parts[0][:1]):
         bags = []
-        for part in torch.arange(len(latents.captions)).split(SHARD):
-            features = latents.features(part)
+        for features in map(latents.features, parts):
             x, there = features["concepts"].float(), features["concepts_mask"]
             bags.append((x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1))
         bags = torch.cat(bags)
@@ -2146,9 +2143,7 @@ def couple_latents(run: Run) -> None:
     if run.cfg.coupling == "sdot-global" and rank() == 0:
         print("--coupling sdot-global ignores captions: unguided samples then do so too",
               file=sys.stderr)
-    groups = None
-    if run.cfg.coupling == "sdot":
-        groups = caption_groups(latents, size, run.cfg.text.mode == "pretrained")
+    groups = caption_groups(latents, size) if run.cfg.coupling == "sdot" else None
     z = tae.normalize(latents.mean)
     coupling = sdot.Coupling.fit(
         z, groups, cfg=run.cfg.sdot, progress=True, ranks=dist.is_initialized(),

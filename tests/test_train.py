@@ -1,10 +1,12 @@
 """train.py: judge, data, checkpoints, resuming, bad input. One tiny run of all stages is shared."""
+import contextlib
 import json
 import math
 import os
 import pickle
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -924,9 +926,10 @@ def test_unique_captions_are_coupled_in_clusters():
     points = torch.randn(128, 4, 8) + 9 * (-1.0) ** torch.arange(128).view(-1, 1, 1)
     there = torch.arange(4) < torch.randint(1, 4, (128, 1))
     points[~there] = 1e3                                # padding, which must not count
-    latents.features = lambda rows: {"concepts": points[rows], "concepts_mask": there[rows]}
-    for pretrained in (False, True):
-        groups = train.caption_groups(latents, 32, pretrained)
+    for mask in ({}, {"concepts_mask": there}):         # of toys, of MetaCLIP
+        latents.features = lambda rows, mask=mask: {
+            k: x[rows] for k, x in ({"concepts": points} | mask).items()}
+        groups = train.caption_groups(latents, 32)
         assert torch.bincount(groups)[groups].min() >= 32
         for group in groups.unique():
             assert len({int(i) % 2 for i in (groups == group).nonzero()}) == 1
@@ -1431,6 +1434,25 @@ def test_a_signal_writes_a_checkpoint_and_ends_well(finished, tmp_path, name):
     assert figures(folder) == figures(finished)
 
 
+@contextlib.contextmanager
+def two_ranks(*command, **pipes):
+    """Two processes that find each other, without torchrun. Killed in the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, text=True, **pipes,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r),
+             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        for r in range(2)]
+    try:
+        yield ranks
+    finally:
+        for p in ranks:
+            p.kill()
+            p.wait()
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named(finished, tmp_path):
     """SIGSTOP of one of two ranks in the dit stage: the other says which, within --timeout."""
@@ -1442,22 +1464,12 @@ def test_a_rank_that_hangs_is_named(finished, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["train_dit"]["steps"] = 4000
     (folder / "config.json").write_text(json.dumps(config))
-    port = str(random.Random(str(folder)).randint(20000, 40000))
-    ranks = [subprocess.Popen(
-        [sys.executable, "train.py", "--workdir", str(folder), "--device", "cpu", *TINY, "--steps",
-         "4000", "--timeout", "5"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r),
-             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        for r in range(2)]
-    try:
+    with two_ranks("train.py", "--workdir", str(folder), "--device", "cpu", *TINY, "--steps",
+                   "4000", "--timeout", "5", stderr=subprocess.PIPE) as ranks:
         while not list(folder.glob("dit/step_*")) and all(p.poll() is None for p in ranks):
             time.sleep(0.05)
         ranks[1].send_signal(signal.SIGSTOP)
         said = ranks[0].communicate(timeout=120)[1]
-    finally:
-        for p in ranks:
-            p.kill()
-            p.wait()
     assert ranks[0].returncode == 1 and "train.py: rank 1: hangs, or is gone" in said, said[-2000:]
     assert "Traceback" not in said
 
@@ -1483,20 +1495,9 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_who_works_is_waited_for_and_who_hangs_is_named(tmp_path):
-    port = str(random.Random(str(tmp_path)).randint(20000, 40000))
-    ranks = [subprocess.Popen([sys.executable, "-c", WAIT], cwd=ROOT, stdout=subprocess.PIPE,
-                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                              "RANK": str(r), "LOCAL_RANK": str(r),
-                                              "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                                              "MASTER_PORT": port})
-             for r in range(2)]
-    try:
+def test_who_works_is_waited_for_and_who_hangs_is_named():
+    with two_ranks("-c", WAIT, stdout=subprocess.PIPE) as ranks:
         said = ranks[0].communicate(timeout=60)[0]
-    finally:
-        for p in ranks:
-            p.kill()
-            p.wait()
     assert said.splitlines() == ["waited", "True [1] True"]
 
 
