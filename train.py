@@ -124,7 +124,7 @@ class TrainConfig:
     beta2: float = 0.99
     clip: float = 1.0  # gradient norm
     ema: float = 0.0  # 0: no average of the weights
-    every: int = 200  # steps between checkpoints
+    every: int = 200  # steps that a kill costs at most: checkpoints are half as far apart
     image_steps: int = 0  # tae: steps of image training before inflation
     image_batch: int = 32  # tae: frames a step in image training
     crowd: int = 1  # tae: objects in a toy clip; an empty background teaches nothing
@@ -1710,13 +1710,20 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
                                       find_unused_parameters=True, gradient_as_bucket_view=True)
               if run.mesh.weights is None and world_size() > 1 else None)
 
+    # A kill may come before the newest checkpoint is in its place, and costs the steps since the
+    # one before it: two distances at most, as the next one waits for it.
+    apart, saved = max(1, t.every // 2), first
+
     def save(step: int) -> None:
-        nonlocal began
+        nonlocal began, saved
         checkpoints.wait()  # before the small files: without space, it is named, and not they
         metrics.flush()
         run.spent(stage.split("/")[0], time.monotonic() - began)
         began = time.monotonic()
         checkpoints.save(step, state)
+        if t.every == 1:
+            checkpoints.wait()
+        saved = step
 
     bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=rank() != 0,
                mininterval=1.0, dynamic_ncols=True)
@@ -1779,11 +1786,11 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
                                 "in a row; lower the learning rate")
             bad, rewound = 0, rewound + 1
             run.event(stage, step, "rewound", f"to the weights of step {back}")
-        elif bad == 0 and (step + 1) % t.every == 0 and step + 1 < steps:
+        elif bad == 0 and (step + 1) // apart > saved // apart and step + 1 < steps:
             save(step + 1)
             rewound = 0
         if asked.item() and step + 1 < steps:
-            if (step + 1) % t.every or bad:
+            if saved < step + 1:
                 save(step + 1)
             checkpoints.wait()
             bar.close()

@@ -38,7 +38,7 @@ def make_run(scale, folder, replicate=1, parts=1):
     cfg = train.SCALES[scale]()
     cfg.coupling, cfg.clips = "independent", replace(cfg.clips, count=1024)
     steps, batch = STEPS[scale][1], cfg.train_dit.batch // parts
-    cfg.train_dit = replace(cfg.train_dit, steps=steps, every=steps // 2, batch=batch)
+    cfg.train_dit = replace(cfg.train_dit, steps=steps, every=steps, batch=batch)
     run = train.Run(folder, train.finish_config(cfg), torch.device("cpu"),
                     train.make_mesh(replicate=replicate))
     if train.rank() == 0:

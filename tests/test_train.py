@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ import train
 
 ROOT = Path(train.__file__).parent
 CLIPS = ROOT.parent / "shared" / "clips"
-TINY = """--train_tae.steps 6 --train_tae.image_steps 4 --train_tae.every 3 --train_tae.batch 2
-  --train_tae.image_batch 8 --clips.count 300 --steps 8 --train_dit.every 3 --batch 8 --dit.dim 48
+TINY = """--train_tae.steps 6 --train_tae.image_steps 4 --train_tae.every 6 --train_tae.batch 2
+  --train_tae.image_batch 8 --clips.count 300 --steps 8 --train_dit.every 6 --batch 8 --dit.dim 48
   --dit.depth 2 --text.width 32 --sample.prompts 10 --sample.steps 3""".split()
 
 
@@ -761,7 +762,7 @@ def test_two_ranks_go_through_the_phases(tmp_path):
 def toy_training(folder, poison=(), **changes):
     """`optimize` on a line through noise; steps in `poison` have a loss that is not a number."""
     folder.mkdir(parents=True, exist_ok=True)
-    cfg = train.TrainConfig(**{"steps": 12, "every": 4, "ema": 0.9, **changes})
+    cfg = train.TrainConfig(**{"steps": 12, "every": 8, "ema": 0.9, **changes})
     run = train.Run(folder, train.Config(), torch.device("cpu"))
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
@@ -823,6 +824,23 @@ def test_three_in_a_row_take_the_last_checkpoint_again(tmp_path, capfd):
     assert torch.equal(state["weight"], again["weight"])
     with pytest.raises(train.UserError, match="third step in a row; lower the learning rate"):
         toy_training(tmp_path / "c", poison=(0, 1, 2))
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_a_kill_costs_no_more_steps_than_every_says(tmp_path, monkeypatch, every):
+    """However slow the disk: before each step, how many a kill at its end would cost."""
+    finish, begin, lost = train.WholeWriter.finish, train.generator, []
+    monkeypatch.setattr(train.WholeWriter, "finish", lambda *args, **named: (
+        time.sleep(0.2), finish(*args, **named)))
+
+    def step_begins(stage, step):
+        whole = [int(p.name[5:]) for p in (tmp_path / "dit").glob("step_*")]
+        lost.append(step + 1 - max(whole, default=0))
+        return begin(stage, step)
+
+    monkeypatch.setattr(train, "generator", step_begins)
+    toy_training(tmp_path, every=every)
+    assert len(lost) == 12 and max(lost) <= every and (every % 2 or max(lost) == every)
 
 
 def test_a_stop_that_is_asked_for_loses_nothing(tmp_path, monkeypatch):
@@ -1291,7 +1309,7 @@ def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path, precision, 
                   "--replicate 2 --dp 2", "--dp 2 --sp 2", "--dp 4 --reshard false"):
         folder = tmp_path / f"run{flags}".replace(" ", "")
         accumulate = 2 if flags == "--replicate 2" else 1       # DDP waits with its messages
-        changes = dit_anew(finished, folder, steps=20, every=7, precision=precision,
+        changes = dit_anew(finished, folder, steps=20, every=14, precision=precision,
                            accumulate=accumulate)
         ranks = math.prod(int(n) for n in flags.split() if n.isdigit())
         done = torchrun(folder, ranks, "--stage", "dit", *flags.split(), *changes)
@@ -1325,10 +1343,10 @@ def test_two_ranks_train_the_same_dit_in_bf16(finished, tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_is_taken_up_by_another_number_of_ranks(finished, tmp_path):
     """2 ranks, then 1, then 4, each for some of the steps: the curve of one rank alone."""
-    flags = dit_anew(finished, tmp_path / "whole", steps=18, every=6, precision="fp64")
+    flags = dit_anew(finished, tmp_path / "whole", steps=18, every=12, precision="fp64")
     assert torchrun(tmp_path / "whole", 1, "--stage", "dit", *flags).returncode == 0
     folder = tmp_path / "parts"
-    dit_anew(finished, folder, steps=18, every=6, precision="fp64")
+    dit_anew(finished, folder, steps=18, every=12, precision="fp64")
     for ranks, too_new in ((2, "step_0000012"), (1, None), (4, None)):
         done = torchrun(folder, ranks, "--stage", "dit", *flags)
         assert done.returncode == 0, done.stderr[-3000:]
