@@ -19,9 +19,9 @@ Run.   torchrun train.py --scale toy               # all stages: no download, no
 
 Starting a run again continues it: finished stages are skipped, an unfinished one resumes at its
 last checkpoint. Every random number comes from (seed, stage, step), the autoencoder's own also from
-the rank: the resumed run is the uninterrupted one. SIGTERM and SIGUSR1 write a checkpoint first. A
-step whose loss or gradient is not finite is skipped; after three in a row the weights of the last
-checkpoint are taken again.
+the rank: the resumed run is the uninterrupted one. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint
+first. A step whose loss or gradient is not finite is skipped; after three in a row the weights of
+the last checkpoint are taken again.
 
 A run folder: config.json, metrics.csv (stage; step; loss, the mean over elements and ranks; lr;
 grad_norm before clipping), events.jsonl (starts, stops, checkpoints, skipped steps), tae/,
@@ -261,6 +261,10 @@ COMPARED = ("loss", "color", "shape", "direction", "text", "heldout")  # figures
 # Fields that follow from others, and are therefore no flags.
 DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
            "vidtwin.size", "variant"}
+# Fields that say how a run is computed, and not what comes out: they may change when it goes on.
+HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
+       "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload",
+       "sdot.memory"}
 
 
 def one_of(flag: str, value: str, choices) -> None:
@@ -301,7 +305,9 @@ def finish_config(cfg: Config) -> Config:
         autoencoder.glyphs(autoencoder.SCRIPTS[c.script][0][0], 16)
     except ValueError as error:
         raise UserError(f"--clips.script {c.script}: {error}") from None
-    for flag, n in (("clips.things", c.things), ("train_tae.crowd", cfg.train_tae.crowd),
+    if c.things > 3 and not cfg.data:
+        raise UserError(f"--clips.things {c.things}: at most 3 pass one another without touching")
+    for flag, n in (("train_tae.crowd", cfg.train_tae.crowd),
                     ("train_dit.crowd", cfg.train_dit.crowd)):
         if n > len(autoencoder.COLORS):
             raise UserError(f"--{flag} {n}: at most {len(autoencoder.COLORS)}, one of each colour")
@@ -381,6 +387,9 @@ def shapes_of(cfg: Config) -> list[tuple[int, int, int]]:
     if any(n < 1 for n in (*c.lengths, *c.aspects)) or len(c.aspects) % 2 or not c.aspects:
         raise UserError(f"--clips.lengths {' '.join(map(str, c.lengths))}, --clips.aspects "
                         f"{' '.join(map(str, c.aspects))}: lengths and pairs width height, above 0")
+    if not cfg.data and max(c.lengths, default=0) > c.frames:
+        raise UserError(f"--clips.lengths {' '.join(map(str, c.lengths))}: clips of the toy world "
+                        f"have --clips.frames {c.frames}")
     if not 0 <= c.images < math.inf:
         raise UserError(f"--clips.images {c.images:g}: must be 0 or more")
     units = token_pixels(cfg)
@@ -409,8 +418,9 @@ class Phase:
 
 def phases(cfg: Config) -> list[Phase]:
     """One phase; or Movie Gen's three: images at a third of the size, clips of that size, clips at
-    full size, the last two with one image for ten clips. Steps, batches and rates are to each other
-    as 210k : 185k : 74.5k, 9216 : 1536 : 512 and 1e-4 : 6e-5 : 6e-5 [MG table 3];
+    full size, the last two with one image for ten clips (or as --clips.images says). Steps, batches
+    and rates are to each other as 210k : 185k : 74.5k, 9216 : 1536 : 512 and 1e-4 : 6e-5 : 6e-5 [MG
+    table 3];
     --train_dit.batch is that of the second, --train_dit.lr that of the first. (The paper doubles
     the second batch on the way, and halves the last rate where the validation loss stands still;
     here the first stays, and the rate falls as a cosine.)
@@ -420,18 +430,19 @@ def phases(cfg: Config) -> list[Phase]:
         return [Phase("", c.frames, c.size, t.steps, t.batch, t.lr, c.images)]
     unit = math.lcm(*token_pixels(cfg))
     small = max(1, round(c.size / 3 / unit)) * unit
-    cut = [round(t.steps * n / 469.5) for n in (210, 395)]
+    cut, images = [round(t.steps * n / 469.5) for n in (210, 395)], c.images or 0.1
     return [Phase("images", 1, small, cut[0], 6 * t.batch, t.lr, 0.0),
-            Phase("small", c.frames, small, cut[1] - cut[0], t.batch, 0.6 * t.lr, 0.1),
+            Phase("small", c.frames, small, cut[1] - cut[0], t.batch, 0.6 * t.lr, images),
             Phase("full", c.frames, c.size, t.steps - cut[1], max(1, t.batch // 3), 0.6 * t.lr,
-                  0.1)]
+                  images)]
 
 
 def at_phase(cfg: Config, phase: Phase) -> Config:
     """The config of one phase: that of a run which has no other."""
     cfg = copy.deepcopy(cfg)
     cfg.phases = "one"
-    cfg.clips = replace(cfg.clips, frames=phase.frames, size=phase.size, images=phase.images)
+    cfg.clips = replace(cfg.clips, frames=phase.frames, size=phase.size, images=phase.images,
+                        lengths=cfg.clips.lengths if phase.frames > 1 else ())
     cfg.train_dit = replace(cfg.train_dit, steps=phase.steps, batch=phase.batch, lr=phase.lr)
     return finish_config(cfg)
 
@@ -858,7 +869,7 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
     told: dict[str, str] = {}
     table = root / "metadata.csv"
     if table.exists():
-        with table.open(newline="", encoding="utf-8", errors="replace") as f:
+        with table.open(newline="", encoding="utf-8-sig", errors="replace") as f:
             rows = csv.DictReader(f)
             try:
                 if not {"file_name", "text"} <= set(rows.fieldnames or ()):
@@ -871,7 +882,7 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
         """Its caption, and what is wrong with it."""
         beside = path.with_suffix(".txt")
         try:
-            caption = beside.read_text(encoding="utf-8", errors="replace")
+            caption = beside.read_text(encoding="utf-8-sig", errors="replace")
         except FileNotFoundError:
             caption = told.get(path.name)
         except OSError as error:
@@ -984,7 +995,7 @@ _workers: list[multiprocessing.Process] = []
 
 def _deaf(_) -> None:
     """A worker goes on when all of a job are asked to stop: its trainer needs it for the step."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in Stop.signals:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -1283,10 +1294,14 @@ def generator(*key) -> torch.Generator:
 def write_json(path: Path, value) -> None:
     """Whole or not at all: written beside, then renamed."""
     tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w") as f:
-        f.write(json.dumps(value, indent=1))
-        f.flush()
-        os.fsync(f.fileno())        # else a power cut can leave the new name and no content
+    try:
+        with tmp.open("w") as f:
+            f.write(json.dumps(value, indent=1))
+            f.flush()
+            os.fsync(f.fileno())    # else a power cut can leave the new name and no content
+    except OSError:
+        tmp.unlink(missing_ok=True)
+        raise
     os.replace(tmp, path)
 
 
@@ -1618,15 +1633,16 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """SIGTERM, and SIGUSR1, which SLURM can send before it takes the machine, ask for an end:
-    within a training loop after the step and a checkpoint, elsewhere at once (whatever is written
-    there is written whole or not at all)."""
+    """Ctrl-C, SIGTERM, and SIGUSR1, which SLURM can send before it takes the machine, ask for an
+    end: within a training loop after the step and a checkpoint, elsewhere at once (whatever is
+    written there is written whole or not at all)."""
 
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
     asked, patient, before = "", False, {}
 
     @classmethod
     def listen(cls) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in cls.signals:
             cls.before[number] = signal.signal(number, cls._hear)
 
     @classmethod
@@ -1675,7 +1691,7 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
 
     A step whose loss or gradient is not finite changes nothing. After three in a row the state of
     the last checkpoint is taken again, and training goes on with the steps that follow: to repeat
-    the ones between would end the same way. Stopped after a SIGTERM or SIGUSR1.
+    the ones between would end the same way. Stopped after one of `Stop.signals`.
     """
     Stop.patient = True     # from here on a signal is heard after the next step
     # Norm, optimizer and average need this rank's numbers alone, so they get its shards as tensors:
@@ -1767,7 +1783,7 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
         else:
             bad += 1
             run.event(stage, step, "skipped", f"loss {value:g}, gradient norm {norm:g}"
-                      + keys_of(parts))
+                      + keys_of(parts, run.mesh.files))
         for p in (*names.values(), *weights):       # a shard and its tensor hold a gradient each
             p.grad = None
         metrics.add(step, value, lr, norm)
@@ -1775,7 +1791,7 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             mean = sum(recent) / 50
             if value > mean + 6 * math.sqrt(sum((r - mean) ** 2 for r in recent) / 50):
                 run.event(stage, step, "spike", f"loss {value:.4g} after {mean:.4g}"
-                          + keys_of(parts))
+                          + keys_of(parts, run.mesh.files))
         recent = [*recent[-49:], value] if math.isfinite(value) else recent
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
         bar.update()
@@ -1786,9 +1802,11 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
                                 "in a row; lower the learning rate")
             bad, rewound = 0, rewound + 1
             run.event(stage, step, "rewound", f"to the weights of step {back}")
-        elif bad == 0 and (step + 1) // apart > saved // apart and step + 1 < steps:
-            save(step + 1)
-            rewound = 0
+        elif (step + 1) // apart > saved // apart and step + 1 < steps:
+            checkpoints.wait()
+            if bad == 0:
+                save(step + 1)
+                rewound = 0
         if asked.item() and step + 1 < steps:
             if saved < step + 1:
                 save(step + 1)
@@ -1811,9 +1829,10 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
     return best
 
 
-def keys_of(parts: list) -> str:
-    """The rows of the data that a step was made of, for the log; else nothing."""
-    keys = [k for part in parts for k in getattr(part, "keys", ())]
+def keys_of(parts: list, group: dist.ProcessGroup | None = None) -> str:
+    """The rows of the data that a step was made of on all ranks, for the log; else nothing."""
+    mine = [k for part in parts for k in getattr(part, "keys", ())]
+    keys = dict.fromkeys(k for keys in from_all(mine, group) for k in keys)     # sp ranks share
     return f", clips {' '.join(map(str, keys))}" if keys else ""
 
 
@@ -1885,7 +1904,9 @@ def train_tae(run: Run, clips) -> None:
                 g = generator(cfg.seed, "tae", video, step, rank())
                 x = x.to(run.device)
 
-                yield [lambda model, x=x, g=g, step=step: model(x, step, g)]
+                part = lambda model, x=x, g=g, step=step: model(x, step, g)
+                part.keys = [step * per_step + i for i in rows(step)]
+                yield [part]
 
         return source
 
@@ -2522,7 +2543,8 @@ def make_report(run: Run, clips) -> dict:
 
     rows = json.loads((folder / "samples" / "index.json").read_text())
     made = torch.cat(
-        [load_tensors(p)["clips"] for p in sorted((folder / "samples").glob("clips_*.safetensors"))]
+        [load_tensors(folder / "samples" / f"clips_{i:04d}.safetensors")["clips"]
+         for i in range(0, len(rows), cfg.sample.batch)]
     )
     if not cfg.data:
         report["judge"] = json.loads((folder / "judge.json").read_text())
@@ -2785,7 +2807,7 @@ def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Ru
     if not (base / "latents" / "index.json").exists():
         raise UserError(f"{base}: no run with latents there; first: torchrun train.py --workdir "
                         f"{base} --stage latents")
-    cfg = from_dict(Config, json.loads((base / "config.json").read_text()))
+    cfg = read_config(base / "config.json")
     for name, value in changes.items():
         section, _, key = name.rpartition(".")
         if section:
@@ -2813,7 +2835,7 @@ def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Ru
 
 def _compared(folder: Path) -> None:
     torch.set_num_threads(1)
-    cfg = from_dict(Config, json.loads((folder / "config.json").read_text()))
+    cfg = read_config(folder / "config.json")
     run, clips = Run(folder, cfg, torch.device("cpu")), clips_of(cfg, table=folder / "videos.json")
     encode_latents(run, clips)
     couple_latents(run)
@@ -3343,13 +3365,14 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
 def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
     """UserError where clips or heads cannot be shared out to the ranks in what is still to do."""
     shares, parts = mesh.data[1], cfg.train_dit.accumulate
-    todo = [("--batch", phase.batch, shares * parts) for phase in phases(cfg)]
+    todo = [("--batch" if not phase.name else f"--batch {cfg.train_dit.batch}, in phase "
+             f"{phase.name}", phase.batch, shares * parts) for phase in phases(cfg)]
     if not (folder / "tae/tae.safetensors").exists():
         todo += [("--train_tae.batch", cfg.train_tae.batch, world_size()),
                  ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())]
     for flag, n, of in todo:
         if n % of:
-            why = f" x --train_dit.accumulate {parts}" if parts > 1 and flag == "--batch" else ""
+            why = f" x --train_dit.accumulate {parts}" if parts > 1 and "--batch" in flag else ""
             raise UserError(f"{flag} {n}: not a multiple of the {of // (parts if why else 1)} ranks"
                             + why)
     if mesh.sp > cfg.dit.heads:
@@ -3360,23 +3383,24 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
 
 
 def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None = None) -> Run:
-    """The run folder, new or continued; a folder of another configuration is refused, and left as
-    it is."""
-    path, mine = folder / "config.json", json.loads(json.dumps(asdict(cfg)))
+    """The run folder, new or continued; a folder of another configuration (but for HOW) is refused,
+    and left as it is."""
+    path, mine, changed = folder / "config.json", json.loads(json.dumps(asdict(cfg))), []
     if path.exists():
         changed = differences(json.loads(json.dumps(asdict(read_config(path)))), mine)
-        if changed:
+        other = [x for x in changed if x.split(":")[0] not in HOW]
+        if other:
             raise UserError(
-                f"--workdir {folder}: holds a run of another configuration ({'; '.join(changed)}); "
+                f"--workdir {folder}: holds a run of another configuration ({'; '.join(other)}); "
                 "choose another --workdir"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and {p.name for p in folder.iterdir()} - {"config.json.tmp"}:
         raise UserError(
             f"--workdir {folder}: not empty, and not a run of train.py; choose another --workdir"
         )
     barrier()
     run = Run(folder, cfg, device, mesh)
-    if rank() == 0 and not path.exists():
+    if rank() == 0 and (changed or not path.exists()):
         write_json(path, mine)
     barrier()
     return run
@@ -3428,8 +3452,8 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     for name, stage in stages.items():
         report = stage()
         wait_for_rank0(name)
-        if Stop.asked:
-            raise Stopped(f"stopped by {Stop.asked} after {name}; start again to continue")
+        if asked := next(filter(None, from_all(Stop.asked)), ""):     # in the last step of a stage
+            raise Stopped(f"stopped by {asked} after {name}; start again to continue")
         if name == args.stage:
             break
     if report:
@@ -3474,8 +3498,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         if first_to_say():
-            print(f"train.py: {str(error).split(' GPU ')[0]} Fewer clips at once: "
-                  "--train_dit.accumulate, --batch, --dit.checkpointing true; see --plan",
+            print(f"train.py: {str(error).split(' GPU ')[0]} Go on with "
+                  "--train_dit.accumulate or --dit.checkpointing true, in the tae stage with "
+                  "--tae.checkpointing true; see --plan",
                   file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:

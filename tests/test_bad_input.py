@@ -30,7 +30,7 @@ OUT_OF_BOUNDS = """
     --scael toy / --clip 1 / --tae.variant 3d / --dit.text_dim 64 / --help=yes
     --workdir / --clips.size / --train_dit.lr / --patch / --stage / --reshard / --timeout
     --clips.frames 0 / --clips.frames -1 / --clips.size 0 / --clips.size -32 / --clips.size 16 32
-    --clips.fps 0 / --clips.things 0 / --clips.things 7 / --clips.count 0 / --clips.max_interval 0
+    --clips.fps 0 / --clips.things 0 / --clips.things 4 / --clips.count 0 / --clips.max_interval 0
     --clips.workers -1 / --clips.lengths 0 --coupling independent
     --clips.lengths 8 -1 --coupling independent / --coupling sdot --clips.lengths 8
     --clips.aspects 16 --coupling independent / --clips.aspects 0 9 --coupling independent

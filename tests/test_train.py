@@ -165,11 +165,22 @@ def test_latents_are_what_the_autoencoder_says(finished):
 @pytest.mark.slow
 def test_a_stage_shorter_than_its_first_checkpoint(copy, finished):
     forget(copy, "dit", "samples", "report.json")
-    config = json.loads((copy / "config.json").read_text())
-    config["train_dit"]["every"] = 1000
-    (copy / "config.json").write_text(json.dumps(config))
     assert run(copy, "--train_dit.every", "1000") == 0
     assert figures(copy) == figures(finished)
+    assert json.loads((copy / "config.json").read_text())["train_dit"]["every"] == 1000
+
+
+def test_how_a_run_is_computed_may_change_and_what_comes_out_may_not(copy, capfd):
+    assert not train.HOW - set(train.flags_of(train.Config()))
+    forget(copy, "samples", "report.json")
+    assert run(copy, "--train_dit.accumulate", "2", "--dit.checkpointing", "true",
+               "--stage", "dit") == 0
+    there = train.read_config(copy / "config.json")
+    assert there.train_dit.accumulate == 2 and there.dit.checkpointing
+    assert run(copy, "--train_dit.accumulate", "4", "--steps", "9") == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "(train_dit.steps: 8 there, 9 here)" in line
+    assert train.read_config(copy / "config.json") == there
 
 
 def test_load_run_generates_the_same_clip_again(finished):
@@ -437,7 +448,7 @@ def test_memory_and_gpus_that_are_too_few_are_one_line(tmp_path, monkeypatch, ca
         patch.setattr(train, "work", work)
         assert train.main(["--workdir", str(tmp_path / "x")]) == 2
     err = capfd.readouterr().err
-    assert len(err.splitlines()) == 1 and "2.00 GiB. Fewer clips at once: --train_dit.acc" in err
+    assert len(err.splitlines()) == 1 and "2.00 GiB. Go on with --train_dit.acc" in err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     said = "train.py: --nproc_per_node 2: 1 GPUs here, one rank each; or --device cpu\n"
@@ -526,7 +537,9 @@ BAD = [
     (["--train_dit.lr", "0"], "--train_dit.lr 0.0: must be above 0"),
     (["--train_dit.lr", "fast"], "--train_dit.lr fast: not a number"),
     (["--clips.frames", "0"], "--clips.frames 0: must be 1 or more"),
-    (["--clips.things", "7"], "--clips.things 7: at most 6"),
+    (["--clips.things", "4"], "--clips.things 4: at most 3"),
+    (["--train_tae.crowd", "7"], "--train_tae.crowd 7: at most 6"),
+    (["--clips.lengths", "17", "--coupling", "independent"], "--clips.lengths 17: clips of the"),
     (["--patch", "1", "3", "3"], "--patch 1 3 3: does not divide"),
     (["--patch", "1", "4"], "--patch 1 4: not three numbers"),
     (["--dit.heads", "5"], "heads 5"),
@@ -606,6 +619,13 @@ def test_phases_are_movie_gens():
     assert [round(p.batch * p.steps / 1e6, 1) for p in train.phases(cfg)] == [1935.4, 284.2, 38.1]
     sizes = [train.at_phase(cfg, p).dit.streams[0].size for p in train.phases(cfg)]
     assert sizes == [(1, 32, 32), (32, 32, 32), (32, 96, 96)]      # latents of 8 x 8 x 8
+    cfg = parsed(*SHAPES, "--clips.images", "0.5", "--batch", "8")
+    at = [train.at_phase(cfg, p) for p in train.phases(cfg)]
+    assert {T for T, *_ in train.shapes_of(at[0])} == {1}
+    assert {T for T, *_ in train.shapes_of(at[1])} == {1, 8, 16}
+    assert [c.clips.images for c in at] == [0.0, 0.5, 0.5]
+    with pytest.raises(train.UserError, match="--batch 8, in phase full 2: not a multiple"):
+        train.check_shares(cfg, train.Mesh(dp=4), Path("nowhere"))
 
 
 def test_shapes_of_clips():
@@ -839,21 +859,22 @@ def test_a_kill_costs_no_more_steps_than_every_says(tmp_path, monkeypatch, every
         return begin(stage, step)
 
     monkeypatch.setattr(train, "generator", step_begins)
-    toy_training(tmp_path, every=every)
+    toy_training(tmp_path, every=every, poison=(5,) if every == 4 else ())
     assert len(lost) == 12 and max(lost) <= every and (every % 2 or max(lost) == every)
 
 
-def test_a_stop_that_is_asked_for_loses_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", train.Stop.signals)
+def test_a_stop_that_is_asked_for_loses_nothing(tmp_path, monkeypatch, number):
     plain, _ = toy_training(tmp_path / "a")
     fire, calls = train.generator, []
 
     def asked(*key):
         calls.append(key)
         if len(calls) == 7:
-            os.kill(os.getpid(), train.signal.SIGUSR1)
+            os.kill(os.getpid(), number)
         return fire(*key)
 
-    before = train.signal.getsignal(train.signal.SIGUSR1)
+    before = train.signal.getsignal(number)
     train.Stop.listen()
     try:
         with monkeypatch.context() as patch, pytest.raises(train.Stopped, match="after 7 steps"):
@@ -861,12 +882,25 @@ def test_a_stop_that_is_asked_for_loses_nothing(tmp_path, monkeypatch):
             toy_training(tmp_path / "b")
     finally:
         train.Stop.forget()
-    assert train.signal.getsignal(train.signal.SIGUSR1) == before
+    assert train.signal.getsignal(number) == before
     state, events = toy_training(tmp_path / "b")
     assert torch.equal(plain["weight"], state["weight"]) and events.count(("stopped", 7)) == 1
     assert ("start", 7) in events
     rows = train.read_metrics(tmp_path / "b" / "metrics.csv")
     assert [r["step"] for r in rows] == list(range(12))
+
+
+def test_steps_of_the_autoencoder_know_their_clips(tmp_path, monkeypatch):
+    def first_steps(run, stage, folder, model, t, steps, losses):
+        keys.extend(part.keys for (part,), _ in zip(losses(2), range(2)))
+        raise InterruptedError
+
+    keys, cfg = [], parsed()
+    monkeypatch.setattr(train, "optimize", first_steps)
+    monkeypatch.setattr(train, "check_judge", lambda cfg: {})
+    with pytest.raises(InterruptedError):
+        train.train_tae(train.Run(tmp_path, cfg, torch.device("cpu")), train.clips_of(cfg))
+    assert [set(k) for k in keys] == [{4, 5}, {6, 7}]               # 8 frames, 4 of each clip
 
 
 def test_a_spike_is_named_with_its_clips(tmp_path, capfd):
@@ -1063,12 +1097,15 @@ def test_odd_folders(tmp_path, capfd):
     (folder / "broken.txt").write_text("broken")
     (folder / "silent.avi").write_bytes(b"")
     train.write_video(folder / "short.mp4", torch.zeros(3, 5, 40, 40), fps=10)
-    (folder / "metadata.csv").write_bytes(b'file_name,text\nshort.mp4,"caf\xe9, short"\n')
+    (folder / "metadata.csv").write_bytes(      # as Excel writes it, and then somebody else
+        b'\xef\xbb\xbffile_name,text\nshort.mp4,"caf\xe9, short"\n')
+    (folder / "v0.txt").write_text("from the left", encoding="utf-8-sig")
     clips = train.VideoFolder(config(folder))
     err = capfd.readouterr().err
     assert "broken.mp4: unreadable, skipped" in err and "silent.avi: no caption" in err
     assert "shorter than 16 frames, the last frame is repeated: short.mp4" in err
     assert [v[0].name for v in clips.videos] == ["short.mp4", "v0.mp4", "v1.mp4"]
+    assert train.read_captions(folder, [v[0] for v in clips.videos])[1] == "from the left"
     x, _ = clips.clip("train", 0)
     assert x.shape == (3, 16, 32, 32) and (x[:, 5:] - x[:, 4:5]).abs().max() < 0.05
 
@@ -1407,8 +1444,6 @@ def test_wrong_flag_under_torchrun_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_sigkill_in_each_stage(finished, tmp_path):
     """Killed once in each stage and started again: the same figures, the same loss curve."""
-    import time
-
     folder = tmp_path / "killed"
     signs = ["tae/image", "tae/step_*", "latents/shard_00000.safetensors", "dit/step_*",
              "samples/0002.gif"]
@@ -1433,8 +1468,6 @@ def test_sigkill_in_each_stage(finished, tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_writes_a_checkpoint_and_ends_well(finished, tmp_path, name):
     """Asked to end in each stage: status 0, and the finished run is the uninterrupted one."""
-    import time
-
     folder = tmp_path / "stopped"
     command = [sys.executable, "train.py", "--workdir", str(folder), "--device", "cpu", *TINY]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -1475,7 +1508,6 @@ def two_ranks(*command, **pipes):
 def test_a_rank_that_hangs_is_named(finished, tmp_path):
     """SIGSTOP of one of two ranks in the dit stage: the other says which, within --timeout."""
     import signal
-    import time
 
     folder = Path(shutil.copytree(finished, tmp_path / "hung"))
     forget(folder, "dit", "samples", "report.json")
@@ -1495,6 +1527,9 @@ def test_a_rank_that_hangs_is_named(finished, tmp_path):
 WAIT = """
 import datetime, os, sys, time, torch.distributed as dist, sample_parallel, train
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=3))
+part = lambda: None
+part.keys = [dist.get_rank() + 4, 9]
+print(train.keys_of([part]), flush=True)
 if dist.get_rank() == 1:
     for _ in range(12):                 # twice the time-out
         time.sleep(0.5)
@@ -1516,15 +1551,13 @@ os._exit(0)
 def test_who_works_is_waited_for_and_who_hangs_is_named():
     with two_ranks("-c", WAIT, stdout=subprocess.PIPE) as ranks:
         said = ranks[0].communicate(timeout=60)[0]
-    assert said.splitlines() == ["waited", "True [1] True"]
+    assert said.splitlines() == [", clips 4 9 5", "waited", "True [1] True"]
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank(finished, tmp_path):
     """The README's command: SIGKILL of one of two ranks, and the run ends by itself, with the
     losses of one that nobody touched."""
-    import time
-
     losses = {}
     for killed in (False, True):
         folder = Path(shutil.copytree(finished, tmp_path / str(killed)))
