@@ -419,11 +419,10 @@ class Phase:
 def phases(cfg: Config) -> list[Phase]:
     """One phase; or Movie Gen's three: images at a third of the size, clips of that size, clips at
     full size, the last two with one image for ten clips (or as --clips.images says). Steps, batches
-    and rates are to each other as 210k : 185k : 74.5k, 9216 : 1536 : 512 and 1e-4 : 6e-5 : 6e-5 [MG
-    table 3];
-    --train_dit.batch is that of the second, --train_dit.lr that of the first. (The paper doubles
-    the second batch on the way, and halves the last rate where the validation loss stands still;
-    here the first stays, and the rate falls as a cosine.)
+    and rates are to each other as 210k : 185k : 74.5k, 9216 : 1536 : 512 and 1e-4 : 6e-5 : 6e-5
+    [MG table 3]; --train_dit.batch is that of the second, --train_dit.lr that of the first. (The
+    paper doubles the second batch on the way, and halves the last rate where the validation loss
+    stands still; here the first stays, and the rate falls as a cosine.)
     """
     c, t = cfg.clips, cfg.train_dit
     if cfg.phases == "one":
