@@ -13,7 +13,7 @@ videos, checkpoints, the command line.
 
 Run.   torchrun train.py --scale toy               # all stages: no download, no GPU, no data
        torchrun train.py --scale toy --data DIR --workdir runs/mine      # captioned videos
-       torchrun --nproc_per_node 2 train.py --scale toy                  # the same, sharded
+       torchrun --nproc_per_node 2 train.py --scale toy --dp 2           # the same, sharded
        python train.py --scale 30b --plan --gpus 6144       # what that would take: needs no GPU
        python train.py --help                      # every field of every config is a flag
 
@@ -263,8 +263,7 @@ DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.fr
            "vidtwin.size", "variant"}
 # Fields that say how a run is computed, and not what comes out: they may change when it goes on.
 HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
-       "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload",
-       "sdot.memory"}
+       "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload"}
 
 
 def one_of(flag: str, value: str, choices) -> None:
@@ -2486,7 +2485,8 @@ def make_samples(run: Run) -> None:
     loaded = load_run(run.folder, run.device) if mine else None
     parts = [todo[i : i + cfg.sample.batch] for i in mine]
     if mine and cfg.text.mode == "pretrained":      # no encoder is read twice
-        loaded.prompts([p for part in parts for _, p in part])
+        with pulsing():
+            loaded.prompts([p for part in parts for _, p in part])
     bar = tqdm(total=sum(map(len, parts)), desc="sample", unit="clip", dynamic_ncols=True,
                disable=rank() != 0 or not mine)
     for i, part in zip(mine, parts):
