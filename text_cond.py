@@ -43,6 +43,7 @@ Differences from the paper
 Letters: B batch, R prompts to encode, L tokens, D width of P, Z numbers of a pooled latent.
 """
 import argparse
+import contextlib
 import hashlib
 import logging
 import math
@@ -458,8 +459,10 @@ class TextConditioner(nn.Module):
             done[""] = torch.zeros(0, width, dtype=dtype)
         for text in texts:
             if cfg.cache and text not in done and self.cache_file(name, text).exists():
+                from safetensors import SafetensorError
                 from safetensors.torch import load_file
-                done[text] = load_file(self.cache_file(name, text))["features"]
+                with contextlib.suppress(SafetensorError):      # damaged: made again
+                    done[text] = load_file(self.cache_file(name, text))["features"]
         missing = [t for t in texts if t not in done]
         if not missing:
             return done
@@ -498,12 +501,18 @@ class TextConditioner(nn.Module):
         return Path(cfg.cache) / name / digest[:2] / f"{digest}.safetensors"
 
     def write_cache(self, name, text, features):
-        """Complete or not at all, also when several processes write the same file."""
+        """Complete or not at all, also when several processes write the same file. OSError without
+        space for it."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
         file = self.cache_file(name, text)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
-        save_file({"features": features.contiguous()}, part)
+        try:
+            save_file({"features": features.contiguous()}, part)
+        except SafetensorError as error:
+            part.unlink(missing_ok=True)
+            raise OSError(f"{file}: could not be written ({error})") from None
         os.replace(part, file)
 
     # ---- the trained part ----

@@ -440,6 +440,22 @@ def test_the_cache_is_keyed_by_encoder_and_text_and_nothing_is_loaded_on_a_hit(
         again.encode([SIGN + " fast"])
 
 
+def test_a_cache_file_that_is_cut_is_made_again_and_a_full_disk_is_named(
+        folders, tmp_path, monkeypatch):
+    model = pretrained(folders, cache=str(tmp_path))
+    want = model.encode([SIGN])
+    (cut,) = tmp_path.glob("words/*/*.safetensors")
+    size = cut.stat().st_size
+    cut.write_bytes(b"")
+    found = model.encode([SIGN])
+    assert all(torch.equal(found[k], x) for k, x in want.items()) and cut.stat().st_size == size
+    there = set(tmp_path.rglob("*.*"))
+    monkeypatch.setattr(type(tmp_path), "mkdir", lambda *args, **named: None)
+    with pytest.raises(OSError, match="could not be written"):      # its folder is not there
+        model.encode(["a blue circle moving right"])
+    assert set(tmp_path.rglob("*.*")) == there
+
+
 def test_the_cache_sees_that_a_folder_holds_other_weights(folders, tmp_path):
     import shutil
     mine = {**folders, "words": str(tmp_path / "words")}
