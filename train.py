@@ -2651,6 +2651,8 @@ def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
         for path in folder.glob("text_*.safetensors"):
             with opened(path) as f:
                 longest = {k: max(n, f.get_slice(k).get_shape()[1]) for k, n in longest.items()}
+        if cfg.text.mode == "toy":
+            longest["concepts"] = 1     # a set is one token
         work, buckets = 0, load_latents(run, folder).buckets()
         for shape, there in buckets:
             N = (tokens_of(cfg.dit) if len(buckets) == 1 else

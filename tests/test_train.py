@@ -748,8 +748,7 @@ def test_progressive_run_of_many_shapes(tmp_path, monkeypatch, capfd):
     assert abs(found["tflop_per_step"] / mean - 1) < 1e-3
     # Clips of each shape count as what they are: by hand, over the clips that there are.
     cfg = train.at_phase(loaded.cfg, train.phases(loaded.cfg)[2])
-    L = sum(train.load_latents(run_).features(torch.arange(64))[k].shape[1] for k in
-            ("words", "bytes", "concepts"))
+    L = loaded.text(train.load_latents(run_).features(torch.arange(64)))[0].shape[1]
     clips = train.ToyClips(cfg)
     sizes = [clips.shape(i) for i in range(300)]
     tokens = [-(-T // 4) * H // 8 * W // 8 for T, H, W in sizes]
@@ -935,7 +934,7 @@ def test_utilisation_counts_what_was_done_while_it_ran(finished):
     with torch.device("meta"):
         model = train.TextToVideo(cfg).dit
     features = train.load_tensors(finished / "latents/text_00000.safetensors")
-    L = sum(features[k].shape[1] for k in ("words", "bytes", "concepts"))
+    L = train.load_run(finished).text(features)[0].shape[1]
     from torch.utils.flop_counter import FlopCounterMode
     x, t, P = (torch.empty(*s, device="meta") for s in ((8, 8, 4, 8, 8), (8,), (8, L, 48)))
     with FlopCounterMode(display=False) as counter:     # attention, too: on meta it is two products
