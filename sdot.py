@@ -889,6 +889,8 @@ def _write(path: Path, data: dict) -> None:
     try:
         with open(temp, "wb") as file:
             torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temp, path)
     except RuntimeError as error:           # torch's zip writer, in the way of what the disk said
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None

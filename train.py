@@ -25,7 +25,7 @@ the last checkpoint are taken again.
 
 A run folder: config.json, metrics.csv (stage; step; loss, the mean over elements and ranks; lr;
 grad_norm before clipping), events.jsonl (starts, stops, checkpoints, skipped steps), tae/,
-latents/, coupling.pt, dit/, samples/, report.json, index.html.
+latents/, coupling.pt, dit/, samples/, report.json, index.html (all of them: README.md).
 Nothing in it can run code: tensors are safetensors or are read with weights_only=True, and the one
 pickle, the table of contents of a distributed checkpoint, may name only the classes of such a one.
 
@@ -37,6 +37,8 @@ import atexit
 import contextlib
 import copy
 import csv
+import ctypes
+import fcntl
 import itertools
 import json
 import math
@@ -47,6 +49,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -1318,6 +1321,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
                   metadata=metadata or None)
+        with tmp.open("rb") as f:
+            os.fsync(f.fileno())
     except SafetensorError as error:
         tmp.unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written ({error}); free some space and start "
@@ -1543,6 +1548,7 @@ class Run:
 
     def __init__(self, folder: Path, cfg: Config, device: torch.device, mesh: Mesh | None = None):
         self.folder, self.cfg, self.device, self.mesh = folder, cfg, device, mesh or Mesh()
+        self.lock = None  # of rank 0 of a run that is at work
         self.peak = 0.0  # FLOPs a second of a device, as the maker says; 0: measured
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -1562,8 +1568,8 @@ class Run:
     def event(self, stage: str, step: int, what: str, detail: str = "") -> None:
         """A line of events.jsonl; what is not routine is also said."""
         if rank() == 0:
-            row = {"time": round(time.time(), 2), "stage": stage, "step": step, "event": what,
-                   "detail": detail}
+            row = {"time": round(time.time(), 2), "ranks": world_size(), "stage": stage,
+                   "step": step, "event": what, "detail": detail}
             with (self.folder / "events.jsonl").open("a") as f:
                 f.write(json.dumps(row) + "\n")
             if what not in ("start", "checkpoint", "end"):
@@ -1801,10 +1807,11 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             bad, rewound = 0, rewound + 1
             run.event(stage, step, "rewound", f"to the weights of step {back}")
         elif (step + 1) // apart > saved // apart and step + 1 < steps:
-            checkpoints.wait()
             if bad == 0:
                 save(step + 1)
                 rewound = 0
+            else:
+                checkpoints.wait()
         if asked.item() and step + 1 < steps:
             if saved < step + 1:
                 save(step + 1)
@@ -2057,6 +2064,12 @@ def encode_phase(run: Run, folder: Path, clips) -> None:
     files = [*shards, *texts, "captions.json"]
     found = shared_out(f"sums of {folder}", lambda n: crc(folder / n), files, quiet=rank() != 0)
     if rank() == 0:
+        other = [n for n, s in zip(files, found) if sums.get(n, s) != s]
+        if other and list(run.folder.glob("coupling.p*")):
+            print(f"{folder}: other numbers than before, so the coupling is solved again: "
+                  + some_of(other), file=sys.stderr)
+            for name in ("coupling.pt", "coupling.partial"):
+                (run.folder / name).unlink(missing_ok=True)
         write_json(index, {"shards": dict(zip(files, found))})
     run.spent("latents", time.monotonic() - began)
     barrier()
@@ -2299,7 +2312,12 @@ def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
     latents, tae = load_latents(run, source), statistics_of(run)
     coupling, mine = None, shard(t.batch, *run.mesh.data)
     if cfg.coupling.startswith("sdot"):
-        coupling = sdot.Coupling.load(run.folder / "coupling.pt", tae.normalize(latents.mean))
+        path = run.folder / "coupling.pt"
+        try:
+            coupling = sdot.Coupling.load(path).attach(tae.normalize(latents.mean))
+        except ValueError as error:
+            raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}; remove it and start "
+                            "again, and it is solved again") from None
     torch.manual_seed(cfg.seed)
     model = place(run, TextToVideo(cfg), t.precision)
     if before:
@@ -2638,7 +2656,7 @@ def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
     """Model FLOPs utilisation of the dit stage: three forward passes a step (what is computed twice
     counts once), by dit.py's formula, over what the ranks could do at --peak-tflops each, or as
     measured here. Clips of each shape count as often as they are drawn. {} where it did not run."""
-    seconds = steps = clips = flops = 0
+    seconds = rank_seconds = steps = clips = flops = 0
     for phase in phases(run.cfg):
         stage, cfg, folder = "dit", run.cfg, run.latents
         if phase.name:
@@ -2651,15 +2669,15 @@ def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
         for path in folder.glob("text_*.safetensors"):
             with opened(path) as f:
                 longest = {k: max(n, f.get_slice(k).get_shape()[1]) for k, n in longest.items()}
-        if cfg.text.mode == "toy":
-            longest["concepts"] = 1     # a set is one token
+        L = sum(cfg.text.tokens(k, n) for k, n in longest.items())
         work, buckets = 0, load_latents(run, folder).buckets()
         for shape, there in buckets:
             N = (tokens_of(cfg.dit) if len(buckets) == 1 else
                  math.prod(shape[1:]) // math.prod(cfg.dit.streams[0].patch))
-            work += len(there) * sum(backbone.flops(cfg.dit, N, sum(longest.values())))
+            work += len(there) * sum(backbone.flops(cfg.dit, N, L))
         done = sum(b["step"] - a["step"] for a, b in pairs)
         seconds += sum(b["time"] - a["time"] for a, b in pairs)
+        rank_seconds += sum((b["time"] - a["time"]) * b.get("ranks", 1) for a, b in pairs)
         steps, clips = steps + done, clips + done * phase.batch
         flops += 3 * done * phase.batch * work / cfg.clips.count
     if not seconds:
@@ -2667,7 +2685,7 @@ def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
     peak = run.peak or measured_peak(run.device)
     figures = {"clips_per_second": clips / seconds, "tflop_per_step": flops / steps / 1e12,
                "peak_tflops": peak / 1e12,
-               "mfu_percent": 100 * flops / seconds / peak / world_size()}
+               "mfu_percent": 100 * flops / rank_seconds / peak}
     return {k: float(f"{v:.4g}") for k, v in figures.items()}
 
 
@@ -2804,11 +2822,13 @@ def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Ru
     `changes` maps fields to values ("dit.conditioning": "in_context"). Where they concern `clips.`
     or `text.` (but for `without`) it shares the autoencoder alone. Where the run exists already, it
     is continued. Nothing is copied where the file system has hard links."""
-    base, folder = Path(base), Path(folder)
-    if not (base / "latents" / "index.json").exists():
+    base, folder, cfg = Path(base), Path(folder), None
+    if (base / "config.json").exists():
+        cfg = read_config(base / "config.json")
+    if not cfg or not all((base / "latents" / phase.name / "index.json").exists()
+                          for phase in phases(cfg)):
         raise UserError(f"{base}: no run with latents there; first: torchrun train.py --workdir "
                         f"{base} --stage latents")
-    cfg = read_config(base / "config.json")
     for name, value in changes.items():
         section, _, key = name.rpartition(".")
         if section:
@@ -2918,16 +2938,14 @@ PRODUCTS = {"bf16": 2, "fp32": 4, "fp64": 4}  # e; fp64, for tests, is planned a
 def text_tokens(cfg: Config) -> int:
     """L, the text tokens of the longest prompt: of the toy world's, else text_cond.py's limits."""
     limits = {name: cfg.text.limit(name) for name in text_cond.ENCODERS}
-    if cfg.text.mode == "toy":
-        limits["concepts"] = 1  # a set is one token
-        if not cfg.data:
-            words = sum(autoencoder.SCRIPTS[cfg.clips.script], ())
-            sign = autoencoder.Thing("white", "sign", max(autoencoder.DIRECTIONS, key=len), "slow",
-                                     max(words, key=len))
-            seen = text_cond.seen_by(caption(autoencoder.World((sign,) * cfg.clips.things)))
-            for name in ("words", "bytes"):
-                limits[name] = min(limits[name], len(text_cond.toy_ids(name, seen[name])))
-    return sum(limits.values())
+    if cfg.text.mode == "toy" and not cfg.data:
+        words = sum(autoencoder.SCRIPTS[cfg.clips.script], ())
+        sign = autoencoder.Thing("white", "sign", max(autoencoder.DIRECTIONS, key=len), "slow",
+                                 max(words, key=len))
+        seen = text_cond.seen_by(caption(autoencoder.World((sign,) * cfg.clips.things)))
+        limits = {name: min(n, len(text_cond.toy_ids(name, seen[name])))
+                  for name, n in limits.items()}
+    return sum(cfg.text.tokens(name, n) for name, n in limits.items())
 
 
 def tokens_of(dit: backbone.DiTConfig) -> int:
@@ -3088,7 +3106,11 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
         notes.append(f"{peak / 1e12:g} TFLOP/s is for bf16: --train_dit.precision bf16")
     if cfg.scale == "30b" and cfg.variant != "vidtwin":
         for name, (frames, size, batch, steps, samples) in MOVIE_GEN.items():
-            there = at_phase(cfg, Phase(name, frames, size, steps, batch, t.lr, 0.0)).dit
+            try:
+                there = at_phase(cfg, Phase(name, frames, size, steps, batch, t.lr, 0.0)).dit
+            except ValueError as error:     # the patches of this model do not cut it
+                notes.append(f"Movie Gen's {name} are left out: {error}")
+                continue
             flops = training_flops(there, tokens_of(there), L)
             stages[name] = batch, steps, samples, batch * flops, samples * flops / speed / 86400
     again, more = " + blocks' again" * cfg.dit.checkpointing, " + qk_norm's" * cfg.dit.qk_norm
@@ -3363,11 +3385,15 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     return out
 
 
-def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
-    """UserError where clips or heads cannot be shared out to the ranks in what is still to do."""
+def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str = "all") -> None:
+    """UserError where clips or heads cannot be shared out to the ranks in what is still to do, up
+    to the stage `last`."""
     shares, parts = mesh.data[1], cfg.train_dit.accumulate
     todo = [("--batch" if not phase.name else f"--batch {cfg.train_dit.batch}, in phase "
-             f"{phase.name}", phase.batch, shares * parts) for phase in phases(cfg)]
+             f"{phase.name}", phase.batch, shares * parts) for phase in phases(cfg)
+            if last not in ("tae", "latents", "coupling")
+            and not (folder / "dit" / f"{phase.name or 'model'}.safetensors").exists()]
+    dit = bool(todo)
     if not (folder / "tae/tae.safetensors").exists():
         todo += [("--train_tae.batch", cfg.train_tae.batch, world_size()),
                  ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())]
@@ -3376,9 +3402,9 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
             why = f" x --train_dit.accumulate {parts}" if parts > 1 and "--batch" in flag else ""
             raise UserError(f"{flag} {n}: not a multiple of the {of // (parts if why else 1)} ranks"
                             + why)
-    if mesh.sp > cfg.dit.heads:
+    if dit and mesh.sp > cfg.dit.heads:
         raise UserError(f"--sp {mesh.sp}: more than the {cfg.dit.heads} attention heads")
-    if mesh.sp > 1 and cfg.dit.conditioning == "in_context":
+    if dit and mesh.sp > 1 and cfg.dit.conditioning == "in_context":
         raise UserError(f"--sp {mesh.sp}: not with --dit.conditioning in_context, whose time token "
                         "is no video token")
 
@@ -3407,6 +3433,33 @@ def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None 
     return run
 
 
+def alone(folder: Path, seconds: float):
+    """The open file by which this process has the run folder to itself, until it ends, however it
+    ends; None where the file system knows no locks. Another process that has it is waited for, as
+    it may be one that was cut off, and ends when it finds that out. UserError after `seconds`."""
+    path, until, said = folder / "lock", time.monotonic() + seconds, False
+    file = path.open("a+")
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            other = f"--workdir {folder}: another run works there ({path.read_text() or 'unknown'})"
+            if time.monotonic() > until:
+                raise UserError(f"{other}; end it or choose another --workdir") from None
+            if not said:
+                print(f"{other}; waiting {seconds:g} s for its end", file=sys.stderr)
+            said = True
+            time.sleep(min(1.0, seconds))
+        except OSError:
+            return None
+        else:
+            with contextlib.suppress(OSError):      # a full disk is told of where it matters
+                file.truncate(0)
+                print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file,
+                      flush=True)
+            return file
+
+
 def work(cfg: Config, args: argparse.Namespace) -> None:
     """Ranks, data, run folder, then stage after stage."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -3420,6 +3473,9 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
         print(f"wrote {args.export}")
         return
     Stop.listen()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # torchrun killed takes no rank with it: PR_SET_PDEATHSIG has each hear SIGTERM then
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
             ranks, here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -3439,10 +3495,12 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
         # some versions of torchrun allow each rank one thread; a single rank may have them all
         torch.set_num_threads(cores())
     mesh = make_mesh(args.dp, args.sp, args.replicate, args.reshard, device.type)
-    check_shares(cfg, mesh, args.workdir)
+    check_shares(cfg, mesh, args.workdir, args.stage)
     table = args.workdir / "videos.json"
     clips = clips_of(cfg, rank() != 0, table)
     run = open_run(cfg, args.workdir, device, mesh)
+    run.lock = alone(run.folder, args.timeout + 60) if rank() == 0 else None
+    wait_for_rank0("lock")
     if cfg.data and rank() == 0 and not table.exists():
         write_json(table, clips.table())
     run.peak = 1e12 * args.peak_tflops

@@ -177,6 +177,11 @@ def test_days_and_stages_by_hand():
     assert images[3] == 9216 * train.training_flops(tokens[0], 256, 896)
     assert small[3] == 1536 * train.training_flops(tokens[1], 8192, 896)
     assert not train.plan(toy(), 1)["stages"]
+    cfg.patch = (2, 2, 2)               # which does not cut an image's latent
+    rows = train.plan(train.finish_config(cfg), 512)
+    assert list(rows["stages"]) == ["256 px clips", "768 px clips"]
+    (note,) = (line for line in rows["notes"] if "256 px images are left out: " in line)
+    assert "patch" in note
 
 
 # ---- many ranks, of which one is here ------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -317,6 +318,32 @@ def test_truncated_latent_shard_is_named_and_made_again(copy, finished, capfd):
     assert run(copy) == 0
     assert shard.name in capfd.readouterr().err and shard.read_bytes() == good
     assert figures(copy) == figures(finished)
+
+
+def test_latents_with_other_numbers_are_coupled_again(copy, monkeypatch, capfd):
+    """A shard made again on another machine, or with a clip in place of a video that is gone."""
+    r = train.Run(copy, parsed(), torch.device("cpu"))
+    old, encoded = (copy / "coupling.pt").read_bytes(), train.encoded
+
+    def otherwise(*args):
+        for x, captions, posterior in encoded(*args):
+            posterior.mean.mul_(1 + 1e-6)
+            yield x, captions, posterior
+
+    monkeypatch.setattr(train, "encoded", otherwise)
+    (copy / "latents" / train.shard_file(1)).write_bytes(b"")
+    train.encode_latents(r, train.clips_of(r.cfg))
+    assert "so the coupling is solved again: shard_00001" in capfd.readouterr().err
+    train.couple_latents(r)
+    z = train.statistics_of(r).normalize(train.load_latents(r).mean)
+    train.sdot.Coupling.load(copy / "coupling.pt", z)
+    (copy / "coupling.pt").write_bytes(old)         # as if all of latents/ had been made anew
+    forget(copy, "dit/model.safetensors")
+    with pytest.raises(train.UserError, match=r"coupling.pt: latents .* remove it and start again"):
+        train.train_dit(r)
+    (copy / "coupling.pt").write_bytes(old[:99])
+    with pytest.raises(train.UserError, match=r"coupling.pt: not a readable .* remove it"):
+        train.train_dit(r)
 
 
 def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch, capfd):
@@ -628,6 +655,23 @@ def test_phases_are_movie_gens():
         train.check_shares(cfg, train.Mesh(dp=4), Path("nowhere"))
 
 
+def test_ranks_have_to_suit_only_what_is_still_to_do(tmp_path):
+    cfg, three, many = parsed(*SHAPES), train.Mesh(dp=3), train.Mesh(dp=2, sp=16)
+    (tmp_path / "dit").mkdir()
+    for phase, said in (("images", "small 8"), ("small", "small 8"), ("full", "full 2")):
+        for last in ("tae", "latents", "coupling"):
+            train.check_shares(cfg, three, tmp_path, last)
+            train.check_shares(cfg, many, tmp_path, last)
+        for last in ("dit", "sample", "all"):
+            with pytest.raises(train.UserError, match=f"in phase {said}: not"):
+                train.check_shares(cfg, three, tmp_path, last)
+            with pytest.raises(train.UserError, match="--sp 16: more than"):
+                train.check_shares(cfg, many, tmp_path, last)
+        (tmp_path / "dit" / f"{phase}.safetensors").touch()
+    for mesh in (three, many):
+        train.check_shares(cfg, mesh, tmp_path)
+
+
 def test_shapes_of_clips():
     cfg = parsed("--coupling", "independent", "--patch", "1", "2", "2", "--clips.size", "96",
                  "--clips.aspects", "1", "1", "16", "9", "9", "16", "--clips.lengths", "8",
@@ -736,6 +780,9 @@ def test_progressive_run_of_many_shapes(tmp_path, monkeypatch, capfd):
     assert {s[1] for s in shapes["small"]} == {s[1] for s in shapes["full"]} == {1, 2, 4}
     loaded = train.load_run(folder)
     assert loaded.generate(["a red circle moving left"]).shape == (1, 3, 16, 48, 48)
+    run_ = train.fork(folder, tmp_path / "fork", {"seed": 1})
+    train.encode_latents(run_, train.clips_of(run_.cfg))            # all is there
+    assert "latents" not in train.read_json(tmp_path / "fork" / "seconds.json", {})
     events = [{"stage": f"dit/{name}", "event": e, "step": steps, "time": seconds}
               for name, n, began in (("images", 9, 0), ("small", 8, 100), ("full", 3, 200))
               for e, steps, seconds in (("start", 0, began), ("end", n, began + n))]
@@ -922,12 +969,14 @@ def test_a_spike_is_named_with_its_clips(tmp_path, capfd):
 
 
 def test_utilisation_counts_what_was_done_while_it_ran(finished):
-    """10 steps of 8 clips in 20 seconds, with an hour between that nobody worked in."""
+    """10 steps of 8 clips in 20 seconds, half of them on two ranks, and an hour between that nobody
+    worked in."""
     cfg = train.from_dict(train.Config, json.loads((finished / "config.json").read_text()))
     run_ = train.Run(finished, cfg, torch.device("cpu"))
     run_.peak = 5e9
     rows = [("start", 0, 0), ("checkpoint", 5, 10), ("start", 5, 3610), ("end", 10, 3620)]
-    rows = [{"stage": "dit", "event": e, "step": s, "time": t} for e, s, t in rows]
+    rows = [{"stage": "dit", "event": e, "step": s, "time": t, "ranks": 1 + (t > 10)}
+            for e, s, t in rows]
     rows.insert(0, {"stage": "tae", "event": "end", "step": 9, "time": -1})
     found = train.utilisation(run_, rows)
     assert found["clips_per_second"] == 4
@@ -941,7 +990,7 @@ def test_utilisation_counts_what_was_done_while_it_ran(finished):
         model(x, t, P)
     flops = 3 * counter.get_total_flops()
     assert abs(found["tflop_per_step"] * 1e12 / flops - 1) < 1e-3
-    assert abs(found["mfu_percent"] / (100 * flops * 10 / 20 / 5e9) - 1) < 1e-3
+    assert abs(found["mfu_percent"] / (100 * flops * 10 / (10 + 2 * 10) / 5e9) - 1) < 1e-3
     assert train.utilisation(run_, []) == {}
 
 
@@ -1482,6 +1531,52 @@ def test_a_signal_writes_a_checkpoint_and_ends_well(finished, tmp_path, name):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert figures(folder) == figures(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks outlive their torchrun")
+def test_torchrun_killed_takes_its_ranks_along(finished, tmp_path):
+    """They hear SIGTERM, write a checkpoint and end."""
+    folder = tmp_path / "orphans"
+    flags = dit_anew(finished, folder, steps=4000)
+    (folder / "events.jsonl").unlink()
+    events = lambda: [e["event"] for e in train.read_events(folder / "events.jsonl")]
+    p = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "train.py", "--workdir", str(folder), "--device", "cpu", *TINY, *flags],
+        cwd=ROOT, stderr=-3, stdout=-3, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while p.poll() is None and "checkpoint" not in events():
+        time.sleep(0.05)
+    p.kill()
+    p.wait()
+    until = time.monotonic() + 60
+    while events()[-1] != "stopped" and time.monotonic() < until:
+        time.sleep(0.1)
+    last = train.read_events(folder / "events.jsonl")[-1]
+    assert last["event"] == "stopped", events()
+    assert (folder / "dit" / f"step_{last['step']:07d}").exists()
+
+
+HOLD = """
+import sys, time, pathlib, train
+file = train.alone(pathlib.Path(sys.argv[1]), 0)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_runs_do_not_work_in_one_folder(copy, capfd):
+    """The second waits for the end of the first, says for whom, and gives up in time."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(copy)], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "held\n"
+        before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
+        with pytest.raises(train.UserError, match=f"another run works there .process {other.pid} "):
+            train.alone(copy, 0.1)
+        assert "waiting 0.1 s for its end" in capfd.readouterr().err
+        assert before == {p: p.stat().st_mtime_ns for p in before}
+        threading.Timer(1, other.kill).start()
+        assert train.alone(copy, 20)
 
 
 @contextlib.contextmanager
