@@ -638,6 +638,7 @@ def run(folder, *args):
                           capture_output=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_table_of_presets_from_a_copied_file(tmp_path):
     done = run(tmp_path, "--table")
     assert done.returncode == 0, done.stderr

@@ -393,6 +393,7 @@ def test_staleness_on_a_trained_model(trained):
     assert error("pipefusion", 8, 4, W=4) < error("pipefusion", 8, 4)
 
 
+@pytest.mark.slow
 def test_a_trained_model_on_four_ranks(trained):
     model, inputs, _ = trained
     inputs = dict({k: v[:1] if k != "guidance" else v for k, v in inputs.items()}, steps=8)
@@ -745,8 +746,8 @@ def test_pipefusion_never_waits_for_itself_on_nccl(how, world):
 
 
 @pytest.mark.parametrize("degrees", [
-    {"ulysses": 2}, {"pp": 2}, pytest.param({"ring": 2}, marks=pytest.mark.slow),
-    pytest.param({"cfg": 2}, marks=pytest.mark.slow)], ids=str)
+    {"ulysses": 2}, *(pytest.param({axis: 2}, marks=pytest.mark.slow)
+                      for axis in ("pp", "ring", "cfg"))], ids=str)
 def test_a_rank_that_hangs_is_noticed_within_the_time_out(degrees, tmp_path):
     """Not dead, so its sockets stay open: only a time-out tells, that of the mesh's own groups."""
     model, inputs = tiny()

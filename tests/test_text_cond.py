@@ -590,6 +590,7 @@ def test_what_each_encoder_sees(tmp_path):
     assert sorted(lines[5].split()) == sorted(set(lines[1].split()) - {"<end>"})
 
 
+@pytest.mark.slow
 def test_what_the_pretrained_tokenizers_see(tmp_path, folders):
     done = run(tmp_path, SIGN, "--text", "pretrained", "--words", folders["words"],
                "--concepts", folders["concepts"])
