@@ -792,6 +792,10 @@ class VideoFolder:
         if whole:
             say("too short for two clips, so that nothing of it is held out of training: "
                 + some_of(whole))
+        seen = -(-self.cfg.clips.count // CROPS)
+        if seen < len(videos):
+            say(f"--clips.count {self.cfg.clips.count}: the dit stage sees {seen} of the "
+                f"{len(videos)} videos, {CROPS} crops of each; {CROPS * len(videos)} to see all")
         return videos
 
     def shape(self, i: int) -> tuple[int, int, int]:

@@ -1060,6 +1060,15 @@ def config(folder, *flags):
     return train.parse_args(["--data", str(folder), "--workdir", "x", *flags])[0]
 
 
+def test_videos_that_no_clip_is_of_are_told_of(tmp_path, capfd):
+    folder, said = make_folder(tmp_path / "v"), "sees 2 of the 3 videos, 4 crops of each; 12 to see"
+    for count, missed in ((8, True), (9, False), (12, False)):
+        clips = train.VideoFolder(config(folder, "--clips.count", str(count)))
+        assert (said in capfd.readouterr().err) == missed
+        texts = {clips.clip("train", i)[1] for i in range(count)}
+        assert len(texts) == (2 if missed else 3)
+
+
 def test_windows_are_frames_at_an_interval(tmp_path):
     folder = make_folder(tmp_path / "v", frames=60)
     clips = train.VideoFolder(config(folder))
