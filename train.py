@@ -1664,6 +1664,7 @@ class Stop:
     def _hear(cls, number: int, _) -> None:
         cls.asked = signal.Signals(number).name
         if not cls.patient:
+            cls.patient = True      # a second signal must not meet what the first one ends
             raise Stopped(f"stopped by {cls.asked}; start again to continue")
 
 
@@ -1791,7 +1792,7 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
         else:
             bad += 1
             run.event(stage, step, "skipped", f"loss {value:g}, gradient norm {norm:g}"
-                      + keys_of(parts, run.mesh.files))
+                      + keys_of(parts, run.mesh.pulse))
         for p in (*names.values(), *weights):       # a shard and its tensor hold a gradient each
             p.grad = None
         metrics.add(step, value, lr, norm)
@@ -1799,7 +1800,7 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
             mean = sum(recent) / 50
             if value > mean + 6 * math.sqrt(sum((r - mean) ** 2 for r in recent) / 50):
                 run.event(stage, step, "spike", f"loss {value:.4g} after {mean:.4g}"
-                          + keys_of(parts, run.mesh.files))
+                          + keys_of(parts, run.mesh.pulse))
         recent = [*recent[-49:], value] if math.isfinite(value) else recent
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
         bar.update()
@@ -3399,8 +3400,9 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str = "all") -> No
             and not (folder / "dit" / f"{phase.name or 'model'}.safetensors").exists()]
     dit = bool(todo)
     if not (folder / "tae/tae.safetensors").exists():
-        todo += [("--train_tae.batch", cfg.train_tae.batch, world_size()),
-                 ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())]
+        todo.append(("--train_tae.batch", cfg.train_tae.batch, world_size()))
+        if cfg.train_tae.image_steps and not (folder / "tae/image.safetensors").exists():
+            todo.append(("--train_tae.image_batch", cfg.train_tae.image_batch, world_size()))
     for flag, n, of in todo:
         if n % of:
             why = f" x --train_dit.accumulate {parts}" if parts > 1 and "--batch" in flag else ""
@@ -3408,6 +3410,15 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str = "all") -> No
                             + why)
     if dit and mesh.sp > cfg.dit.heads:
         raise UserError(f"--sp {mesh.sp}: more than the {cfg.dit.heads} attention heads")
+    if dit and mesh.sp > 1:
+        here = [at_phase(cfg, phase) for phase in phases(cfg)]
+        with torch.device("meta"):
+            tae = autoencoder.autoencoder(cfg.autoencoder_config)
+        fewest = min(sum(math.prod(size) // math.prod(s.patch)
+                         for (_, *size), s in zip(tae.streams(*shape), c.dit.streams))
+                     for c in here for shape in shapes_of(c))
+        if mesh.sp > fewest:
+            raise UserError(f"--sp {mesh.sp}: more than the {fewest} tokens of the smallest clip")
     if dit and mesh.sp > 1 and cfg.dit.conditioning == "in_context":
         raise UserError(f"--sp {mesh.sp}: not with --dit.conditioning in_context, whose time token "
                         "is no video token")
@@ -3575,11 +3586,14 @@ def main(argv: list[str] | None = None) -> int:
                   "start again to continue at the last checkpoint", file=sys.stderr, flush=True)
         os._exit(1)                            # not through a process group that waits for the dead
     finally:
-        Stop.forget()
         if dist.is_initialized():
             dist.destroy_process_group()
+        Stop.forget()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    for number in Stop.signals:     # they often come in pairs: the second changes nothing any more
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)

@@ -669,6 +669,9 @@ def test_ranks_have_to_suit_only_what_is_still_to_do(tmp_path):
         (tmp_path / "dit" / f"{phase}.safetensors").touch()
     for mesh in (three, many):
         train.check_shares(cfg, mesh, tmp_path)
+    with pytest.raises(train.UserError, match="--sp 3: more than the 1 tokens of the smallest"):
+        train.check_shares(train.parse_args(["--scale", "small", "--phases", "progressive"])[0],
+                           train.Mesh(dp=1, sp=3), tmp_path / "new")
 
 
 def test_shapes_of_clips():
@@ -1627,6 +1630,35 @@ def test_a_rank_that_hangs_is_named(finished, tmp_path):
         said = ranks[0].communicate(timeout=120)[1]
     assert ranks[0].returncode == 1 and "train.py: rank 1: hangs, or is gone" in said, said[-2000:]
     assert "Traceback" not in said
+
+
+NAMED = """
+import datetime, os, pathlib, sys, time, torch, torch.distributed as dist, train
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=10))
+run = train.Run(pathlib.Path(sys.argv[1]), train.Config(), torch.device("cpu"), train.make_mesh(2))
+write = train.WholeWriter.write_data
+train.WholeWriter.write_data = lambda *args: (time.sleep(0.1 * dist.get_rank()), write(*args))[1]
+model = torch.nn.Sequential(*[torch.nn.Linear(300, 300) for _ in range(8)])
+train.fully_shard(model, mesh=run.mesh.weights)
+
+def losses(first):
+    for step in range(first, 40):
+        part = lambda model: model(torch.ones(1, 300)).mean() * (1 if step % 2 else torch.nan)
+        part.keys = [step, dist.get_rank()]
+        yield [part]
+
+train.optimize(run, "dit", run.folder / "dit", model, train.TrainConfig(every=3), 40, losses)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_skipped_step_is_named_while_a_checkpoint_is_written(tmp_path):
+    """The thread that writes and the step that asks for the keys have a group of ranks each."""
+    with two_ranks("-c", NAMED, str(tmp_path), stderr=subprocess.PIPE) as ranks:
+        said = ranks[0].communicate(timeout=100)[1]
+    assert ranks[0].returncode == 0 and said.count("skipped") == 20, said[-2000:]
+    assert "dit step 38: skipped, loss nan, gradient norm nan, clips 38 0 1" in said
 
 
 WAIT = """
