@@ -3424,9 +3424,10 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str = "all") -> No
                         "is no video token")
 
 
-def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None = None) -> Run:
+def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None = None,
+             patience: float | None = None) -> Run:
     """The run folder, new or continued; a folder of another configuration (but for HOW) is refused,
-    and left as it is."""
+    and left as it is. patience: the seconds to wait to be `alone` in it, before it is changed."""
     path, mine, changed = folder / "config.json", json.loads(json.dumps(asdict(cfg))), []
     if path.exists():
         changed = differences(json.loads(json.dumps(asdict(read_config(path)))), mine)
@@ -3436,12 +3437,15 @@ def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None 
                 f"--workdir {folder}: holds a run of another configuration ({'; '.join(other)}); "
                 "choose another --workdir"
             )
-    elif folder.exists() and {p.name for p in folder.iterdir()} - {"config.json.tmp"}:
+    elif folder.exists() and {p.name for p in folder.iterdir()} - {"config.json.tmp", "lock"}:
         raise UserError(
             f"--workdir {folder}: not empty, and not a run of train.py; choose another --workdir"
         )
     barrier()
     run = Run(folder, cfg, device, mesh)
+    if patience is not None:
+        run.lock = alone(folder, patience) if rank() == 0 else None
+        wait_for_rank0("lock")
     if rank() == 0 and (changed or not path.exists()):
         write_json(path, mine)
     barrier()
@@ -3513,9 +3517,7 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     check_shares(cfg, mesh, args.workdir, args.stage)
     table = args.workdir / "videos.json"
     clips = clips_of(cfg, rank() != 0, table)
-    run = open_run(cfg, args.workdir, device, mesh)
-    run.lock = alone(run.folder, args.timeout + 60) if rank() == 0 else None
-    wait_for_rank0("lock")
+    run = open_run(cfg, args.workdir, device, mesh, args.timeout + 60)
     if cfg.data and rank() == 0 and not table.exists():
         write_json(table, clips.table())
     run.peak = 1e12 * args.peak_tflops

@@ -1585,7 +1585,7 @@ def test_two_runs_do_not_work_in_one_folder(copy, capfd):
         assert other.stdout.readline() == "held\n"
         before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
         with pytest.raises(train.UserError, match=f"another run works there .process {other.pid}"):
-            train.alone(copy, 0.1)
+            train.open_run(parsed("--train_dit.every", "7"), copy, torch.device("cpu"), None, 0.1)
         assert "waiting 0.1 s for its end" in capfd.readouterr().err
         assert before == {p: p.stat().st_mtime_ns for p in before}
         threading.Timer(0.2, other.kill).start()
