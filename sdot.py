@@ -809,7 +809,8 @@ class Coupling:
 
     @classmethod
     def load(cls, path: str | Path, latents: Tensor | None = None) -> "Coupling":
-        """A saved coupling, with its latents if it is to pair; ValueError for other latents."""
+        """A saved coupling, with its latents if it is to pair; ValueError, which names the file,
+        for one that is damaged or was solved for other latents."""
         s = _read(Path(path))
         if not isinstance(s, dict) or s.get("format") != 1:
             raise ValueError(f"{path}: not a coupling of format 1")
@@ -818,7 +819,12 @@ class Coupling:
             self = cls(cfg, *(s[k] for k in ("groups", "mass", "h", "copies", "basis", "meta")))
         except (KeyError, TypeError) as e:
             raise ValueError(f"{path}: not a coupling of this version ({e})") from e
-        return self if latents is None else self.attach(latents)
+        if latents is None:
+            return self
+        try:
+            return self.attach(latents)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
 
 
 CHECKPOINT_SECONDS = 30.0

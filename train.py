@@ -55,7 +55,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, lru_cache, partial
@@ -1197,14 +1197,16 @@ class Mesh:
 
     @cached_property
     def files(self) -> dist.ProcessGroup | None:
-        """All ranks, for the thread that writes checkpoints: its messages must not meet others."""
+        """All ranks, for the thread that writes checkpoints alone: its messages must not meet the
+        main thread's."""
         return (dist.new_group(backend="gloo", timeout=sample_parallel.patience())
                 if dist.is_initialized() else None)
 
     @cached_property
     def pulse(self) -> dist.ProcessGroup | None:
-        """All ranks, on GPUs: NCCL's time-out ends the process without a word; gloo's, half as
-        long, names the silent rank."""
+        """All ranks, for the main thread where it gathers on GPUs: NCCL's time-out ends the process
+        without a word; gloo's, half as long, names the silent rank. On CPUs the default group does
+        all that."""
         return (dist.new_group(backend="gloo", timeout=sample_parallel.patience() / 2)
                 if dist.is_initialized() and dist.get_backend() == "nccl" else None)
 
@@ -2319,10 +2321,9 @@ def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
     if cfg.coupling.startswith("sdot"):
         path = run.folder / "coupling.pt"
         try:
-            coupling = sdot.Coupling.load(path).attach(tae.normalize(latents.mean))
+            coupling = sdot.Coupling.load(path, tae.normalize(latents.mean))
         except ValueError as error:
-            raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}; remove it and start "
-                            "again, and it is solved again") from None
+            raise UserError(f"{error}; remove it and start again, and it is solved again") from None
     torch.manual_seed(cfg.seed)
     model = place(run, TextToVideo(cfg), t.precision)
     if before:
@@ -2677,8 +2678,7 @@ def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
         L = sum(cfg.text.tokens(k, n) for k, n in longest.items())
         work, buckets = 0, load_latents(run, folder).buckets()
         for shape, there in buckets:
-            N = (tokens_of(cfg.dit) if len(buckets) == 1 else
-                 math.prod(shape[1:]) // math.prod(cfg.dit.streams[0].patch))
+            N = tokens_of(cfg.dit, [shape[1:]] if len(buckets) > 1 else None)
             work += len(there) * sum(backbone.flops(cfg.dit, N, L))
         done = sum(b["step"] - a["step"] for a, b in pairs)
         seconds += sum(b["time"] - a["time"] for a, b in pairs)
@@ -2953,9 +2953,19 @@ def text_tokens(cfg: Config) -> int:
     return sum(cfg.text.tokens(name, n) for name, n in limits.items())
 
 
-def tokens_of(dit: backbone.DiTConfig) -> int:
-    """N, the tokens of a clip of the largest size."""
-    return sum(math.prod(s.size) // math.prod(s.patch) for s in dit.streams)
+def tokens_of(dit: backbone.DiTConfig, sizes: Iterable[Iterable[int]] | None = None) -> int:
+    """N, the tokens of a clip with latents of these sizes, one a stream; else of the largest."""
+    sizes = [s.size for s in dit.streams] if sizes is None else sizes
+    return sum(math.prod(n) // math.prod(s.patch) for n, s in zip(sizes, dit.streams, strict=True))
+
+
+def fewest_tokens(cfg: Config) -> int:
+    """N of the smallest clip, over all phases: sp ranks need one each."""
+    with torch.device("meta"):
+        tae = autoencoder.autoencoder(cfg.autoencoder_config)
+    return min(tokens_of(here.dit, [size for _, *size in tae.streams(*shape)])
+               for here in (at_phase(cfg, phase) for phase in phases(cfg))
+               for shape in shapes_of(here))
 
 
 def training_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
@@ -3054,12 +3064,15 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
     (batch, steps, samples, FLOPs a step, days)}}.
 
     A GPU has `memory` bytes, computes utilisation x peak FLOP/s and receives `link` bytes/s. Every
-    step is taken to be of the largest clips. UserError where gpus are no multiple of sp x
-    replicate, and for another conditioning than adaln_zero."""
+    step is taken to be of the largest clips, in the last phase; but all phases have to suit the
+    ranks. UserError where gpus are no multiple of sp x replicate, and for another conditioning than
+    adaln_zero."""
     if min(gpus, sp, replicate) < 1 or gpus % (sp * replicate):
         raise UserError(f"--gpus {gpus}: not a multiple of --sp {sp} x --replicate {replicate}")
     if cfg.dit.conditioning != "adaln_zero":
         raise UserError(f"--dit.conditioning {cfg.dit.conditioning}: --plan knows only adaln_zero")
+    batches = {phase.batch: f" of phase {phase.name}" * bool(phase.name) for phase in phases(cfg)}
+    fewest, cfg = fewest_tokens(cfg), at_phase(cfg, phases(cfg)[-1])
     with torch.device("meta"):
         model = TextToVideo(cfg)
     outside = [p.shape for k, p in model.named_parameters() if not k.startswith("dit.blocks.")]
@@ -3077,10 +3090,11 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
         out, shares = [], gpus // sp * parts
         if gpus % (sp * replicate):
             return ["ranks are left over"]
-        if t.batch % shares:
-            out.append(f"batch {t.batch} is no multiple of R dp K = {shares}")
-        if sp > min(cfg.dit.heads, N):
-            out.append(f"sp {sp} is more than the {cfg.dit.heads} heads or the {N:,} tokens")
+        out += [f"batch {n}{phase} is no multiple of R dp K = {shares}"
+                for n, phase in batches.items() if n % shares]
+        if sp > min(cfg.dit.heads, fewest):
+            out.append(f"sp {sp} is more than the {cfg.dit.heads} heads or the {fewest:,} tokens "
+                       "of the smallest clip")
         if out and change:  # of no use, whatever the memory
             return out
         there = replace(cfg, dit=replace(cfg.dit, checkpointing=checkpointing),
@@ -3173,9 +3187,9 @@ def print_plan(rows: dict) -> None:
     if rows["stages"]:
         print("Movie Gen's stages: batch at first, steps and samples as published; the rest by "
               "these formulas,\non these GPUs, as if every sample were an image or 256 frames")
-        print(f"  {'':16}{'batch':>8}{'steps':>9}{'samples':>10}{'FLOPs a step':>14}{'days':>8}")
+        print(f"  {'':16}{'batch':>8}{'steps':>9}{'samples':>10}{'FLOPs a step':>14}{'days':>11}")
         for name, (batch, steps, samples, flops, days) in rows["stages"].items():
-            print(f"  {name:16}{batch:8,}{steps:9,}{samples:10.3g}{flops:14.3g}{days:8.2f}")
+            print(f"  {name:16}{batch:8,}{steps:9,}{samples:10.3g}{flops:14.3g}{days:11,.2f}")
     for mark in ("problems", "notes"):
         for line in rows[mark]:
             print(f"{'does not fit' if mark == 'problems' else 'note'}: {line}")
@@ -3408,18 +3422,13 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str = "all") -> No
             why = f" x --train_dit.accumulate {parts}" if parts > 1 and "--batch" in flag else ""
             raise UserError(f"{flag} {n}: not a multiple of the {of // (parts if why else 1)} ranks"
                             + why)
-    if dit and mesh.sp > cfg.dit.heads:
-        raise UserError(f"--sp {mesh.sp}: more than the {cfg.dit.heads} attention heads")
-    if dit and mesh.sp > 1:
-        here = [at_phase(cfg, phase) for phase in phases(cfg)]
-        with torch.device("meta"):
-            tae = autoencoder.autoencoder(cfg.autoencoder_config)
-        fewest = min(sum(math.prod(size) // math.prod(s.patch)
-                         for (_, *size), s in zip(tae.streams(*shape), c.dit.streams))
-                     for c in here for shape in shapes_of(c))
-        if mesh.sp > fewest:
-            raise UserError(f"--sp {mesh.sp}: more than the {fewest} tokens of the smallest clip")
-    if dit and mesh.sp > 1 and cfg.dit.conditioning == "in_context":
+    if not (dit and mesh.sp > 1):
+        return
+    for what, most in (("attention heads", cfg.dit.heads),
+                       ("tokens in the smallest clip", fewest_tokens(cfg))):
+        if mesh.sp > most:
+            raise UserError(f"--sp {mesh.sp}: more ranks than {what}, {most}")
+    if cfg.dit.conditioning == "in_context":
         raise UserError(f"--sp {mesh.sp}: not with --dit.conditioning in_context, whose time token "
                         "is no video token")
 
@@ -3483,8 +3492,7 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     """Ranks, data, run folder, then stage after stage."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.plan:
-        last = at_phase(cfg, phases(cfg)[-1])
-        print_plan(plan(last, args.gpus, args.sp, args.replicate, args.reshard, 1e9 * args.memory,
+        print_plan(plan(cfg, args.gpus, args.sp, args.replicate, args.reshard, 1e9 * args.memory,
                         1e12 * (args.peak_tflops or 989), args.utilisation, 1e9 * args.link))
         return
     if args.export:

@@ -1,4 +1,5 @@
 """train.plan: each formula against what a real step allocates, sends and computes."""
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -341,6 +342,12 @@ def test_what_does_not_fit_and_the_flags_that_make_it_fit(cfg, now, says, flags)
 
 def test_more_ranks_than_heads_or_a_mesh_that_is_none():
     assert "sp 64 is more than the 48 heads" in train.plan(paper(), 6144, sp=64)["problems"][0]
+    small = train.parse_args(["--scale", "small", "--phases", "progressive"])[0]
+    for sp, batch, says in ((1, 48, ""), (1, 24, "batch 8 of phase full is no multiple of"),
+                            (2, 48, "sp 2 is more than .* heads or the 1 tokens of the smallest")):
+        small.train_dit.batch = batch       # 6 x, 1 x and 1/3 of it in the three phases
+        problems = " ".join(train.plan(small, 16, sp=sp)["problems"])
+        assert re.search(says, problems) if says else not problems
     with pytest.raises(train.UserError, match="--gpus 6: not a multiple of --sp 4 x --replicate 1"):
         train.plan(toy(), 6, sp=4)
     with pytest.raises(train.UserError, match="in_context: --plan knows only adaln_zero"):
