@@ -3564,6 +3564,20 @@ def ours(error: BaseException) -> bool:
     return Path(frame.tb_frame.f_code.co_filename).parent == Path(__file__).parent
 
 
+def too_large(error: BaseException) -> str:
+    """The line for memory that could not be had, of a GPU or of the CPU; "" for another error."""
+    text = str(error)
+    if "calculation overflowed" in text or "Overflow when unpacking" in text:
+        return "sizes that ask for a tensor of more bytes than 64 bits count"
+    asked = re.search("DefaultCPUAllocator.* allocate ([0-9]+) bytes", text)
+    if not asked and not isinstance(error, torch.OutOfMemoryError):
+        return ""
+    what = (f"out of memory. Tried to allocate {int(asked[1]) / 2**30:,.2f} GiB." if asked else
+            text.split(" GPU ")[0])
+    return (f"{what} Go on with --train_dit.accumulate or --dit.checkpointing true, in the tae "
+            "stage with --tae.checkpointing true; see --plan")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line -> exit status."""
     try:
@@ -3580,14 +3594,11 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as error:
         if rank() == 0:
             print(f"train.py: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        if first_to_say():
-            print(f"train.py: {str(error).split(' GPU ')[0]} Go on with "
-                  "--train_dit.accumulate or --dit.checkpointing true, in the tae stage with "
-                  "--tae.checkpointing true; see --plan",
-                  file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
+        if large := too_large(error):
+            if first_to_say():
+                print(f"train.py: {large}", file=sys.stderr, flush=True)
+            return 2
         if world_size() == 1 or not sample_parallel.is_loss(error):
             raise
         lost = silent_ranks()

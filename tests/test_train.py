@@ -476,6 +476,16 @@ def test_memory_and_gpus_that_are_too_few_are_one_line(tmp_path, monkeypatch, ca
         assert train.main(["--workdir", str(tmp_path / "x")]) == 2
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1 and "2.00 GiB. Go on with --train_dit.acc" in err
+    for sizes, line in (((10**12, 2**10), "allocate 3,814,697.27 GiB."),
+                        ((10**12, 10**12), "64 bits"), ((10**24,), "64 bits")):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "work", lambda *_, sizes=sizes: torch.empty(sizes))
+            assert train.main(["--workdir", str(tmp_path / "x")]) == 2
+        err = capfd.readouterr().err
+        assert len(err.splitlines()) == 1 and line in err
+    with pytest.raises(TypeError), monkeypatch.context() as patch:      # ours, with its traceback
+        patch.setattr(train, "work", lambda *_: len(0))
+        train.main(["--workdir", str(tmp_path / "x")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     said = "train.py: --nproc_per_node 2: 1 GPUs here, one rank each; or --device cpu\n"
