@@ -4,12 +4,13 @@
 
 `overhead`: a step of the dit stage (batch made, forward, backward, clipping, optimizer, moving
 average, log, checkpoints) over the bare forward, backward and optimizer step of such a batch, one
-of each in turn in one process. `dp 2`, `replicate 2`: clips a second of two ranks, the model
-sharded or copied, over those of one, of one batch size, the preset's; each measurement is a process
-of its own, in turn. `apart`: the same of two processes that never exchange a word, at once, each
-with half the batch: what the machine lets two ranks reach. Medians over the rounds. Latents are
-random numbers: what they are does not change the time. Prints a table, and writes
-out/train/bench.json.
+of each in turn in one process. What a checkpoint adds to the step that it is written behind counts
+as often as the preset writes one, every --train_dit.every / 2 steps. `dp 2`, `replicate 2`: clips a
+second of two ranks, the model sharded or copied, over those of one, of one batch size, the
+preset's; each measurement is a process of its own, in turn. `apart`: the same of two processes that
+never exchange a word, at once, each with half the batch: what the machine lets two ranks reach.
+Medians over the rounds. Latents are random numbers: what they are does not change the time. Prints
+a table, and writes out/train/bench.json.
 """
 
 import argparse
@@ -61,8 +62,10 @@ def make_run(scale, folder, replicate=1, parts=1):
 
 
 def loop(run, folder, bare=None):
-    """Seconds of a step of train.py without the first ones, and of `bare`, called after each."""
-    warm, stamps, add = STEPS[run.cfg.scale][0], [], train.Metrics.add
+    """Seconds of a step of train.py without the first ones, of what a checkpoint adds to the step
+    that it is written behind, and of `bare`, called after each."""
+    warm, stamps, add, save = STEPS[run.cfg.scale][0], [], train.Metrics.add, train.Checkpoints.save
+    saved = set()
 
     def stamp(self, *args):
         add(self, *args)
@@ -71,13 +74,21 @@ def loop(run, folder, bare=None):
             bare()
         stamps.append((ended, time.perf_counter()))
 
-    train.Metrics.add = stamp
+    def note(self, *args):
+        saved.add(len(stamps))
+        save(self, *args)
+
+    train.Metrics.add, train.Checkpoints.save = stamp, note
     try:
         train.train_phase(run, "dit", run.latents, folder, folder / "model.safetensors")
     finally:
-        train.Metrics.add = add
-    count, within = len(stamps) - warm, sum(after - ended for ended, after in stamps[warm:])
-    return {"loop": (stamps[-1][1] - stamps[warm - 1][1] - within) / count, "bare": within / count}
+        train.Metrics.add, train.Checkpoints.save = add, save
+    took = {i: stamps[i][0] - stamps[i - 1][1] for i in range(warm, len(stamps))}
+    plain = statistics.mean(t for i, t in took.items() if i not in saved)
+    behind = statistics.mean(t for i, t in took.items() if i in saved) - plain
+    return {"loop": plain + behind / (train.SCALES[run.cfg.scale]().train_dit.every // 2),
+            "checkpoint": behind,
+            "bare": statistics.mean(after - ended for ended, after in stamps[warm:])}
 
 
 def bare_step(run):
