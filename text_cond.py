@@ -326,7 +326,8 @@ def from_hub(name, source, kind, **options):
     try:
         make_torchvision_importable()
         import transformers
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it reports every retry
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it reports every retry,
+        logging.getLogger("transformers").setLevel(logging.ERROR)   # and this one unread weights
         return getattr(transformers, kind).from_pretrained(source, **options)
     except Exception as e:          # of many kinds: offline, no such model, a file that is cut off
         line = str(e).strip().split("\n")[0] or type(e).__name__
@@ -342,10 +343,28 @@ def load_tokenizer(name, source):
     return lambda text: tokenizer(text, truncation=False, verbose=False).input_ids
 
 
+def check_sources(cfg):
+    """Pretrained encoders will be wanted later: ValueError now for one that is not to be had.
+
+    Tokenizers and configs are fetched and read, a few megabytes; whether the weights are there too
+    shows when they are loaded."""
+    for name in ENCODERS if cfg.mode == "pretrained" else ():
+        source, wanted = getattr(cfg, name), ("clip", "clip_text_model")
+        found = from_hub(name, source, "AutoConfig").model_type
+        if found not in (wanted if name == "concepts" else ("t5",)):
+            raise ValueError(f"{name} {source}: a model of type {found}, where "
+                             f"{'CLIP' if name == 'concepts' else 'T5'} is read")
+        load_tokenizer(name, source)
+
+
 def load_encoder(name, source, limit, dtype):
     """The frozen encoder of this role, on the CPU."""
     kind = "CLIPTextModel" if name == "concepts" else "T5EncoderModel"
-    model = from_hub(name, source, kind, dtype=dtype).eval().requires_grad_(False)
+    model, told = from_hub(name, source, kind, dtype=dtype, output_loading_info=True)
+    model.eval().requires_grad_(False)
+    if told["missing_keys"]:            # transformers would make them up; those it does not know,
+        raise ValueError(f"{name} {source}: not the weights of a {kind}, "     # as a decoder's, go
+                         f"{min(told['missing_keys'])} is missing")
     if name == "concepts":
         add_long_positions(model, limit)
     return model

@@ -3433,6 +3433,22 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str = "all") -> No
                         "is no video token")
 
 
+def check_text(cfg: Config, folder: Path, last: str = "all") -> None:
+    """UserError, before hours are spent, where a text encoder is not to be had that captions or
+    prompts will need in what is still to do, up to the stage `last`. --text.cache may have it all.
+    """
+    captions = last != "tae" and not all((folder / "latents" / phase.name / "index.json").exists()
+                                         for phase in phases(cfg))
+    prompts = last in ("sample", "report", "all") and not (folder / "samples/index.json").exists()
+    if cfg.text.cache or not (captions or prompts) or rank() != 0:
+        return
+    try:
+        text_cond.check_sources(cfg.text)
+    except ValueError as error:
+        raise UserError(f"--text.{error}" + ("" if captions else "; samples need it: to end before "
+                                             "them, --stage dit")) from None
+
+
 def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None = None,
              patience: float | None = None) -> Run:
     """The run folder, new or continued; a folder of another configuration (but for HOW) is refused,
@@ -3523,6 +3539,8 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
         torch.set_num_threads(cores())
     mesh = make_mesh(args.dp, args.sp, args.replicate, args.reshard, device.type)
     check_shares(cfg, mesh, args.workdir, args.stage)
+    check_text(cfg, args.workdir, args.stage)
+    wait_for_rank0("text encoders")
     table = args.workdir / "videos.json"
     clips = clips_of(cfg, rank() != 0, table)
     run = open_run(cfg, args.workdir, device, mesh, args.timeout + 60)

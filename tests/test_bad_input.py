@@ -53,6 +53,7 @@ OUT_OF_BOUNDS = """
     --text.max_words 1 / --text.max_bytes 0 / --text.max_concepts -1 / --text.width 0
     --text.width 100 --text.heads 8 / --text.heads 0 / --text.heads 5 / --text.layers -1
     --text.batch 0 / --text.words '' / --text.bytes '' / --text.concepts ''
+    --text.words nowhere --text pretrained
     --dit.dim 0 / --dit.dim 100 / --dit.depth 0 / --dit.heads 0 / --dit.heads 5 / --dit.ffn -1
     --dit.num_classes -1 / --train_tae.precision fp64
     --flow.sigma_min -0.1 / --flow.sigma_min 1 / --flow.std 0 / --flow.shift -2 / --flow.shift 0

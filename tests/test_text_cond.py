@@ -300,38 +300,6 @@ def test_aligning_teaches_the_bag_which_picture_is_meant():
 
 # ---- the pretrained encoders, small and with random weights ----
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """UL2, ByT5 and MetaCLIP in miniature, saved as their real counterparts are."""
-    text_cond.make_torchvision_importable()
-    import transformers as tf
-    root = tmp_path_factory.mktemp("encoders")
-    torch.manual_seed(0)
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [("▁" + w, -3.0) for w in ("a", "red", "sign", "saying", "moving", "circle")]
-    pieces += [(c, -5.0) for c in map(chr, range(33, 127))]
-    tokenizer = tf.T5Tokenizer(vocab=pieces, extra_ids=0)
-    for name, vocab in (("words", len(tokenizer)), ("bytes", 384)):
-        cfg = tf.T5Config(vocab_size=vocab, d_model=24, d_ff=48, d_kv=8, num_heads=3, num_layers=2,
-                          feed_forward_proj="gated-gelu" if name == "bytes" else "gated-silu")
-        kind = tf.T5EncoderModel if name == "bytes" else tf.T5ForConditionalGeneration
-        kind(cfg).save_pretrained(root / name)          # UL2's files hold its decoder too,
-    tokenizer.save_pretrained(root / "words")
-    letters = [chr(i) for i in range(33, 127)]
-    vocab = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = tf.CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=[])
-    n = len(vocab)
-    cfg = tf.CLIPTextConfig(vocab_size=n, hidden_size=40, intermediate_size=64,
-                            num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=77,
-                            bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
-    eyes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                image_size=8, patch_size=4)
-    both = tf.CLIPConfig(text_config=cfg.to_dict(), vision_config=eyes, projection_dim=8)
-    tf.CLIPModel(both).save_pretrained(root / "concepts")           # and MetaCLIP's both towers
-    tokenizer.save_pretrained(root / "concepts")
-    return {name: str(root / name) for name in ENCODERS}
-
-
 def pretrained(folders, **change):
     torch.manual_seed(0)
     change = {"precision": "fp32", **change}
@@ -517,6 +485,16 @@ def test_a_wrong_source_is_one_line(folders, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="words .*short: neither a folder with"):
         pretrained({**folders, "words": str(tmp_path / "short")}).encode([SIGN])
+    # transformers reads a model of another kind, too, with weights that it draws at random
+    odd = {**folders, "words": folders["concepts"]}
+    with pytest.raises(ValueError, match="words .*not the weights of a T5Enc.* is missing$"):
+        pretrained(odd).encode([SIGN])
+    with pytest.raises(ValueError, match="words .*: a model of type clip, where T5 is read"):
+        text_cond.check_sources(TextConfig("pretrained", **odd))
+    with pytest.raises(ValueError, match="concepts .*: a model of type t5, where CLIP is read"):
+        text_cond.check_sources(TextConfig("pretrained", **{**folders, "concepts": odd["bytes"]}))
+    text_cond.check_sources(TextConfig("pretrained", **folders))
+    text_cond.check_sources(TextConfig("toy"))
     monkeypatch.setitem(text_cond.WIDTHS, folders["bytes"], 99)
     with pytest.raises(ValueError, match="24 features a token, not the 99"):
         pretrained(folders).encode([SIGN])

@@ -346,6 +346,50 @@ def test_latents_with_other_numbers_are_coupled_again(copy, monkeypatch, capfd):
         train.train_dit(r)
 
 
+@pytest.mark.slow
+def test_a_run_with_the_pretrained_encoders(folders, tmp_path, capfd, monkeypatch):
+    """All stages with UL2, ByT5 and MetaCLIP in miniature. Who has none is told at the start."""
+    where = [x for name, f in folders.items() for x in (f"--text.{name}", f)]
+    flags = ["--text", "pretrained", "--coupling", "independent", "--sample.prompts", "4", *where]
+    gone = tmp_path / "moved"
+    shutil.copytree(folders["concepts"], tmp_path / "concepts")
+    flags[-1] = str(tmp_path / "concepts")
+
+    def refused(says):
+        out, err = capfd.readouterr()
+        assert len(err.splitlines()) == 1 and not out and says in err, err
+
+    (tmp_path / "concepts").rename(gone)
+    assert run(tmp_path / "run", *flags) == 2 and not (tmp_path / "run").exists()
+    refused(f"train.py: --text.concepts {tmp_path / 'concepts'}: no such folder")
+    assert run(tmp_path / "run", *flags, "--stage", "tae") == 0     # which needs no text
+    gone.rename(tmp_path / "concepts")
+    assert run(tmp_path / "run", *flags, "--stage", "latents") == 0
+    (tmp_path / "concepts").rename(gone)
+    monkeypatch.setitem(text_cond.WIDTHS, flags[-1], 40)    # as of a name on the hub
+    capfd.readouterr()
+    assert run(tmp_path / "run", *flags) == 2
+    refused("samples need it: to end before them, --stage dit")
+    assert run(tmp_path / "run", *flags, "--stage", "dit") == 0     # reads features that are there
+    gone.rename(tmp_path / "concepts")
+    assert run(tmp_path / "run", *flags) == 0
+    index = json.loads((tmp_path / "run/samples/index.json").read_text())
+    assert index and len(list((tmp_path / "run/samples").glob("*.gif"))) == len(index)
+
+    captions = json.loads((tmp_path / "run/latents/captions.json").read_text())["captions"][:9]
+    there = train.load_tensors(tmp_path / "run/latents" / train.text_file(0))
+    import transformers
+    model = transformers.T5EncoderModel.from_pretrained(folders["words"], dtype=torch.bfloat16)
+    read = transformers.AutoTokenizer.from_pretrained(folders["words"])
+    for i, caption in enumerate(captions):
+        ids = read(text_cond.seen_by(caption)["words"], return_tensors="pt").input_ids
+        mine = there["words"][i][there["words_mask"][i]].float()
+        assert (mine - model(ids).last_hidden_state[0].float()).abs().max() < 0.05, caption
+    loaded = train.load_run(tmp_path / "run")
+    P, mask, *_ = loaded.prompts(captions[:2])
+    assert P.shape == (2, mask.shape[1], 48) and mask.any(1).all()
+
+
 def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch, capfd):
     forget(copy, "dit/model.safetensors", "samples", "report.json", "dit/step_0000006")
     kept = sorted(p.name for p in (copy / "dit").glob("step_*"))
