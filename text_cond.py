@@ -362,8 +362,9 @@ def load_encoder(name, source, limit, dtype):
     kind = "CLIPTextModel" if name == "concepts" else "T5EncoderModel"
     model, told = from_hub(name, source, kind, dtype=dtype, output_loading_info=True)
     model.eval().requires_grad_(False)
-    if told["missing_keys"]:            # transformers would make them up; those it does not know,
-        raise ValueError(f"{name} {source}: not the weights of a {kind}, "     # as a decoder's, go
+    # What it has no place for, as a decoder, is left out; what is missing would be drawn at random.
+    if told["missing_keys"]:
+        raise ValueError(f"{name} {source}: not the weights of a {kind}, "
                          f"{min(told['missing_keys'])} is missing")
     if name == "concepts":
         add_long_positions(model, limit)
