@@ -1955,7 +1955,7 @@ def sample_run(args):
             clips = run.config["clips"]                                 # without the TAE's padding
             clip = clip[:, :, :clips["frames"], :clips["size"]]
             path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{j}")
-            train.write_video(path, clip[0].float().cpu(), run.fps)
+            train.write_video(path, clip[0].float().cpu(), run.fps_of(prompt))
             print(f"{path}: {prompt}   ({row['seconds']:.1f} s)", flush=True)
         if reference is not None:
             ok &= check(sampler, reference, inputs, z, row, clip, run.decode, args,

@@ -53,6 +53,7 @@ import string
 import sys
 import time
 import unicodedata
+import uuid
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ from torch import nn
 # ---- 1. Sizes ------------------------------------------------------------------------------------
 
 ENCODERS = ("words", "bytes", "concepts")               # the order of P, and of drop's columns
+UMASK = os.umask(0o077)                                 # the only way to read it is to set it
+os.umask(UMASK)
 
 
 def one_of(name, value, choices):
@@ -346,15 +349,24 @@ def load_tokenizer(name, source):
 def check_sources(cfg):
     """Pretrained encoders will be wanted later: ValueError now for one that is not to be had.
 
-    Tokenizers and configs are fetched and read, a few megabytes; whether the weights are there too
-    shows when they are loaded."""
+    Tokenizers and configs are fetched and read, a few megabytes. Of weights it is looked whether a
+    folder has any; those of the hub show when they are loaded. With a cache, which may have all
+    that is wanted, only what a model cannot be made without is asked for."""
     for name in ENCODERS if cfg.mode == "pretrained" else ():
         source, wanted = getattr(cfg, name), ("clip", "clip_text_model")
+        if cfg.cache:
+            width_of(name, source)
+            continue
         found = from_hub(name, source, "AutoConfig").model_type
         if found not in (wanted if name == "concepts" else ("t5",)):
             raise ValueError(f"{name} {source}: a model of type {found}, where "
                              f"{'CLIP' if name == 'concepts' else 'T5'} is read")
         load_tokenizer(name, source)
+        files = Path(source).iterdir() if Path(source).is_dir() else None
+        if files and not any(f.suffix in (".safetensors", ".bin") and f.stat().st_size > 1024
+                             for f in files):
+            raise ValueError(f"{name} {source}: no weights there, or only Git LFS's pointers to "
+                             "them (model.safetensors)")
 
 
 def load_encoder(name, source, limit, dtype):
@@ -416,7 +428,8 @@ def run_frozen(model, name, rows, device):
 class TextConditioner(nn.Module):
     """Three encoders, each with its own Linear and LayerNorm into D, one behind the other."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, widths=None):
+        """widths: {name: features a token} of pretrained encoders, so that none is asked for it."""
         super().__init__()
         self.cfg, w = cfg, cfg.width
         self.frozen = {}                    # name -> (tokenizer, model) in use; not parameters
@@ -431,7 +444,7 @@ class TextConditioner(nn.Module):
             self.latent_to_common = nn.Linear(256, 64)
             self.scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # (1,): FSDP shards no scalar
         else:
-            widths = {name: width_of(name, getattr(cfg, name)) for name in ENCODERS}
+            widths = widths or {name: width_of(name, getattr(cfg, name)) for name in ENCODERS}
         self.project = nn.ModuleDict({
             name: nn.Sequential(nn.Linear(widths[name], cfg.dim), nn.LayerNorm(cfg.dim))
             for name in ENCODERS})
@@ -531,9 +544,10 @@ class TextConditioner(nn.Module):
         from safetensors.torch import save_file
         file = self.cache_file(name, text)
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
+        part = file.with_suffix(f".{uuid.uuid4().hex}")
         try:
             save_file({"features": features.contiguous()}, part)
+            part.chmod(0o666 & ~UMASK)          # like other files, not its owner's alone
         except SafetensorError as error:
             part.unlink(missing_ok=True)
             raise OSError(f"{file}: could not be written ({error})") from None

@@ -337,18 +337,18 @@ def finish_config(cfg: Config) -> Config:
     with torch.device("meta"):
         model = autoencoder.autoencoder(cfg.autoencoder_config)
     one_of("--phases", cfg.phases, ("one", "progressive"))
-    several = len(c.aspects) > 2 or c.lengths or c.images or cfg.phases != "one"
+    for name, patch in patches.items():
+        if len(patch) != 3 or min(patch) < 1:
+            raise UserError(f"--{name} {' '.join(map(str, patch))}: not three numbers above 0")
+    shapes, streams = shapes_of(cfg), []
+    several = len(shapes) > 1 or cfg.phases != "one"
     if several and cfg.coupling.startswith("sdot"):
         raise UserError(f"--coupling {cfg.coupling}: for clips of one shape only; with --phases, "
                         "--clips.lengths, --clips.aspects or --clips.images: independent")
     if several and cfg.variant == "vidtwin":
         raise UserError("--tae vidtwin: its clips have one shape; without --phases, "
                         "--clips.lengths, --clips.aspects and --clips.images")
-    for name, patch in patches.items():
-        if len(patch) != 3 or min(patch) < 1:
-            raise UserError(f"--{name} {' '.join(map(str, patch))}: not three numbers above 0")
-    streams = []
-    for shape in shapes_of(cfg):
+    for shape in shapes:
         here = model.streams(*shape)
         for (name, patch), (_, *size) in zip(patches.items(), here):
             if any(n % p for n, p in zip(size, patch)):
@@ -610,7 +610,8 @@ def accuracy(verdicts: list[dict[str, bool]],
 
 
 def check_judge(cfg: Config, n: int = 500) -> dict[str, float]:
-    """Agreement of the judge with the truth on n rendered clips."""
+    """Agreement of the judge with the truth on n rendered clips; fewer, where they are large."""
+    n = max(20, min(n, 2**25 // math.prod(whole_clip(cfg))))
     rng = random.Random(f"judge/{cfg.seed}")
     c = cfg.clips
     worlds = [autoencoder.sample_world(rng, c.things, heldout=None, frames=c.frames,
@@ -1327,6 +1328,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
                   metadata=metadata or None)
+        tmp.chmod(0o666 & ~text_cond.UMASK)     # like other files, not its owner's alone
         with tmp.open("rb") as f:
             os.fsync(f.fileno())
     except SafetensorError as error:
@@ -1346,6 +1348,8 @@ def load_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
 @contextlib.contextmanager
 def opened(path: Path):
     """A safetensors file; UserError that names it if it is damaged."""
+    if path.exists() and not os.access(path, os.R_OK):
+        raise PermissionError(f"{path}: this user may not read it")
     try:
         with safe_open(path, "pt") as f:
             yield f
@@ -1871,6 +1875,7 @@ def train_tae(run: Run, clips) -> None:
             "judge agrees with the truth: "
             + ", ".join(f"{k} {v:.3f}" for k, v in agreement.items())
         )
+    wait_for_rank0("judge")
     torch.manual_seed(cfg.seed)
     try:
         perceptual = autoencoder.vgg_perceptual() if cfg.loss.perceptual else None
@@ -1880,7 +1885,8 @@ def train_tae(run: Run, clips) -> None:
     def losses(video: bool, batch: int):
         mine, steps = shard(batch), t.steps if video else t.image_steps
         finish = round(steps * (1 - t.finish)) if video else steps  # from here on: whole clips
-        per_step = batch if video else -(-batch // 4)  # an image batch takes 4 frames of each clip
+        # an image batch takes 4 frames of each clip
+        per_step = batch if video else -(-batch // min(4, cfg.clips.frames))
 
         def images(step: int) -> Tensor:
             """This rank's frames of an image batch, counted through all frames of its clips."""
@@ -2203,11 +2209,12 @@ def couple_latents(run: Run) -> None:
 
 class TextToVideo(nn.Module):
     """What the dit stage trains: text projections (and toy encoders) and the backbone, with the
-    loss as its forward. The backbone begins on the meta device: `place` or load_run fill it."""
+    loss as its forward. The backbone begins on the meta device: `place` or load_run fill it.
+    widths: features a token of each pretrained encoder, so that none of them has to be there."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, widths: dict[str, int] | None = None):
         super().__init__()
-        self.text = text_cond.TextConditioner(cfg.text)
+        self.text = text_cond.TextConditioner(cfg.text, widths)
         with torch.device("meta"):
             self.dit = backbone.DiT(cfg.dit)
         self.flow, self.align = cfg.flow, cfg.train_dit.align if cfg.text.mode == "toy" else 0.0
@@ -2325,7 +2332,11 @@ def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
         except ValueError as error:
             raise UserError(f"{error}; remove it and start again, and it is solved again") from None
     torch.manual_seed(cfg.seed)
-    model = place(run, TextToVideo(cfg), t.precision)
+    widths = {}
+    if cfg.text.mode == "pretrained":
+        with opened(source / text_file(0)) as f:
+            widths = {k: f.get_slice(k).get_shape()[2] for k in text_cond.ENCODERS}
+    model = place(run, TextToVideo(cfg, widths), t.precision)
     if before:
         start_from(model, *before)
     if run.mesh.tokens is not None:
@@ -2399,13 +2410,18 @@ class Loaded:
     def fps(self) -> int:
         return self.cfg.clips.fps
 
+    def fps_of(self, prompt: str) -> int:
+        """Frames a second of the clip that a prompt asks for: as told in front of it, if at all."""
+        told = re.match(r"FPS-(\d+(?:\.\d+)?) ", prompt) if self.cfg.clips.tell_fps else None
+        return max(1, round(float(told[1]))) if told else self.fps
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.tae.latent_shape(*whole_clip(self.cfg))
 
     def prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """P (B, L, D), mask (B, L) of the prompts, and P, mask of as many null prompts."""
-        if self.cfg.clips.tell_fps:
+        if self.cfg.clips.tell_fps and self.cfg.data:
             prompts = [p if p.startswith("FPS-") else f"FPS-{self.fps} {p}" for p in prompts]
         features = {k: v.to(self.device) for k, v in self.text.encode(prompts).items()}
         return *self.text(features), *self.text.null_tokens(len(prompts))
@@ -2464,8 +2480,10 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu",
             raise UserError(f"--workdir {folder}: not finished; continue it with the command that "
                             "began it")
         cfg = read_config(folder / "config.json")
+    with opened(dit_file) as f:                             # of the encoders, where they are not
+        widths = {k: len(f.get_tensor(f"{of_model}text.null.{k}")) for k in text_cond.ENCODERS}
     with torch.device("meta"):                              # neither memory nor random numbers
-        model = TextToVideo(cfg)
+        model = TextToVideo(cfg, widths)
     tae = autoencoder.autoencoder(cfg.autoencoder_config)   # has tables that no file holds
     prepare(model.dit)
     model.text.cfg = text_config(cfg, folder) if folder.is_dir() else cfg.text
@@ -2506,7 +2524,8 @@ def make_samples(run: Run) -> None:
     part_file = lambda i: folder / f"clips_{i:04d}.safetensors"
     mine = [i for i in range(0, len(todo), cfg.sample.batch)[rank() :: world_size()]
             if not readable(part_file(i))]
-    loaded = load_run(run.folder, run.device) if mine else None
+    with pulsing():
+        loaded = load_run(run.folder, run.device) if mine else None
     parts = [todo[i : i + cfg.sample.batch] for i in mine]
     if mine and cfg.text.mode == "pretrained":      # no encoder is read twice
         with pulsing():
@@ -2514,14 +2533,14 @@ def make_samples(run: Run) -> None:
     bar = tqdm(total=sum(map(len, parts)), desc="sample", unit="clip", dynamic_ncols=True,
                disable=rank() != 0 or not mine)
     for i, part in zip(mine, parts):
-        clips = loaded.generate([p for _, p in part], list(range(i, i + len(part)))).cpu()
-        for j, clip in enumerate(clips, i):
-            for suffix in ("gif", "mp4"):
-                write_video(folder / f"{j:04d}.{suffix}", clip, loaded.fps,
-                            zoom=max(1, 128 // cfg.clips.size))
-        save_tensors(part_file(i), {"clips": clips})
+        with pulsing():         # a batch may take minutes, and ranks that have none wait
+            clips = loaded.generate([p for _, p in part], list(range(i, i + len(part)))).cpu()
+            for j, clip in enumerate(clips, i):
+                for suffix in ("gif", "mp4"):
+                    write_video(folder / f"{j:04d}.{suffix}", clip, loaded.fps_of(todo[j][1]),
+                                zoom=max(1, 128 // cfg.clips.size))
+            save_tensors(part_file(i), {"clips": clips})
         bar.update(len(part))
-        pulse()
     bar.close()
     wait_for_all("samples")
     if rank() == 0:
@@ -2678,7 +2697,7 @@ def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
         L = sum(cfg.text.tokens(k, n) for k, n in longest.items())
         work, buckets = 0, load_latents(run, folder).buckets()
         for shape, there in buckets:
-            N = tokens_of(cfg.dit, [shape[1:]] if len(buckets) > 1 else None)
+            N = tokens_of(cfg.dit, [shape[1:]] if len(cfg.dit.streams) == 1 else None)
             work += len(there) * sum(backbone.flops(cfg.dit, N, L))
         done = sum(b["step"] - a["step"] for a, b in pairs)
         seconds += sum(b["time"] - a["time"] for a, b in pairs)
@@ -3435,12 +3454,11 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str = "all") -> No
 
 def check_text(cfg: Config, folder: Path, last: str = "all") -> None:
     """UserError, before hours are spent, where a text encoder is not to be had that captions or
-    prompts will need in what is still to do, up to the stage `last`. --text.cache may have it all.
-    """
+    prompts will need in what is still to do, up to the stage `last`."""
     captions = last != "tae" and not all((folder / "latents" / phase.name / "index.json").exists()
                                          for phase in phases(cfg))
     prompts = last in ("sample", "report", "all") and not (folder / "samples/index.json").exists()
-    if cfg.text.cache or not (captions or prompts) or rank() != 0:
+    if rank() != 0 or not (captions or prompts and not cfg.text.cache):     # may be in the cache
         return
     try:
         text_cond.check_sources(cfg.text)

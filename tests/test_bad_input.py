@@ -33,6 +33,7 @@ OUT_OF_BOUNDS = """
     --clips.fps 0 / --clips.things 0 / --clips.things 4 / --clips.count 0 / --clips.max_interval 0
     --clips.workers -1 / --clips.lengths 0 --coupling independent
     --clips.lengths 8 -1 --coupling independent / --coupling sdot --clips.lengths 8
+    --coupling sdot --clips.aspects 16 9
     --clips.aspects 16 --coupling independent / --clips.aspects 0 9 --coupling independent
     --clips.images -1 --coupling independent
     --tae vidtwin --clips.images 0.1 --coupling independent

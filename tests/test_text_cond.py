@@ -495,6 +495,15 @@ def test_a_wrong_source_is_one_line(folders, tmp_path, monkeypatch):
         text_cond.check_sources(TextConfig("pretrained", **{**folders, "concepts": odd["bytes"]}))
     text_cond.check_sources(TextConfig("pretrained", **folders))
     text_cond.check_sources(TextConfig("toy"))
+    for content in (None, "version https://git-lfs.github.com/spec/v1"):    # as git leaves it
+        file.write_text(content) if content else file.unlink()
+        short = TextConfig("pretrained", **{**folders, "words": str(file.parent)})
+        with pytest.raises(ValueError, match="words .*short: no weights there"):
+            text_cond.check_sources(short)
+    cached = replace(short, cache="x")
+    text_cond.check_sources(cached)                     # which may be all that is needed
+    with pytest.raises(ValueError, match="bytes .*none: no such folder"):   # but for the width
+        text_cond.check_sources(replace(cached, bytes=str(tmp_path / "none")))
     monkeypatch.setitem(text_cond.WIDTHS, folders["bytes"], 99)
     with pytest.raises(ValueError, match="24 features a token, not the 99"):
         pretrained(folders).encode([SIGN])

@@ -347,7 +347,7 @@ def test_latents_with_other_numbers_are_coupled_again(copy, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_a_run_with_the_pretrained_encoders(folders, tmp_path, capfd, monkeypatch):
+def test_a_run_with_the_pretrained_encoders(folders, tmp_path, capfd):
     """All stages with UL2, ByT5 and MetaCLIP in miniature. Who has none is told at the start."""
     where = [x for name, f in folders.items() for x in (f"--text.{name}", f)]
     flags = ["--text", "pretrained", "--coupling", "independent", "--sample.prompts", "4", *where]
@@ -366,7 +366,6 @@ def test_a_run_with_the_pretrained_encoders(folders, tmp_path, capfd, monkeypatc
     gone.rename(tmp_path / "concepts")
     assert run(tmp_path / "run", *flags, "--stage", "latents") == 0
     (tmp_path / "concepts").rename(gone)
-    monkeypatch.setitem(text_cond.WIDTHS, flags[-1], 40)    # as of a name on the hub
     capfd.readouterr()
     assert run(tmp_path / "run", *flags) == 2
     refused("samples need it: to end before them, --stage dit")
@@ -388,6 +387,11 @@ def test_a_run_with_the_pretrained_encoders(folders, tmp_path, capfd, monkeypatc
     loaded = train.load_run(tmp_path / "run")
     P, mask, *_ = loaded.prompts(captions[:2])
     assert P.shape == (2, mask.shape[1], 48) and mask.any(1).all()
+    (tmp_path / "concepts").rename(gone)                # a run, and an export, can do without
+    train.export(tmp_path / "run", tmp_path / "x.safetensors")
+    for folder in (tmp_path / "run", tmp_path / "x.safetensors"):
+        again = train.load_run(folder).text.state_dict()
+        assert all(torch.equal(v, again[k]) for k, v in loaded.text.state_dict().items())
 
 
 def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch, capfd):
@@ -1022,6 +1026,70 @@ def test_a_spike_is_named_with_its_clips(tmp_path, capfd):
     assert "dit step 60: spike, loss 1000 after 1.3, clips 60 99" in capfd.readouterr().err
     train.draw_timeline(folder, {})
     assert (folder / "timeline.png").stat().st_size > 3000
+
+
+@pytest.mark.parametrize("frames,clips", [(1, 8), (2, 4), (3, 3), (16, 2)])
+def test_an_image_batch_is_whole_however_short_the_clips(frames, clips, tmp_path, monkeypatch):
+    class Caught(Exception):
+        pass
+
+    def catch(run, stage, folder, model, t, steps, losses):
+        (part,) = next(losses(0))
+        raise Caught(part(lambda x, step, g: x.shape), part.keys)
+
+    monkeypatch.setattr(train, "optimize", catch)
+    monkeypatch.setattr(train, "check_judge", lambda cfg: {})
+    cfg = parsed("--clips.frames", str(frames), "--patch", "1", "1", "1", "--coupling",
+                 "independent", "--train_tae.image_batch", "8")
+    with pytest.raises(Caught) as caught:
+        train.train_tae(train.Run(tmp_path, cfg, torch.device("cpu")), train.ToyClips(cfg))
+    shape, keys = caught.value.args
+    assert shape == (8, 3, 1, 32, 32) and len(keys) <= clips
+
+
+def test_files_of_tensors_have_the_mode_of_other_files(tmp_path, monkeypatch):
+    (tmp_path / "other").touch()
+    train.save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(3)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    monkeypatch.setattr(os, "access", lambda *_: False)     # nor is a good file called damaged
+    with pytest.raises(PermissionError, match="x.safetensors: this user may not read it"):
+        train.readable(tmp_path / "x.safetensors")
+
+
+def test_utilisation_of_clips_that_all_have_one_of_several_shapes(tmp_path):
+    """Wide videos alone, of a config that allows squares, too: 4 x 3 x 5 tokens and not 4 x 4 x 5.
+    """
+    cfg = parsed("--data", "x", "--coupling", "independent", "--patch", "1", "2", "2",
+                 "--clips.aspects", "16", "9", "--clips.count", "4")
+    wide, there = torch.zeros(4, 8, 4, 6, 10), tmp_path / "latents"
+    train.save_tensors(there / train.shard_file(0), {"mean": wide, "logvar": wide.clone()})
+    train.save_tensors(there / train.text_file(0), {k: torch.zeros(1, 5, dtype=torch.int64)
+                                                    for k in text_cond.ENCODERS})
+    train.write_json(there / "captions.json", {"captions": ["a"], "of": [0] * 4,
+                                               "rows": [[0, 1, 2, 3]], "shapes": [wide.shape[1:]]})
+    run_ = train.Run(tmp_path, cfg, torch.device("cpu"))
+    run_.peak = 1e12
+    rows = [{"stage": "dit", "event": e, "step": s, "time": s, "ranks": 1}
+            for e, s in (("start", 0), ("end", 10))]
+    want = 3 * cfg.train_dit.batch * sum(train.backbone.flops(cfg.dit, 60, 11)) / 1e12
+    assert train.tokens_of(cfg.dit) == 80
+    assert train.utilisation(run_, rows)["tflop_per_step"] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("data,asked", [((), "a"), (("--data", "x"), "FPS-8 a")])
+def test_frame_rates_are_told_where_they_were(data, asked):
+    """Captions of the toy world never tell theirs."""
+    class Text:
+        def encode(self, prompts):
+            raise ValueError(*prompts)
+
+    cfg = parsed("--clips.tell_fps", "true", *data)
+    loaded = train.Loaded(cfg, None, Text(), None, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"^{asked}$"):
+        loaded.prompts(["a"])
+    with pytest.raises(ValueError, match="^FPS-15 a$"):
+        loaded.prompts(["FPS-15 a"])
+    assert [loaded.fps_of(p) for p in ("a", "FPS-15 a", "FPS-29.7 a", "FPS-x a")] == [8, 15, 30, 8]
 
 
 def test_utilisation_counts_what_was_done_while_it_ran(finished):
@@ -1713,6 +1781,29 @@ def test_a_skipped_step_is_named_while_a_checkpoint_is_written(tmp_path):
         said = ranks[0].communicate(timeout=100)[1]
     assert ranks[0].returncode == 0 and said.count("skipped") == 20, said[-2000:]
     assert "dit step 38: skipped, loss nan, gradient norm nan, clips 38 0 1" in said
+
+
+PATIENT = """
+import sys, time, train
+generate, judge = train.Loaded.generate, train.check_judge
+def late(f):
+    def g(*args):
+        time.sleep(9)                   # three times the time-out
+        return f(*args)
+    return g
+train.Loaded.generate = late(generate)
+train.check_judge = late(lambda cfg: {"color": 1.0})
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_without_work_wait_for_the_judge_and_for_samples(tmp_path):
+    flags = [*TINY, "--coupling", "independent", "--device", "cpu", "--timeout", "3",
+             "--sample.batch", "64", "--workdir", str(tmp_path / "run")]
+    with two_ranks("-c", PATIENT, *flags, stderr=subprocess.PIPE) as ranks:
+        said = ranks[0].communicate(timeout=200)[1]
+    assert ranks[0].returncode == 0 and (tmp_path / "run/report.json").exists(), said[-2000:]
 
 
 WAIT = """
