@@ -1788,7 +1788,7 @@ import sys, time, train
 generate, judge = train.Loaded.generate, train.check_judge
 def late(f):
     def g(*args):
-        time.sleep(9)                   # three times the time-out
+        time.sleep(12)                  # more than twice the time-out
         return f(*args)
     return g
 train.Loaded.generate = late(generate)
@@ -1799,7 +1799,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_ranks_without_work_wait_for_the_judge_and_for_samples(tmp_path):
-    flags = [*TINY, "--coupling", "independent", "--device", "cpu", "--timeout", "3",
+    flags = [*TINY, "--coupling", "independent", "--device", "cpu", "--timeout", "5",
              "--sample.batch", "64", "--workdir", str(tmp_path / "run")]
     with two_ranks("-c", PATIENT, *flags, stderr=subprocess.PIPE) as ranks:
         said = ranks[0].communicate(timeout=200)[1]
