@@ -2480,8 +2480,10 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu",
             raise UserError(f"--workdir {folder}: not finished; continue it with the command that "
                             "began it")
         cfg = read_config(folder / "config.json")
-    with opened(dit_file) as f:                             # of the encoders, where they are not
-        widths = {k: len(f.get_tensor(f"{of_model}text.null.{k}")) for k in text_cond.ENCODERS}
+    widths = {}
+    if cfg.text.mode == "pretrained":                       # whose encoders may be elsewhere
+        with opened(dit_file) as f:
+            widths = {k: len(f.get_tensor(f"{of_model}text.null.{k}")) for k in text_cond.ENCODERS}
     with torch.device("meta"):                              # neither memory nor random numbers
         model = TextToVideo(cfg, widths)
     tae = autoencoder.autoencoder(cfg.autoencoder_config)   # has tables that no file holds
