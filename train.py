@@ -71,6 +71,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -809,6 +810,12 @@ class VideoFolder:
         """(3, T, H, W) in [-1, 1] and its caption, drawn from (seed, split, i). CROPS consecutive
         clips are crops of one window, because decoding is what costs. done, shape: as in ToyClips.
         """
+        x, told = self.frames(split, i, done, shape)
+        return in_range(x), told
+
+    def frames(self, split: str, i: int, done: float | None = None,
+               shape: tuple[int, int, int] | None = None) -> tuple[Tensor, str]:
+        """`clip` in bytes, uint8 of 0 to 255: a quarter of the memory."""
         key = f"{split}/{self.cfg.seed}/{i // CROPS}"
         T, H, W = shape or whole_clip(self.cfg)
         if self.window[0] != (key, T, H, W):
@@ -819,7 +826,7 @@ class VideoFolder:
         top, left = (rng.randint(0, n - m) for n, m in zip(x.shape[1:3], (H, W)))
         x = x[:, top : top + H, left : left + W]
         told = f"FPS-{fps:.3g} " if self.cfg.clips.tell_fps else ""                 # [MG s3.1.4]
-        return rearrange(x, "t h w c -> c t h w").float() / 127.5 - 1, told + caption
+        return rearrange(x, "t h w c -> c t h w"), told + caption
 
     def _window(self, split: str, w: int, rng: random.Random, done: float | None,
                 shape: tuple[int, int, int]) -> tuple[Tensor, float, str]:
@@ -876,13 +883,19 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
     table = root / "metadata.csv"
     if table.exists():
         with table.open(newline="", encoding="utf-8-sig", errors="replace") as f:
-            rows = csv.DictReader(f)
+            rows = csv.DictReader(f, strict=True)
             try:
                 if not {"file_name", "text"} <= set(rows.fieldnames or ()):
                     raise UserError(f"{table}: its first line must be file_name,text")
-                told = {row["file_name"]: row["text"] or "" for row in rows}
+                for row in rows:
+                    if None in row:
+                        raise UserError(f"{table}: line {rows.line_num}: more columns than the "
+                                        'first line has; a text with a comma stands in "..."')
+                    told[row["file_name"]] = row["text"] or ""
             except csv.Error as error:
                 raise UserError(f"{table}: {error}; is a quotation mark not closed?") from None
+        if not quiet and (unknown := told.keys() - {path.name for path in files}):
+            print(f"{table}: no such video here, not used: {some_of(unknown)}", file=sys.stderr)
 
     def look(path: Path) -> tuple[str, str]:
         """Its caption, and what is wrong with it."""
@@ -908,6 +921,9 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
     wrong = next((line for _, line in found if line), "")
     if wrong:
         raise UserError(wrong)
+    odd = [path.name for path, (caption, _) in zip(files, found) if "\ufffd" in caption]
+    if odd and not quiet:
+        print(f"{root}: captions that are not in UTF-8: {some_of(odd)}", file=sys.stderr)
     return [caption for caption, _ in found]
 
 
@@ -915,7 +931,7 @@ def open_video(path: Path):
     """A PyAV container whose metadata may be anything, and its first video stream."""
     import av
 
-    container = av.open(str(path), metadata_errors="replace")
+    container = av.open(str(path.absolute()), metadata_errors="replace")    # no `protocol:name`
     if not container.streams.video:
         container.close()
         raise ValueError("no video stream")
@@ -928,13 +944,16 @@ def probe(path: Path) -> tuple[int, float, float]:
     """Number of frames, frames per second, height / width; raises if not even one frame decodes."""
     container, stream = open_video(path)
     with container:
-        next(container.decode(stream))
+        turned = next(container.decode(stream)).rotation % 180 == 90
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         frames = stream.frames
-        if not frames:  # not in the header (GIF, WebM): count packets, which needs no decoding
+        if not frames:  # not in the header (GIF, WebM): the last packet tells, without decoding
             container.seek(0, stream=stream)
-            frames = sum(1 for packet in container.demux(stream) if packet.size)
-    return max(frames, 1), rate, stream.codec_context.height / stream.codec_context.width
+            times = [p.pts for p in container.demux(stream) if p.size and p.pts is not None]
+            last = max(times, default=0) - (stream.start_time or 0)
+            frames = round(float(last * stream.time_base) * rate) + 1
+        aspect = stream.codec_context.height / stream.codec_context.width
+    return max(frames, 1), rate, 1 / aspect if turned else aspect
 
 
 def try_probe(path: Path) -> tuple[int, float, float] | str:
@@ -947,7 +966,8 @@ def try_probe(path: Path) -> tuple[int, float, float] | str:
 
 def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float) -> Tensor:
     """T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
-    uint8. Where the video ends early the last frame is repeated."""
+    uint8, turned as the file says. Where the video ends early the last frame is repeated;
+    ValueError where it ends a second before `start`: it was longer once."""
     container, stream = open_video(path)
     with container:
         w, h = stream.codec_context.width, stream.codec_context.height
@@ -959,27 +979,24 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
                 origin + int(start / rate / stream.time_base), stream=stream
             )  # to the key frame before it
         out: list[Tensor] = []
-        last = None
+        last, at = None, start
+
+        def pixels(frame) -> Tensor:
+            x = frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="AREA")
+            return torch.rot90(torch.from_numpy(x), round(frame.rotation / 90))  # counter-clockwise
+
         for frame in container.decode(stream):
             at = ((frame.pts - origin) * float(stream.time_base) * rate if frame.pts is not None
                   else start)
             last = frame
             while len(out) < T and at >= start + len(out) * interval - 0.5:
-                out.append(
-                    torch.from_numpy(
-                        frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="AREA")
-                    )
-                )
+                out.append(pixels(frame))
             if len(out) == T:
                 break
         if not out:
-            if last is None:
+            if last is None or start - at > max(rate, 3):
                 raise ValueError(f"{path}: nothing decodes from frame {start} on")
-            out.append(
-                torch.from_numpy(
-                    last.to_ndarray(format="rgb24", width=w, height=h, interpolation="AREA")
-                )
-            )
+            out.append(pixels(last))
     return torch.stack(out + [out[-1]] * (T - len(out)))
 
 
@@ -988,12 +1005,17 @@ def clips_of(cfg: Config, quiet: bool = False, table: Path | None = None) -> Toy
     return VideoFolder(cfg, quiet, table) if cfg.data else ToyClips(cfg)
 
 
+def in_range(x: Tensor) -> Tensor:
+    """Frames in bytes -> [-1, 1]; others are there already."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+
+
 class _Split(torch.utils.data.Dataset):
     def __init__(self, clips, split: str):
-        self.clips, self.split = clips, split
+        self.look, self.split = getattr(clips, "frames", clips.clip), split
 
     def __getitem__(self, i: int | tuple):
-        return self.clips.clip(self.split, *(i if isinstance(i, tuple) else (i,)))
+        return self.look(self.split, *(i if isinstance(i, tuple) else (i,)))
 
 
 _workers: list[multiprocessing.Process] = []
@@ -1032,15 +1054,22 @@ def batches(clips, split: str, indices) -> Iterator[tuple[Tensor, list[str]]]:
     loaded = iter(torch.utils.data.DataLoader(
         _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=_collate,
         worker_init_fn=_deaf))
-    _workers.extend(set(multiprocessing.active_children()) - before)
+    # Those of earlier calls hold two open files each, for as long as anybody has them.
+    _workers[:] = [*(w for w in _workers if w.is_alive()),
+                   *(set(multiprocessing.active_children()) - before)]
 
     def one_line():                             # what a worker raises comes with its traceback
         nonlocal loaded
         try:
-            yield from loaded
+            yield from ((in_range(x), captions) for x, captions in loaded)
         except UserError as error:
             error.__traceback__ = loaded = None         # whoever keeps the error keeps no workers
             raise UserError(_reason(error).split("UserError: ")[-1]) from None
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"--clips.workers {workers}: one that reads videos was killed "
+                            f"({_reason(error)}), for want of memory? Fewer take less") from None
     return one_line()
 
 
@@ -1250,7 +1279,12 @@ def copy_whole(p: Tensor, whole: Tensor) -> Tensor:
 class WholeDraws(TorchFunctionMode):
     """Random values of sharded parameters as if they were whole, so that a model starts the same on
     any number of ranks: each rank draws a whole tensor, keeps its rows, and forgets it before the
-    next one. No rank ever holds a whole model."""
+    next one. No rank ever holds a whole model. none: nothing is drawn, for a model that is filled
+    otherwise."""
+
+    def __init__(self, none: bool = False):
+        super().__init__()
+        self.none = none
 
     draws = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_)
 
@@ -1258,6 +1292,8 @@ class WholeDraws(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         x = args[0] if args else kwargs.get("tensor")
         if func in self.draws and isinstance(x, Tensor):    # on the CPU, the same for every device
+            if self.none:
+                return x
             whole = torch.empty(x.shape, dtype=x.dtype)
             kwargs.pop("tensor", None)
             func(whole, *args[1:], **kwargs)
@@ -1265,10 +1301,10 @@ class WholeDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def place(run: "Run", model: nn.Module, precision: str = "fp32") -> nn.Module:
+def place(run: "Run", model: nn.Module, precision: str = "fp32", fresh: bool = True) -> nn.Module:
     """The model on this rank's device: whole on one rank and in copies, else sharded (FSDP2, a
     backbone block by block, in bf16 if asked: then gradients are still summed in fp32). A backbone
-    on the meta device comes to life here, in shards."""
+    on the meta device comes to life here, in shards; not fresh: a checkpoint will fill it."""
     model = model.double() if precision == "fp64" else model
     dit = getattr(model, "dit", None)
     for p in model.parameters():  # channels_last weights are not contiguous, which FSDP asks for
@@ -1285,7 +1321,7 @@ def place(run: "Run", model: nn.Module, precision: str = "fp32") -> nn.Module:
     if dit is not None:
         dit.to_empty(device=run.device)
         torch.manual_seed(run.cfg.seed + 1)
-        with WholeDraws():
+        with WholeDraws(none=not fresh):
             dit.init_weights()
     return model
 
@@ -1421,6 +1457,18 @@ def crc(path: Path) -> str:
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
+class SavePlanner(dcp.DefaultSavePlanner):
+    """Without torch's proof that no two shards of a tensor overlap, whose cost is quadratic in the
+    ranks: FSDP's do not."""
+
+    def create_global_plan(self, all_plans):
+        plans, table = default_planner.create_default_global_save_plan(
+            self._dedup_save_plans(all_plans))
+        names = {k: v for plan in plans for k, v in plan.planner_data.items()}
+        self.global_plan, self.metadata = plans, replace(table, planner_data=names)
+        return self.global_plan, self.metadata
+
+
 class WholeWriter(dcp.FileSystemWriter):
     """Writes a checkpoint beside its final place, each rank with the checksums of its own files.
     When all ranks have written, rank 0 renames it: a folder step_0000200 is whole. The last two
@@ -1486,8 +1534,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         barrier()
         writer = WholeWriter(final, partial(self.done, step), self.damaged)
-        self.writing = final, dcp.async_save(state, storage_writer=writer, no_dist=not self.group,
-                                             process_group=self.group)
+        self.writing = final, dcp.async_save(state, storage_writer=writer, planner=SavePlanner(),
+                                             no_dist=not self.group, process_group=self.group)
 
     def wait(self) -> None:
         """Until what is being written is in its place; UserError if it cannot be."""
@@ -1984,10 +2032,12 @@ def encoded(run: Run, tae: autoencoder.Autoencoder, clips, split: str, rows: lis
             shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, list[str], object]]:
     """(clips, captions, posterior) of these rows, as many at once as memory takes."""
     n, how = max(1, min(32, LARGE // math.prod(shape))), streamed(run.cfg, shape)
-    parts = [[(i, None, shape) for i in rows[k : k + n]] for k in range(0, len(rows), n)]
-    for x, captions in batches(clips, split, parts):
-        yield x, captions, tae.encode(x.to(run.device), **how)
-        pulse()
+    whole = max(n, CROPS)       # a worker decodes a window once, and cuts all of its crops
+    parts = [[(i, None, shape) for i in rows[k : k + whole]] for k in range(0, len(rows), whole)]
+    for clips_, captions in batches(clips, split, parts):
+        for k, x in enumerate(clips_.split(n)):
+            yield x, captions[k * n : (k + 1) * n], tae.encode(x.to(run.device), **how)
+            pulse()
 
 
 def shards_of(clips, count: int) -> list[tuple[tuple[int, int, int], list[int]]]:
@@ -2336,8 +2386,9 @@ def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
     if cfg.text.mode == "pretrained":
         with opened(source / text_file(0)) as f:
             widths = {k: f.get_slice(k).get_shape()[2] for k in text_cond.ENCODERS}
-    model = place(run, TextToVideo(cfg, widths), t.precision)
-    if before:
+    fresh = from_rank0(not any(folder.glob("step_*")))      # else `optimize` loads one of them
+    model = place(run, TextToVideo(cfg, widths), t.precision, fresh)
+    if before and fresh:
         start_from(model, *before)
     if run.mesh.tokens is not None:
         split_tokens(model.dit, run.mesh.tokens)

@@ -545,6 +545,32 @@ def test_memory_and_gpus_that_are_too_few_are_one_line(tmp_path, monkeypatch, ca
         assert capfd.readouterr().err == line
 
 
+def test_checkpoints_are_planned_as_torch_plans_them(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    state = {"model": {"w": torch.randn(3, 4), "b": torch.randn(5)}, "step": {"at": torch.ones(())}}
+    told = []
+    for planner in (dcp.DefaultSavePlanner(), train.SavePlanner()):
+        path = tmp_path / type(planner).__name__
+        dcp.save(state, checkpoint_id=path, planner=planner, no_dist=True)
+        told.append(dcp.FileSystemReader(path).read_metadata())
+    for name in ("state_dict_metadata", "planner_data", "storage_data"):
+        assert getattr(told[0], name) == getattr(told[1], name)
+
+
+def test_a_model_that_a_checkpoint_fills_is_not_drawn():
+    """But for what is no draw, as tables and zeros."""
+    model = train.backbone.DiT(parsed().dit)
+    for p in model.parameters():
+        torch.nn.init.constant_(p, 7)
+    with train.WholeDraws(none=True):
+        model.init_weights()
+    assert {v for p in model.parameters() for v in p.unique().tolist()} == {0, 7}
+    with train.WholeDraws():
+        model.init_weights()
+    assert not any((p == 7).any() for p in model.parameters())
+
+
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
     state = {"model": {"w": torch.zeros(1000)}}
 
@@ -1413,6 +1439,151 @@ def test_bad_folders_are_one_line(tmp_path, capfd, case, line):
     err = capfd.readouterr().err.strip().splitlines()
     assert line in err[-1] and "Traceback" not in "".join(err)
     assert not (tmp_path / "run").exists()
+
+
+def write_frames(path, times, size=(32, 32), rate=10, **options):
+    """Colours, one frame at each of `times` in milliseconds -> the images."""
+    from fractions import Fraction
+
+    import av
+
+    g = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (1, 1, 3), generator=g).byte().expand(*size, 3)
+              .clone() for _ in times]
+    for image in images:
+        image[: size[0] // 2, : size[1] // 2] = 255     # the corner at the top left
+    with av.open(str(path), "w", options=options) as out:
+        stream = out.add_stream("libx264", rate=rate, options={"crf": "1"})
+        stream.height, stream.width = size
+        stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, 1000)
+        stream.codec_context.time_base, stream.codec_context.gop_size = Fraction(1, 1000), 5
+        for image, ms in zip(images, times):
+            frame = av.VideoFrame.from_ndarray(image.numpy())
+            frame.pts, frame.time_base = ms, Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return images
+
+
+def test_a_video_of_varying_rate_is_as_long_as_it_lasts(tmp_path):
+    """Matroska tells a rate and no number of frames: 20 in two seconds, then one a second."""
+    times = [100 * i for i in range(20)] + [2000 + 1000 * i for i in range(20)]
+    images = write_frames(tmp_path / "v.mkv", times, rate=10)
+    frames, rate, _ = train.probe(tmp_path / "v.mkv")
+    assert frames / rate == pytest.approx(times[-1] / 1000 + 0.1, abs=0.11)     # 21.1 s
+    seen = train.read_window(tmp_path / "v.mkv", round(15 * rate), 1, 1, 32, rate)[0]
+    want = images[times.index(15_000)]
+    assert (seen.float() - want.float()).abs().mean() < 8
+
+
+def test_a_video_that_was_longer_is_not_read_as_a_still(tmp_path, capfd):
+    folder = make_folder(tmp_path / "v", videos=1)
+    path = folder / "v.mkv"
+    write_frames(path, [100 * i for i in range(100)])
+    path.with_suffix(".txt").write_text("noise")
+    clips = train.VideoFolder(config(folder))
+    assert sorted(n for _, _, n, *_ in clips.videos) == [40, 100]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    assert len(train.read_window(path, 0, 1, 16, 32, 10.0)) == 16
+    with pytest.raises(ValueError, match="v.mkv: nothing decodes from frame 70 on"):
+        train.read_window(path, 70, 1, 16, 32, 10.0)
+    for i in range(0, 40 * train.CROPS, train.CROPS):
+        clips.clip("heldout", i)
+    assert "v.mkv: cannot be read any more (" in capfd.readouterr().err
+
+
+def test_a_phone_video_stands_upright(tmp_path):
+    """A display matrix of 90 degrees: x' = width - y, y' = x, so that the corner at the top left
+    comes to the top right."""
+    import struct
+
+    path = tmp_path / "v.mp4"
+    write_frames(path, [100 * i for i in range(10)], (32, 64), movflags="faststart")
+    plain = train.read_window(path, 0, 1, 2, 32, 10.0)
+    data = bytearray(path.read_bytes())
+    at = data.find(b"tkhd") + 44
+    data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30)
+    path.write_bytes(data)
+    turned = train.read_window(path, 0, 1, 2, 32, 10.0)
+    assert plain.shape == (2, 32, 64, 3) and turned.shape == (2, 64, 32, 3)
+    assert plain[0, 2, 2].min() > 230 and turned[0, 2, -3].min() > 230
+    assert turned[0, 2, 2].min() < 200
+    assert train.probe(path) == (10, 10.0, 2.0)
+
+
+def test_captions_that_were_not_meant_so_are_named(tmp_path, capfd):
+    files = [tmp_path / f"{c}.mp4" for c in "ab"]
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.mp4,a dog, a cat\nb.mp4,b\n')
+    with pytest.raises(train.UserError, match="line 2: more columns than the first line has"):
+        train.read_captions(tmp_path, files)
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.mp4,"a dog\nb.mp4,b\n')
+    with pytest.raises(train.UserError, match="is a quotation mark not closed"):
+        train.read_captions(tmp_path, files)
+    (tmp_path / "metadata.csv").write_text('file_name,text,by\na.mp4,"a dog, a cat",me\nc.mp4,c,\n')
+    (tmp_path / "b.txt").write_bytes("un café".encode("latin-1"))
+    assert train.read_captions(tmp_path, files) == ["a dog, a cat", "un caf\ufffd"]
+    err = capfd.readouterr().err
+    assert "no such video here, not used: c.mp4" in err
+    assert "captions that are not in UTF-8: b.mp4" in err
+
+
+def test_crops_of_a_window_go_to_one_worker(tmp_path, monkeypatch):
+    """And what is encoded at once is as small as before."""
+    clips = train.VideoFolder(config(make_folder(tmp_path / "v")))
+    shape, seen = train.whole_clip(clips.cfg), []
+    read, decoded = train.batches, []
+
+    def parts_of(clips, split, parts):
+        decoded.extend(parts)
+        return read(clips, split, parts)
+
+    class Encoder:
+        def encode(self, x, **how):
+            seen.append(x)
+
+    monkeypatch.setattr(train, "batches", parts_of)
+    run_ = train.Run(tmp_path / "run", clips.cfg, torch.device("cpu"))
+    rows = list(range(2 * train.CROPS))
+    for large, sizes in ((1, [1] * 8), (3 * 16 * 32 * 32, [3, 1] * 2), (2**23, [8])):
+        monkeypatch.setattr(train, "LARGE", large)
+        seen.clear(), decoded.clear()
+        told = [c for _, cs, _ in train.encoded(run_, Encoder(), clips, "train", rows, shape)
+                for c in cs]
+        assert [len(x) for x in seen] == sizes
+        assert all({i // train.CROPS for i, *_ in part} != {0, 1} or large == 2**23
+                   for part in decoded) and sum(map(len, decoded)) == 8
+        want = [clips.clip("train", i) for i in rows]
+        assert torch.equal(torch.cat(seen), torch.stack([x for x, _ in want]))
+        assert told == [text for _, text in want]
+
+
+def test_workers_leave_no_open_files(tmp_path):
+    clips, count = train.VideoFolder(config(make_folder(tmp_path / "v", videos=1))), []
+    clips.cfg.clips.workers = 1
+    for _ in range(4):
+        list(train.batches(clips, "train", [[0]]))
+        count.append(len(os.listdir("/proc/self/fd")))
+    assert count[-1] <= count[1]
+
+
+@pytest.mark.parametrize("error,line", [
+    (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), "--clips.workers"),
+    (ConnectionResetError(104, "Connection reset by peer"), "--clips.workers"),
+    (RuntimeError("another"), "another")])
+def test_a_worker_that_is_killed_is_one_line(error, line, monkeypatch):
+    class Loader:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __iter__(self):
+            yield torch.zeros(1), ["a"]
+            raise error
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    reader = train.batches(train.ToyClips(parsed()), "train", [[0], [1]])
+    next(reader)
+    with pytest.raises(train.UserError if "workers" in line else RuntimeError, match=line):
+        next(reader)
 
 
 def test_video_metadata_that_is_not_utf8_is_read(tmp_path):
