@@ -949,8 +949,8 @@ def probe(path: Path) -> tuple[int, float, float]:
         frames = stream.frames
         if not frames:  # not in the header (GIF, WebM): the last packet tells, without decoding
             container.seek(0, stream=stream)
-            times = [p.pts for p in container.demux(stream) if p.size and p.pts is not None]
-            last = max(times, default=0) - (stream.start_time or 0)
+            times = [p.dts if p.pts is None else p.pts for p in container.demux(stream) if p.size]
+            last = max((t for t in times if t is not None), default=0) - (stream.start_time or 0)
             frames = round(float(last * stream.time_base) * rate) + 1
         aspect = stream.codec_context.height / stream.codec_context.width
     return max(frames, 1), rate, 1 / aspect if turned else aspect
@@ -2032,7 +2032,7 @@ def encoded(run: Run, tae: autoencoder.Autoencoder, clips, split: str, rows: lis
             shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, list[str], object]]:
     """(clips, captions, posterior) of these rows, as many at once as memory takes."""
     n, how = max(1, min(32, LARGE // math.prod(shape))), streamed(run.cfg, shape)
-    whole = max(n, CROPS)       # a worker decodes a window once, and cuts all of its crops
+    whole = max(n // CROPS, 1) * CROPS  # a worker decodes a window once, and cuts all its crops
     parts = [[(i, None, shape) for i in rows[k : k + whole]] for k in range(0, len(rows), whole)]
     for clips_, captions in batches(clips, split, parts):
         for k, x in enumerate(clips_.split(n)):
