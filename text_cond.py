@@ -329,8 +329,8 @@ def from_hub(name, source, kind, **options):
     try:
         make_torchvision_importable()
         import transformers
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it reports every retry,
-        logging.getLogger("transformers").setLevel(logging.ERROR)   # and this one unread weights
+        for talker in ("huggingface_hub", "transformers"):      # of retries, and of unread weights
+            logging.getLogger(talker).setLevel(logging.ERROR)
         return getattr(transformers, kind).from_pretrained(source, **options)
     except Exception as e:          # of many kinds: offline, no such model, a file that is cut off
         line = str(e).strip().split("\n")[0] or type(e).__name__
@@ -353,18 +353,19 @@ def check_sources(cfg):
     folder has any; those of the hub show when they are loaded. With a cache, which may have all
     that is wanted, only what a model cannot be made without is asked for."""
     for name in ENCODERS if cfg.mode == "pretrained" else ():
-        source, wanted = getattr(cfg, name), ("clip", "clip_text_model")
+        source, kind, types = getattr(cfg, name), "T5", ("t5",)
+        if name == "concepts":
+            kind, types = "CLIP", ("clip", "clip_text_model")
         if cfg.cache:
             width_of(name, source)
             continue
         found = from_hub(name, source, "AutoConfig").model_type
-        if found not in (wanted if name == "concepts" else ("t5",)):
-            raise ValueError(f"{name} {source}: a model of type {found}, where "
-                             f"{'CLIP' if name == 'concepts' else 'T5'} is read")
+        if found not in types:
+            raise ValueError(f"{name} {source}: a model of type {found}, where {kind} is read")
         load_tokenizer(name, source)
-        files = Path(source).iterdir() if Path(source).is_dir() else None
-        if files and not any(f.suffix in (".safetensors", ".bin") and f.stat().st_size > 1024
-                             for f in files):
+        weights = [f for f in Path(source).glob("*")
+                   if f.suffix in (".safetensors", ".bin") and f.stat().st_size > 1024]
+        if Path(source).is_dir() and not weights:
             raise ValueError(f"{name} {source}: no weights there, or only Git LFS's pointers to "
                              "them (model.safetensors)")
 

@@ -2534,7 +2534,8 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu",
     widths = {}
     if cfg.text.mode == "pretrained":                       # whose encoders may be elsewhere
         with opened(dit_file) as f:
-            widths = {k: len(f.get_tensor(f"{of_model}text.null.{k}")) for k in text_cond.ENCODERS}
+            widths = {k: f.get_slice(f"{of_model}text.null.{k}").get_shape()[0]
+                      for k in text_cond.ENCODERS}
     with torch.device("meta"):                              # neither memory nor random numbers
         model = TextToVideo(cfg, widths)
     tae = autoencoder.autoencoder(cfg.autoencoder_config)   # has tables that no file holds
@@ -2577,23 +2578,21 @@ def make_samples(run: Run) -> None:
     part_file = lambda i: folder / f"clips_{i:04d}.safetensors"
     mine = [i for i in range(0, len(todo), cfg.sample.batch)[rank() :: world_size()]
             if not readable(part_file(i))]
-    with pulsing():
-        loaded = load_run(run.folder, run.device) if mine else None
     parts = [todo[i : i + cfg.sample.batch] for i in mine]
-    if mine and cfg.text.mode == "pretrained":      # no encoder is read twice
-        with pulsing():
-            loaded.prompts([p for part in parts for _, p in part])
     bar = tqdm(total=sum(map(len, parts)), desc="sample", unit="clip", dynamic_ncols=True,
                disable=rank() != 0 or not mine)
-    for i, part in zip(mine, parts):
-        with pulsing():         # a batch may take minutes, and ranks that have none wait
+    with pulsing():         # a batch may take minutes, and ranks that have none wait
+        loaded = load_run(run.folder, run.device) if mine else None
+        if mine and cfg.text.mode == "pretrained":      # no encoder is read twice
+            loaded.prompts([p for part in parts for _, p in part])
+        for i, part in zip(mine, parts):
             clips = loaded.generate([p for _, p in part], list(range(i, i + len(part)))).cpu()
             for j, clip in enumerate(clips, i):
                 for suffix in ("gif", "mp4"):
                     write_video(folder / f"{j:04d}.{suffix}", clip, loaded.fps_of(todo[j][1]),
                                 zoom=max(1, 128 // cfg.clips.size))
             save_tensors(part_file(i), {"clips": clips})
-        bar.update(len(part))
+            bar.update(len(part))
     bar.close()
     wait_for_all("samples")
     if rank() == 0:
