@@ -54,6 +54,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -1018,7 +1019,7 @@ class _Split(torch.utils.data.Dataset):
         return self.look(self.split, *(i if isinstance(i, tuple) else (i,)))
 
 
-_workers: list[multiprocessing.Process] = []
+_workers = weakref.WeakSet()                 # those alive: each holds two open files
 
 
 def _deaf(_) -> None:
@@ -1054,9 +1055,7 @@ def batches(clips, split: str, indices) -> Iterator[tuple[Tensor, list[str]]]:
     loaded = iter(torch.utils.data.DataLoader(
         _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=_collate,
         worker_init_fn=_deaf))
-    # Those of earlier calls hold two open files each, for as long as anybody has them.
-    _workers[:] = [*(w for w in _workers if w.is_alive()),
-                   *(set(multiprocessing.active_children()) - before)]
+    _workers.update(set(multiprocessing.active_children()) - before)
 
     def one_line():                             # what a worker raises comes with its traceback
         nonlocal loaded
