@@ -1319,6 +1319,7 @@ def place(run: "Run", model: nn.Module, precision: str = "fp32", fresh: bool = T
         fully_shard(model, **rule)
     if dit is not None:
         dit.to_empty(device=run.device)
+        model.to(run.device)        # moves nothing: FSDP's outermost group finds the new shards
         torch.manual_seed(run.cfg.seed + 1)
         with WholeDraws(none=not fresh):
             dit.init_weights()
@@ -1468,6 +1469,9 @@ class SavePlanner(dcp.DefaultSavePlanner):
         return self.global_plan, self.metadata
 
 
+LATE = 10       # seconds after which a network's file system may still show another node's files
+
+
 class WholeWriter(dcp.FileSystemWriter):
     """Writes a checkpoint beside its final place, each rank with the checksums of its own files.
     When all ranks have written, rank 0 renames it: a folder step_0000200 is whole. The last two
@@ -1491,9 +1495,18 @@ class WholeWriter(dcp.FileSystemWriter):
         super().finish(metadata, results)
         tmp = Path(self.path)
         sums = {".metadata": crc(tmp / ".metadata")}
-        for part in tmp.glob("sums_*.json"):
-            sums |= json.loads(part.read_text())
-            part.unlink()
+        files = {x.relative_path for x in metadata.storage_data.values()}
+        until = time.monotonic() + LATE
+        while True:
+            for part in tmp.glob("sums_*.json"):
+                sums |= json.loads(part.read_text())
+                part.unlink()
+            if files <= sums.keys():
+                break
+            if time.monotonic() > until:
+                raise OSError(f"{some_of(files - sums.keys())}: not there; do all nodes share "
+                              f"{self.final.parent}?")
+            time.sleep(0.5)
         write_json(tmp / "sums.json", sums)
         shutil.rmtree(self.final, ignore_errors=True)
         os.replace(tmp, self.final)
@@ -1545,7 +1558,7 @@ class Checkpoints:
             future.result()
         except (Exception, CheckpointException) as error:  # what the file system says, wrapped
             self.clear()
-            if world_size() > 1 and sample_parallel.is_loss(_reason(error)):    # no fault of files
+            if tells_of_loss(error):
                 raise sample_parallel.LostRank(_reason(error)) from None
             kept = self.steps()
             raise UserError(
@@ -1573,7 +1586,7 @@ class Checkpoints:
         UserError if there are some, none of them whole."""
         self.wait()
         barrier()
-        for path in self.steps():
+        for path in from_rank0(self.steps()):
             try:
                 self.check(path)
                 reader, alone = SafeReader(path), not dist.is_initialized()
@@ -1582,7 +1595,7 @@ class Checkpoints:
             except UserError:
                 raise
             except (Exception, CheckpointException) as error:
-                if world_size() > 1 and sample_parallel.is_loss(_reason(error)):
+                if tells_of_loss(error):
                     raise sample_parallel.LostRank(_reason(error)) from None
                 self.damaged.add(path)
                 if rank() == 0:
@@ -1592,6 +1605,14 @@ class Checkpoints:
             raise UserError(f"{self.folder}: none of its checkpoints can be read; move them away "
                             "to begin again")
         return 0
+
+
+def tells_of_loss(error: BaseException) -> bool:
+    """Whether a rank is gone that wrote or read a checkpoint, too; not if a file is at fault, whose
+    path may say anything, such as "timeout"."""
+    causes = [e for e, _ in getattr(error, "failures", {}).values()] or [error]
+    return world_size() > 1 and not any(isinstance(e, OSError | ValueError) for e in causes) \
+        and any(map(sample_parallel.is_loss, causes))
 
 
 def _reason(error: BaseException) -> str:
@@ -1883,12 +1904,12 @@ def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfi
     metrics.flush()
     run.event(stage, steps, "end")
     run.spent(stage.split("/")[0], time.monotonic() - began)
-    Stop.patient = False
     best = {}
     for k, v in state["ema" if t.ema else "model"].items():     # one whole tensor at a time
         whole = v.full_tensor() if isinstance(v, DTensor) else v.detach()
         if rank() == 0:
             best[k] = whole.to("cpu", torch.float32, copy=True)
+    Stop.patient = False        # not before: on a GPU a rank cannot leave others in a collective
     return best
 
 
@@ -3531,7 +3552,8 @@ def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None 
                 f"--workdir {folder}: holds a run of another configuration ({'; '.join(other)}); "
                 "choose another --workdir"
             )
-    elif folder.exists() and {p.name for p in folder.iterdir()} - {"config.json.tmp", "lock"}:
+    elif folder.exists() and {p.name for p in folder.iterdir()} - {
+            "config.json.tmp", "lock", "seen"}:
         raise UserError(
             f"--workdir {folder}: not empty, and not a run of train.py; choose another --workdir"
         )
@@ -3540,6 +3562,17 @@ def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None 
     if patience is not None:
         run.lock = alone(folder, patience) if rank() == 0 else None
         wait_for_rank0("lock")
+        seen = folder / "seen"
+        with contextlib.suppress(OSError):          # a full disk is told of where it matters
+            if rank() == 0:
+                seen.touch()
+        barrier()
+        there = from_all(seen.exists())
+        if rank() == 0:
+            seen.unlink(missing_ok=True)
+        if there[0] and not all(there):
+            raise UserError(f"--workdir {folder}: rank {there.index(False)} does not see the files "
+                            "that rank 0 writes there; it has to be one folder for all nodes")
     if rank() == 0 and (changed or not path.exists()):
         write_json(path, mine)
     barrier()

@@ -410,6 +410,34 @@ def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch, capfd):
     assert sorted(p.name for p in (copy / "dit").glob("*")) == kept
 
 
+def test_a_checkpoint_without_the_files_of_a_rank_is_none(copy, monkeypatch, capfd):
+    """As where each node has a folder of its own."""
+    forget(copy, "dit/model.safetensors", "samples", "report.json", "dit/step_0000006")
+    write = train.WholeWriter.write_data
+
+    def elsewhere(self, *args):
+        written = write(self, *args)
+        (self.path / "sums_0.json").unlink()
+        return written
+
+    monkeypatch.setattr(train, "LATE", 0.1)
+    monkeypatch.setattr(train.WholeWriter, "write_data", elsewhere)
+    assert run(copy) == 2
+    err = capfd.readouterr().err
+    assert "__0_0.distcp: not there; do all nodes share" in err and "step_0000003 is kept" in err
+    assert not (copy / "dit/step_0000006").exists()
+
+
+def test_a_file_is_no_rank_whatever_its_path_says(monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    gone = FileNotFoundError(2, "No such file or directory", "runs/timeout_600/__1_0.distcp")
+    lost = RuntimeError("Connection closed by peer")
+    wrapped = lambda e: train.CheckpointException("read", {1: (e, None)})
+    for error in (gone, wrapped(gone), ValueError("timeout.json is not what was written")):
+        assert not train.tells_of_loss(error)
+    assert train.tells_of_loss(lost) and train.tells_of_loss(wrapped(lost))
+
+
 @pytest.mark.slow
 def test_a_stop_while_a_checkpoint_is_read_costs_none(copy, finished, monkeypatch):
     """A stop is no damage: it is heard after the first step, and no checkpoint is taken for bad."""
@@ -1696,7 +1724,7 @@ def dit_anew(finished, folder, **changes):
     config["train_dit"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
     return [word for k, v in changes.items()
-            for word in ("--steps" if k == "steps" else f"--train_dit.{k}", str(v))]
+            for word in (f"--{k}" if k in ("steps", "batch") else f"--train_dit.{k}", str(v))]
 
 
 def dit_losses(folder):
@@ -1709,12 +1737,12 @@ def dit_losses(folder):
 def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path, precision, rtol):
     """Twenty steps of one rank, and of every axis of the mesh, step for step."""
     losses, weights = {}, {}
-    for flags in ("", "--dp 2", "--sp 2", "--dp 4", "--replicate 2", "--replicate 4",
+    for flags in ("", "--dp 2", "--dp 3", "--sp 2", "--dp 4", "--replicate 2", "--replicate 4",
                   "--replicate 2 --dp 2", "--dp 2 --sp 2", "--dp 4 --reshard false"):
         folder = tmp_path / f"run{flags}".replace(" ", "")
         accumulate = 2 if flags == "--replicate 2" else 1       # DDP waits with its messages
-        changes = dit_anew(finished, folder, steps=20, every=14, precision=precision,
-                           accumulate=accumulate)
+        changes = dit_anew(finished, folder, steps=20, every=14, precision=precision, batch=12,
+                           accumulate=accumulate)           # 12 is shared out by three as well
         ranks = math.prod(int(n) for n in flags.split() if n.isdigit())
         done = torchrun(folder, ranks, "--stage", "dit", *flags.split(), *changes)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -1926,6 +1954,20 @@ def two_ranks(code, *flags, **pipes):
         for p in ranks:
             p.kill()
             p.wait()
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_share_the_folder_are_refused(tmp_path):
+    for r in "01":
+        (tmp_path / r).mkdir()
+    code = ("import os, sys; os.chdir(os.path.join(sys.argv[1], os.environ['RANK']))\n"
+            "sys.exit(train.main(sys.argv[2:]))")
+    with two_ranks(code, str(tmp_path), *TINY, "--device", "cpu", "--workdir", "here",
+                   stderr=subprocess.PIPE) as ranks:
+        said = [p.communicate(timeout=400)[1] for p in ranks]
+    assert [p.returncode for p in ranks] == [2, 2], said
+    assert sum(s.count("--workdir here: rank 1 does not see the files") for s in said) == 1
+    assert not any(p.name != "lock" for p in tmp_path.glob("*/here/*"))
 
 
 @pytest.mark.slow
