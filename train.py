@@ -64,6 +64,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # its advice on DDP would break restarts
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C before `Stop.listen`: no traceback
 
 import torch
 import torch.distributed as dist
@@ -265,7 +267,11 @@ STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 COMPARED = ("loss", "color", "shape", "direction", "text", "heldout")  # figures of a study
 # Fields that follow from others, and are therefore no flags.
 DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
-           "vidtwin.size", "variant"}
+           "vidtwin.size", "variant",
+           # and those of a training stage that only the other one has
+           *(f"train_tae.{name}" for name in ("drop", "drop_each", "align", "accumulate")),
+           *(f"train_dit.{name}" for name in ("window", "motion", "image_steps", "image_batch",
+                                              "crowd", "finish"))}
 # Fields that say how a run is computed, and not what comes out: they may change when it goes on.
 HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
        "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload"}
@@ -719,10 +725,11 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".gif")
 
 
 class VideoFolder:
-    """Captioned videos: .mp4 .avi .mkv .webm .gif, each with a caption in a .txt beside it or in
-    metadata.csv (`file_name,text`). A clip is a random window: T frames at a random start and
-    frame interval, shrunk so that the short side is 1 to 1.5 times the size of a clip, cropped at
-    random. The last fifth of each video, one clip at least, is held out of training.
+    """Captioned videos: .mp4 .avi .mkv .webm .gif, in subfolders too, each with a caption in a .txt
+    beside it or in the folder's metadata.csv (`file_name,text`, as sub/name.mp4). A clip is a
+    random window: T frames at a random start and frame interval, shrunk so that the short side is
+    1 to 1.5 times the size of a clip, cropped at random. The last fifth of each video, one clip at
+    least, is held out of training.
 
     Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not
     grow with the number, the length or the resolution of the videos. Unreadable files are named
@@ -737,8 +744,9 @@ class VideoFolder:
         self.longest = max((cfg.clips.frames, *cfg.clips.lengths))      # of all phases
         if not self.root.is_dir():
             raise UserError(f"--data {cfg.data}: no such folder")
-        there = self.root.iterdir() if rank() == 0 else ()
-        files = from_rank0(sorted(p.name for p in there if p.suffix.lower() in VIDEO_SUFFIXES))
+        there = self.root.rglob("*") if rank() == 0 else ()
+        files = from_rank0(sorted(p.relative_to(self.root).as_posix() for p in there
+                                  if p.suffix.lower() in VIDEO_SUFFIXES))
         known = from_rank0(read_videos(table) if table and rank() == 0 else None)
         if isinstance(known, str):
             raise UserError(known)
@@ -747,7 +755,7 @@ class VideoFolder:
         say = (lambda *_: None) if quiet else (lambda line: print(line, file=sys.stderr))
         if known:
             self.videos = [(self.root / name, *row) for name, *row in known]
-            old, new = {p.name for p, *_ in self.videos}, set(files)
+            old, new = {name for name, *_ in known}, set(files)
             if old - new:
                 say(f"--data {cfg.data}: gone since this run began, others stand in: "
                     + some_of(old - new))
@@ -765,7 +773,7 @@ class VideoFolder:
 
     def table(self) -> list:
         """What a run keeps of its videos."""
-        return [(path.name, *row) for path, *row in self.videos]
+        return [(path.relative_to(self.root).as_posix(), *row) for path, *row in self.videos]
 
     def _look(self, files: list[Path], quiet: bool, say: Callable[[str], None]):
         data, T = self.cfg.data, self.cfg.clips.frames
@@ -881,7 +889,7 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
     """The caption of each file, from metadata.csv or NAME.txt (which wins); "" where there is none.
     UserError for an empty one, and for one that is no text."""
     told: dict[str, str] = {}
-    table = root / "metadata.csv"
+    table, name = root / "metadata.csv", lambda path: path.relative_to(root).as_posix()
     if table.exists():
         with table.open(newline="", encoding="utf-8-sig", errors="replace") as f:
             rows = csv.DictReader(f, strict=True)
@@ -895,7 +903,7 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
                     told[row["file_name"]] = row["text"] or ""
             except csv.Error as error:
                 raise UserError(f"{table}: {error}; is a quotation mark not closed?") from None
-        if not quiet and (unknown := told.keys() - {path.name for path in files}):
+        if not quiet and (unknown := told.keys() - set(map(name, files))):
             print(f"{table}: no such video here, not used: {some_of(unknown)}", file=sys.stderr)
 
     def look(path: Path) -> tuple[str, str]:
@@ -904,7 +912,7 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
         try:
             caption = beside.read_text(encoding="utf-8-sig", errors="replace")
         except FileNotFoundError:
-            caption = told.get(path.name)
+            caption = told.get(name(path))
         except OSError as error:
             return "", str(error)
         if caption is None:
@@ -922,7 +930,7 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
     wrong = next((line for _, line in found if line), "")
     if wrong:
         raise UserError(wrong)
-    odd = [path.name for path, (caption, _) in zip(files, found) if "\ufffd" in caption]
+    odd = [name(path) for path, (caption, _) in zip(files, found) if "\ufffd" in caption]
     if odd and not quiet:
         print(f"{root}: captions that are not in UTF-8: {some_of(odd)}", file=sys.stderr)
     return [caption for caption, _ in found]
@@ -1367,11 +1375,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
         tmp.chmod(0o666 & ~text_cond.UMASK)     # like other files, not its owner's alone
         with tmp.open("rb") as f:
             os.fsync(f.fileno())
-    except SafetensorError as error:
+        os.replace(tmp, path)
+    except (SafetensorError, OSError) as error:
         tmp.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({error}); free some space and start "
-                        "again") from None
-    os.replace(tmp, path)
+        other = re.search("ermission denied|s a directory", str(error))
+        full = "" if other else "; free some space and start again"
+        raise UserError(f"{path}: could not be written ({error}){full}") from None
 
 
 def load_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -3059,6 +3068,20 @@ def fewest_tokens(cfg: Config) -> int:
                for shape in shapes_of(here))
 
 
+def largest(cfg: Config) -> list[tuple[int, ...]]:
+    """Sizes of the latents, one a stream, of the clips with most tokens. `cfg.dit` has others where
+    there are several aspects: the rows of the tallest and the columns of the widest."""
+    with torch.device("meta"):
+        tae = autoencoder.autoencoder(cfg.autoencoder_config)
+    sizes = [[tuple(size) for _, *size in tae.streams(*shape)] for shape in shapes_of(cfg)]
+    return max(sizes, key=lambda s: tokens_of(cfg.dit, s))
+
+
+def most_tokens(cfg: Config) -> int:
+    """Tokens of the `largest` clips."""
+    return tokens_of(cfg.dit, largest(cfg))
+
+
 def training_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
     """FLOPs of one clip, forward and backward, as torch's FlopCounterMode counts them:
 
@@ -3099,7 +3122,7 @@ def costs(cfg: Config, shapes: tuple[list, list], L: int, gpus: int, sp: int, re
     """What the fullest rank holds at its fullest moment, and what a rank receives in a step:
     {name: (bytes, formula)} each. shapes: of the parameters of one block; of all outside."""
     t, D, F, depth = cfg.train_dit, cfg.dit.dim, cfg.dit.ffn_width, cfg.dit.depth
-    N, P, e = tokens_of(cfg.dit), sum(s.width for s in cfg.dit.streams), PRODUCTS[t.precision]
+    N, P, e = most_tokens(cfg), sum(s.width for s in cfg.dit.streams), PRODUCTS[t.precision]
     R, S, K, n = replicate, gpus // replicate, t.accumulate, -(-N // sp)
     each = -(-t.batch * sp // gpus)  # clips of a rank in a step: K b
     b = -(-each // K)
@@ -3151,25 +3174,31 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
          memory: float = 80e9, peak: float = 989e12, utilisation: float = 0.4,
          link: float = 50e9) -> dict:
     """What the dit stage of a finished config costs, by formulas: {"model", "memory", "wire",
-    "time": {name: (value, unit, formula)}, "problems": [line], "notes": [line], "stages": {name:
-    (batch, steps, samples, FLOPs a step, days)}}.
+    "time": {name: (value, unit, formula)}, "phases", if there are several: {name: (steps, batch, N,
+    seconds of compute and of wire a step, days of the longer)}, "problems": [line], "notes":
+    [line], "stages": {name: (batch, steps, samples, FLOPs a step, days of compute)}}.
 
     A GPU has `memory` bytes, computes utilisation x peak FLOP/s and receives `link` bytes/s. Every
-    step is taken to be of the largest clips, in the last phase; but all phases have to suit the
-    ranks. UserError where gpus are no multiple of sp x replicate, and for another conditioning than
-    adaln_zero."""
+    step is taken to be of the largest clips, and all but "phases" is of the last phase; but all
+    have to suit the ranks. UserError where gpus are no multiple of sp x replicate, and for another
+    conditioning than adaln_zero."""
     if min(gpus, sp, replicate) < 1 or gpus % (sp * replicate):
         raise UserError(f"--gpus {gpus}: not a multiple of --sp {sp} x --replicate {replicate}")
     if cfg.dit.conditioning != "adaln_zero":
         raise UserError(f"--dit.conditioning {cfg.dit.conditioning}: --plan knows only adaln_zero")
     batches = {phase.batch: f" of phase {phase.name}" * bool(phase.name) for phase in phases(cfg)}
-    fewest, cfg = fewest_tokens(cfg), at_phase(cfg, phases(cfg)[-1])
-    with torch.device("meta"):
-        model = TextToVideo(cfg)
-    outside = [p.shape for k, p in model.named_parameters() if not k.startswith("dit.blocks.")]
-    shapes = [p.shape for p in model.dit.blocks[0].parameters()], outside
+    every = {phase.name: at_phase(cfg, phase) for phase in phases(cfg)}
+    fewest, cfg, speed = fewest_tokens(cfg), [*every.values()][-1], gpus * peak * utilisation
+
+    def shapes_in(cfg: Config) -> tuple[list, list]:
+        with torch.device("meta"):
+            model = TextToVideo(cfg)
+        outside = [p.shape for k, p in model.named_parameters() if not k.startswith("dit.blocks.")]
+        return [p.shape for p in model.dit.blocks[0].parameters()], outside
+
+    shapes = shapes_in(cfg)
     block, rest = (sum(math.prod(s) for s in group) for group in shapes)
-    t, N, L = cfg.train_dit, tokens_of(cfg.dit), text_tokens(cfg)
+    t, N, L = cfg.train_dit, most_tokens(cfg), text_tokens(cfg)
     e = PRODUCTS[t.precision]
     params, shares = cfg.dit.depth * block + rest, gpus // sp * t.accumulate
     now = {"dit.checkpointing": cfg.dit.checkpointing, "train_dit.accumulate": t.accumulate,
@@ -3200,24 +3229,36 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
     problems = wrong({})
     if problems:
         options = {"dit.checkpointing": [True], "reshard": [True], "replicate": [1],
-                   "sp": range(sp + 1, cfg.dit.heads + 1), "gpus": [gpus << i for i in range(1, 8)],
-                   "train_dit.accumulate": [a for a in range(t.accumulate + 1, t.batch + 1)
+                   "sp": [*range(sp + 1, cfg.dit.heads + 1), *range(sp - 1, 0, -1)],
+                   "gpus": [gpus << i for i in range(1, 8)],
+                   "train_dit.accumulate": [a for a in (*range(t.accumulate + 1, t.batch + 1),
+                                                        *range(t.accumulate - 1, 0, -1))
                                             if t.batch % a == 0]}
         options = {k: [v for v in values if v != now[k]] for k, values in options.items()}
-        found = remedies(lambda c: not wrong(c), options) or ["no change of these flags helps"]
+        found = remedies(lambda c: not wrong(c), options) or [
+            f"no change of {', '.join('--' + k for k in options)} helps"]
         problems = ["; ".join(problems) + ": " + " or ".join(found)]
     m, w = costs(cfg, shapes, L, gpus, sp, replicate, reshard)
     held, sent = (sum(v for v, _ in figures.values()) for figures in (m, w))
-    clip, speed = training_flops(cfg.dit, N, L), gpus * peak * utilisation
-    seconds, notes, stages = t.batch * clip / speed, [], {}
-    if sent / link > seconds:
-        notes.append("the wire takes longer than the compute: more clips a rank, fewer ranks")
+    clip = training_flops(cfg.dit, N, L)
+    seconds, notes, stages, parts = t.batch * clip / speed, [], {}, {}
+    for name, c in every.items():
+        batch, steps = c.train_dit.batch, c.train_dit.steps
+        wire = costs(c, shapes_in(c), L, gpus, sp, replicate, reshard)[1].values()
+        wire = sum(v for v, _ in wire) / link
+        compute = batch * training_flops(c.dit, most_tokens(c), L) / speed
+        parts[name] = (steps, batch, most_tokens(c), compute, wire,
+                       steps * max(compute, wire) / 86400)
+        if wire > compute:
+            notes.append(f"in phase {name} " * bool(name) + "the wire takes longer than the "
+                         "compute: more clips a rank, fewer ranks")
     if e == 4 and peak > 500e12:
         notes.append(f"{peak / 1e12:g} TFLOP/s is for bf16: --train_dit.precision bf16")
     if cfg.scale == "30b" and cfg.variant != "vidtwin":
         for name, (frames, size, batch, steps, samples) in MOVIE_GEN.items():
             try:
-                there = at_phase(cfg, Phase(name, frames, size, steps, batch, t.lr, 0.0)).dit
+                square = replace(cfg, clips=replace(cfg.clips, aspects=(1, 1), lengths=()))
+                there = at_phase(square, Phase(name, frames, size, steps, batch, t.lr, 0.0)).dit
             except ValueError as error:     # the patches of this model do not cut it
                 notes.append(f"Movie Gen's {name} are left out: {error}")
                 continue
@@ -3231,7 +3272,8 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
             "shard W": (m["parameters"][0] // 4, "", "sum over parameters: ceil(rows / S) columns"),
             "clips b": (-(-t.batch // shares), "",
                         f"batch {t.batch} / (R dp K), K = {t.accumulate}"),
-            "tokens N": (N, "", " + ".join(f"{s.size} / {s.patch}" for s in cfg.dit.streams)),
+            "tokens N": (N, "", " + ".join(f"{size} / {s.patch}" for size, s in
+                                               zip(largest(cfg), cfg.dit.streams))),
             "text tokens L": (L, "", "of the longest prompt"),
             "kept A": (block_bytes(cfg.dit, -(-N // sp), L, 1, e, sp), "B",
                        f"n ((28 + {9 + (sp > 1)}e) D + 4e F + 8h + 12) + {2 + (e < 4)}e L D + 32 D"
@@ -3246,6 +3288,7 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
             "compute": (seconds, "s", f"FLOPs / ({gpus:,} x {peak:.3g} x {utilisation:g})"),
             "wire": (sent / link, "s", f"sum / {link:.3g} B/s, in part behind the compute"),
             "days": (t.steps * seconds / 86400, "", f"{t.steps:,} steps of compute")},
+        "phases": parts if len(parts) > 1 else {},
         "problems": problems, "notes": notes, "stages": stages}
 
 
@@ -3275,9 +3318,17 @@ def print_plan(rows: dict) -> None:
                 shown = f"{value / 1000 ** power:.4g} {' kMGTPEZY'[power].strip()}{unit}"
             print(f"  {name:20} {shown:>16}  {formula}".rstrip())
     print(LEGEND)
+    if rows["phases"]:
+        print("The phases, each step of the largest clips; the above is of the last\n"
+              f"  {'':16}{'steps':>9}{'batch':>8}{'N':>9}{'compute, s':>12}{'wire, s':>9}"
+              f"{'days of the longer':>20}")
+        for name, (steps, batch, N, compute, wire, days) in rows["phases"].items():
+            print(f"  {name:16}{steps:9,}{batch:8,}{N:9,}{compute:12.3g}{wire:9.3g}{days:20,.2f}")
+        print(f"  {'in all':16}{sum(r[-1] for r in rows['phases'].values()):67,.2f}")
     if rows["stages"]:
         print("Movie Gen's stages: batch at first, steps and samples as published; the rest by "
-              "these formulas,\non these GPUs, as if every sample were an image or 256 frames")
+              "these formulas,\non these GPUs, as if every sample were an image or 256 frames, "
+              "days of compute alone")
         print(f"  {'':16}{'batch':>8}{'steps':>9}{'samples':>10}{'FLOPs a step':>14}{'days':>11}")
         for name, (batch, steps, samples, flops, days) in rows["stages"].items():
             print(f"  {name:16}{batch:8,}{steps:9,}{samples:10.3g}{flops:14.3g}{days:11,.2f}")
@@ -3546,7 +3597,8 @@ def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None 
     path, mine, changed = folder / "config.json", json.loads(json.dumps(asdict(cfg))), []
     if path.exists():
         changed = differences(json.loads(json.dumps(asdict(read_config(path)))), mine)
-        other = [x for x in changed if x.split(":")[0] not in HOW]
+        moved = "data" * bool(cfg.data and read_config(path).data)     # it keeps to videos.json
+        other = [x for x in changed if x.split(":")[0] not in HOW | {moved}]
         if other:
             raise UserError(
                 f"--workdir {folder}: holds a run of another configuration ({'; '.join(other)}); "
@@ -3610,6 +3662,10 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     """Ranks, data, run folder, then stage after stage."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.plan:
+        if args.dp and args.dp * args.sp * args.replicate != args.gpus:
+            raise UserError(f"--replicate {args.replicate} --dp {args.dp} --sp {args.sp}: "
+                            f"{args.dp * args.sp * args.replicate} ranks in all, but --gpus is "
+                            f"{args.gpus}")
         print_plan(plan(cfg, args.gpus, args.sp, args.replicate, args.reshard, 1e9 * args.memory,
                         1e12 * (args.peak_tflops or 989), args.utilisation, 1e9 * args.link))
         return
@@ -3695,7 +3751,7 @@ def too_large(error: BaseException) -> str:
     what = (f"out of memory. Tried to allocate {int(asked[1]) / 2**30:,.2f} GiB." if asked else
             text.split(" GPU ")[0])
     return (f"{what} Go on with --train_dit.accumulate or --dit.checkpointing true, in the tae "
-            "stage with --tae.checkpointing true; see --plan")
+            "stage with --tae.checkpointing true (or --vidtwin.checkpointing); see --plan")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -333,7 +333,8 @@ def test_what_does_not_fit_and_the_flags_that_make_it_fit(cfg, now, says, flags)
     assert says in line
     found = line.rsplit(": ", 1)[1].split(" or ")
     if flags == []:
-        assert found == ["no change of these flags helps"]
+        assert found == ["no change of --dit.checkpointing, --reshard, --replicate, --sp, --gpus, "
+                         "--train_dit.accumulate helps"]
         return
     assert flags is None or set(found) == set(flags)
     for remedy in found:
@@ -352,6 +353,41 @@ def test_more_ranks_than_heads_or_a_mesh_that_is_none():
         train.plan(toy(), 6, sp=4)
     with pytest.raises(train.UserError, match="in_context: --plan knows only adaln_zero"):
         train.plan(toy(conditioning="in_context"), 1)
+
+
+def test_clips_of_other_aspects_have_no_more_tokens():
+    """The position tables have: the rows of the tallest, and the columns of the widest."""
+    for scale, N in (("1b", 1024), ("30b", 73728)):
+        flags = ["--scale", scale, "--clips.aspects", "1", "1", "16", "9", "9", "16"]
+        cfg = train.parse_args(flags)[0]
+        plans = [train.plan(c, 6144) for c in (cfg, train.parse_args(flags[:2])[0])]
+        assert [p["model"]["tokens N"][0] for p in plans] == [N, N]
+        assert plans[0]["time"] == plans[1]["time"] and plans[0]["stages"] == plans[1]["stages"]
+        if scale == "1b":
+            last = train.at_phase(cfg, train.phases(cfg)[-1])
+            assert train.tokens_of(last.dit) == 1764 > N
+
+
+def test_days_of_all_phases():
+    """Of the slower of compute and wire, each as a plan of that phase alone has them."""
+    parts = train.plan(train.parse_args(["--scale", "30b"])[0], 6144, sp=12)["phases"]
+    assert [*parts] == ["images", "small", "full"]
+    for name, frames, size in (("images", 1, 256), ("small", 256, 256), ("full", 256, 768)):
+        steps, batch, N, compute, wire, days = parts[name]
+        alone = train.parse_args(["--scale", "30b", "--phases", "one", "--batch", str(batch),
+                                  "--clips.frames", str(frames), "--clips.size", str(size),
+                                  "--steps", str(steps)])[0]
+        rows = train.plan(alone, 6144, sp=12)
+        assert not rows["phases"] and rows["model"]["tokens N"][0] == N
+        assert [rows["time"][k][0] for k in ("compute", "wire")] == pytest.approx([compute, wire])
+        assert days == pytest.approx(steps * max(compute, wire) / 86400)
+
+
+def test_too_much_is_mended_by_less():
+    plan = lambda *flags, **now: train.plan(train.parse_args(["--scale", *flags])[0], **now)
+    assert plan("1b", gpus=64, sp=32)["problems"][0].endswith(": --sp 16")
+    accumulate = plan("5b", "--train_dit.accumulate", "32", gpus=64)["problems"][0]
+    assert "--train_dit.accumulate 16" in accumulate
 
 
 def test_remedies_are_the_fewest_changes_and_the_mildest_values():

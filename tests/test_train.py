@@ -542,6 +542,10 @@ def test_no_space_for_tensors_is_one_line_and_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+    (tmp_path / "x.safetensors").mkdir()        # no space would help
+    with pytest.raises(train.UserError, match="could not be written .*a directory.*[)]$"):
+        train.save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_memory_and_gpus_that_are_too_few_are_one_line(tmp_path, monkeypatch, capfd):
@@ -1584,6 +1588,29 @@ def test_crops_of_a_window_go_to_one_worker(tmp_path, monkeypatch):
         want = [clips.clip("train", i) for i in rows]
         assert torch.equal(torch.cat(seen), torch.stack([x for x, _ in want]))
         assert told == [text for _, text in want]
+
+
+def test_videos_of_subfolders_and_a_folder_that_moved(tmp_path, finished, capfd):
+    old, new = make_folder(tmp_path / "über all", videos=2), tmp_path / "moved"
+    deep = old / "sub dir" / "deep"
+    deep.mkdir(parents=True)
+    (old / "v1.mp4").rename(deep / "v1.mp4")
+    (old / "v1.txt").unlink()
+    (old / "metadata.csv").write_text("file_name,text\nsub dir/deep/v1.mp4,deeper\n")
+    clips = train.VideoFolder(config(old))
+    assert [row[:2] for row in clips.table()] == [("sub dir/deep/v1.mp4", "deeper"),
+                                                  ("v0.mp4", "grey number 0")]
+    assert "not used" not in capfd.readouterr().err
+    want = clips.clip("train", 0)[0]
+    train.write_json(tmp_path / "videos.json", clips.table())
+    old.rename(new)
+    again = train.VideoFolder(config(new), table=tmp_path / "videos.json")
+    assert again.table() == clips.table() and torch.equal(again.clip("train", 0)[0], want)
+    # and the run goes on with it; one of the toy world is no run of videos
+    for data in (old, new, f"{new}/"):
+        train.open_run(parsed("--data", str(data)), tmp_path / "run", torch.device("cpu"))
+    with pytest.raises(train.UserError, match="another configuration .*data:"):
+        train.open_run(parsed("--data", str(new)), finished, torch.device("cpu"))
 
 
 def test_workers_leave_no_open_files(tmp_path):
