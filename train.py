@@ -64,7 +64,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # its advice on DDP would break restarts
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C before `Stop.listen`: no traceback
 
 import torch
@@ -3452,13 +3452,14 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
                              "for --plan (default: 989, an H100 in bf16)")
     parser.add_argument("--plan", action="store_true",
                         help="print what the dit stage would take, and end; needs no GPU")
+    planned: dict[str, float] = {}
     for flag, kind, default, text in (
             ("gpus", int, 8, "their number (default 8)"),
             ("memory", float, 80.0, "of one, GB (default 80)"),
             ("link", float, 50.0, "what one can receive, GB a second (default 50: 400 Gbit/s)"),
             ("utilisation", float, 0.4, "of the peak that is reached (default 0.4)")):
-        parser.add_argument(f"--{flag}", type=kind, default=default, metavar="N",
-                            help=f"--plan: {text}")
+        parser.add_argument(f"--{flag}", type=kind, metavar="N", help=f"--plan: {text}")
+        planned[flag] = default
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS",
                         help="several ranks: how long one waits for a silent one (default 600)")
     parser.add_argument("--device", default="", metavar="cpu|cuda",
@@ -3481,9 +3482,13 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     if not 0 <= args.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {args.peak_tflops:g}: must be above 0")
     for name, most in (("gpus", 10**7), ("memory", 1e9), ("link", 1e9), ("utilisation", 1)):
-        if not 0 < getattr(args, name) <= most:
-            raise UserError(f"--{name} {getattr(args, name):g}: must be above 0, and at most "
-                            f"{most:g}")
+        value = getattr(args, name)
+        if value is None:
+            setattr(args, name, planned[name])
+        elif not 0 < value <= most:
+            raise UserError(f"--{name} {value:g}: must be above 0, and at most {most:g}")
+        elif not args.plan:
+            raise UserError(f"--{name} {value:g}: needs --plan; a run has the ranks of torchrun")
     if args.replicate is None:      # where all of it fits many times over, copies are the faster
         ranks = args.gpus if args.plan else int(os.environ.get("WORLD_SIZE", 1))
         copies = args.scale in ("toy", "small") and not args.dp and ranks % args.sp == 0

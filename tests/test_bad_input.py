@@ -25,6 +25,8 @@ OUT_OF_BOUNDS = """
     --reshard maybe / --export model.pt / --peak-tflops x / --peak-tflops -1 / --peak-tflops nan
     --plan=yes / --gpus 0 / --gpus 1.5 / --gpus x / --memory 0 / --memory nan / --link -1
     --link inf / --utilisation 2 / --utilisation 0 / --gpus 6 --plan --sp 4
+    --gpus 8 --plan --dp 3 / --gpus 2 / --memory 40 / --link 3 / --utilisation 0.5
+    --train_tae.accumulate 2 / --train_dit.crowd 2
     --dit.conditioning adaln --plan
     --workdir '' / --data '' / --data none / --export ''
     --scael toy / --clip 1 / --tae.variant 3d / --dit.text_dim 64 / --help=yes

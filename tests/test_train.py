@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -447,7 +448,7 @@ def test_a_stop_while_a_checkpoint_is_read_costs_none(copy, finished, monkeypatc
     def check(self, path):
         if path.parent.name == "dit" and left[0]:
             left[0] -= 1
-            os.kill(os.getpid(), train.signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
         real(self, path)
     with monkeypatch.context() as patch:
         patch.setattr(train.Checkpoints, "check", check)
@@ -546,6 +547,14 @@ def test_no_space_for_tensors_is_one_line_and_leaves_nothing(tmp_path):
     with pytest.raises(train.UserError, match="could not be written .*a directory.*[)]$"):
         train.save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_ctrl_c_while_importing_is_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\nraise SystemExit(3)\n")
+    done = subprocess.run([sys.executable, "train.py", "--plan"], cwd=ROOT, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          preexec_fn=lambda: signal.signal(2, signal.SIG_DFL))   # nohup ignores it
+    assert done.returncode == -2 and not done.stderr
 
 
 def test_memory_and_gpus_that_are_too_few_are_one_line(tmp_path, monkeypatch, capfd):
@@ -1039,7 +1048,7 @@ def test_a_stop_that_is_asked_for_loses_nothing(tmp_path, monkeypatch, number):
             os.kill(os.getpid(), number)
         return fire(*key)
 
-    before = train.signal.getsignal(number)
+    before = signal.getsignal(number)
     train.Stop.listen()
     try:
         with monkeypatch.context() as patch, pytest.raises(train.Stopped, match="after 7 steps"):
@@ -1047,7 +1056,7 @@ def test_a_stop_that_is_asked_for_loses_nothing(tmp_path, monkeypatch, number):
             toy_training(tmp_path / "b")
     finally:
         train.Stop.forget()
-    assert train.signal.getsignal(number) == before
+    assert signal.getsignal(number) == before
     state, events = toy_training(tmp_path / "b")
     assert torch.equal(plain["weight"], state["weight"]) and events.count(("stopped", 7)) == 1
     assert ("start", 7) in events
@@ -1898,7 +1907,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_well(finished, tmp_path, name):
         while p.poll() is None and not list(folder.glob(sign)):
             time.sleep(0.01)
         began = time.monotonic()
-        p.send_signal(getattr(train.signal, name))
+        p.send_signal(getattr(signal, name))
         said = p.communicate(timeout=200)[1]
         assert p.returncode == 0 and time.monotonic() - began < 30, said
         assert "start again to continue" in said and "Traceback" not in said, said
@@ -2000,8 +2009,6 @@ def test_nodes_that_do_not_share_the_folder_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named(finished, tmp_path):
     """SIGSTOP of one of two ranks in the dit stage: the other says which, within --timeout."""
-    import signal
-
     folder = Path(shutil.copytree(finished, tmp_path / "hung"))
     forget(folder, "dit", "samples", "report.json")
     config = json.loads((folder / "config.json").read_text())
