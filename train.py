@@ -745,7 +745,7 @@ class VideoFolder:
         if not self.root.is_dir():
             raise UserError(f"--data {cfg.data}: no such folder")
         there = self.root.rglob("*") if rank() == 0 else ()
-        files = from_rank0(sorted(p.relative_to(self.root).as_posix() for p in there
+        files = from_rank0(sorted(name_in(self.root, p) for p in there
                                   if p.suffix.lower() in VIDEO_SUFFIXES))
         known = from_rank0(read_videos(table) if table and rank() == 0 else None)
         if isinstance(known, str):
@@ -773,7 +773,7 @@ class VideoFolder:
 
     def table(self) -> list:
         """What a run keeps of its videos."""
-        return [(path.relative_to(self.root).as_posix(), *row) for path, *row in self.videos]
+        return [(name_in(self.root, path), *row) for path, *row in self.videos]
 
     def _look(self, files: list[Path], quiet: bool, say: Callable[[str], None]):
         data, T = self.cfg.data, self.cfg.clips.frames
@@ -867,6 +867,11 @@ class VideoFolder:
         return x, rate / interval, caption
 
 
+def name_in(root: Path, path: Path) -> str:
+    """What a video of --data is called: sub/name.mp4."""
+    return path.relative_to(root).as_posix()
+
+
 def read_videos(table: Path) -> list | str | None:
     """What VideoFolder.table gave, or what is wrong with it; None where there is nothing."""
     if not table.exists():
@@ -889,7 +894,7 @@ def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[st
     """The caption of each file, from metadata.csv or NAME.txt (which wins); "" where there is none.
     UserError for an empty one, and for one that is no text."""
     told: dict[str, str] = {}
-    table, name = root / "metadata.csv", lambda path: path.relative_to(root).as_posix()
+    table, name = root / "metadata.csv", partial(name_in, root)
     if table.exists():
         with table.open(newline="", encoding="utf-8-sig", errors="replace") as f:
             rows = csv.DictReader(f, strict=True)
@@ -1248,18 +1253,23 @@ class Mesh:
                 if dist.is_initialized() and dist.get_backend() == "nccl" else None)
 
 
+def dp_of(ranks: int, dp: int, sp: int, replicate: int, known: str = "there are") -> int:
+    """dp, or if 0 what is left of the ranks. UserError where these cannot be shared out."""
+    for flag, n in (("--sp", sp), ("--replicate", replicate)):
+        if n < 1 or ranks % n:
+            raise UserError(f"{flag} {n}: does not divide the {ranks} ranks")
+    dp = dp or ranks // (sp * replicate)
+    if replicate * dp * sp != ranks:
+        raise UserError(f"--replicate {replicate} --dp {dp} --sp {sp}: {replicate * dp * sp} ranks "
+                        f"in all, but {known} {ranks}")
+    return dp
+
+
 def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True,
               device: str = "cpu") -> Mesh:
     """The ranks that there are as a Mesh; dp 0: as many as are left. UserError where the product is
     another number."""
-    world = world_size()
-    for flag, n in (("--sp", sp), ("--replicate", replicate)):
-        if n < 1 or world % n:
-            raise UserError(f"{flag} {n}: does not divide the {world} ranks")
-    dp = dp or world // (sp * replicate)
-    if replicate * dp * sp != world:
-        raise UserError(f"--replicate {replicate} --dp {dp} --sp {sp}: {replicate * dp * sp} ranks "
-                        f"in all, but there are {world}")
+    dp = dp_of(world_size(), dp, sp, replicate)
     mesh = Mesh(replicate, dp, sp, reshard)
     if dist.is_initialized():
         ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
@@ -1619,14 +1629,19 @@ class Checkpoints:
 def tells_of_loss(error: BaseException) -> bool:
     """Whether a rank is gone that wrote or read a checkpoint, too; not if a file is at fault, whose
     path may say anything, such as "timeout"."""
-    causes = [e for e, _ in getattr(error, "failures", {}).values()] or [error]
-    return world_size() > 1 and not any(isinstance(e, OSError | ValueError) for e in causes) \
-        and any(map(sample_parallel.is_loss, causes))
+    causes = _causes(error)
+    return (world_size() > 1 and any(map(sample_parallel.is_loss, causes))
+            and not any(isinstance(e, OSError | ValueError) for e in causes))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What the ranks met, of a CheckpointException; else the error itself."""
+    return [e for e, _ in getattr(error, "failures", {}).values()] or [error]
 
 
 def _reason(error: BaseException) -> str:
     """The last line of an error that says something, without its wrapping."""
-    text = str(getattr(error, "failures", None) and next(iter(error.failures.values()))[0] or error)
+    text = str(_causes(error)[0])
     return (text.strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
@@ -3059,27 +3074,19 @@ def tokens_of(dit: backbone.DiTConfig, sizes: Iterable[Iterable[int]] | None = N
     return sum(math.prod(n) // math.prod(s.patch) for n, s in zip(sizes, dit.streams, strict=True))
 
 
+def latent_sizes(cfg: Config) -> list[list[tuple[int, ...]]]:
+    """Sizes of the latents, one a stream, of each shape that clips of a phase can have. Where there
+    are several aspects, `cfg.dit` has others: the rows of the tallest, the columns of the widest.
+    """
+    with torch.device("meta"):
+        tae = autoencoder.autoencoder(cfg.autoencoder_config)
+    return [[tuple(size) for _, *size in tae.streams(*shape)] for shape in shapes_of(cfg)]
+
+
 def fewest_tokens(cfg: Config) -> int:
     """N of the smallest clip, over all phases: sp ranks need one each."""
-    with torch.device("meta"):
-        tae = autoencoder.autoencoder(cfg.autoencoder_config)
-    return min(tokens_of(here.dit, [size for _, *size in tae.streams(*shape)])
-               for here in (at_phase(cfg, phase) for phase in phases(cfg))
-               for shape in shapes_of(here))
-
-
-def largest(cfg: Config) -> list[tuple[int, ...]]:
-    """Sizes of the latents, one a stream, of the clips with most tokens. `cfg.dit` has others where
-    there are several aspects: the rows of the tallest and the columns of the widest."""
-    with torch.device("meta"):
-        tae = autoencoder.autoencoder(cfg.autoencoder_config)
-    sizes = [[tuple(size) for _, *size in tae.streams(*shape)] for shape in shapes_of(cfg)]
-    return max(sizes, key=lambda s: tokens_of(cfg.dit, s))
-
-
-def most_tokens(cfg: Config) -> int:
-    """Tokens of the `largest` clips."""
-    return tokens_of(cfg.dit, largest(cfg))
+    every = [at_phase(cfg, phase) for phase in phases(cfg)]
+    return min(tokens_of(here.dit, sizes) for here in every for sizes in latent_sizes(here))
 
 
 def training_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
@@ -3117,12 +3124,12 @@ def block_bytes(dit: backbone.DiTConfig, n: int, L: int, b: int, e: int, sp: int
     return b * (n * token + L * (2 * e * D + (e * dit.text_width if half else 0)) + 32 * D)
 
 
-def costs(cfg: Config, shapes: tuple[list, list], L: int, gpus: int, sp: int, replicate: int,
-          reshard: bool) -> tuple[dict, dict]:
+def costs(cfg: Config, shapes: tuple[list, list], N: int, L: int, gpus: int, sp: int,
+          replicate: int, reshard: bool) -> tuple[dict, dict]:
     """What the fullest rank holds at its fullest moment, and what a rank receives in a step:
     {name: (bytes, formula)} each. shapes: of the parameters of one block; of all outside."""
     t, D, F, depth = cfg.train_dit, cfg.dit.dim, cfg.dit.ffn_width, cfg.dit.depth
-    N, P, e = most_tokens(cfg), sum(s.width for s in cfg.dit.streams), PRODUCTS[t.precision]
+    P, e = sum(s.width for s in cfg.dit.streams), PRODUCTS[t.precision]
     R, S, K, n = replicate, gpus // replicate, t.accumulate, -(-N // sp)
     each = -(-t.batch * sp // gpus)  # clips of a rank in a step: K b
     b = -(-each // K)
@@ -3187,18 +3194,26 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
     if cfg.dit.conditioning != "adaln_zero":
         raise UserError(f"--dit.conditioning {cfg.dit.conditioning}: --plan knows only adaln_zero")
     batches = {phase.batch: f" of phase {phase.name}" * bool(phase.name) for phase in phases(cfg)}
-    every = {phase.name: at_phase(cfg, phase) for phase in phases(cfg)}
-    fewest, cfg, speed = fewest_tokens(cfg), [*every.values()][-1], gpus * peak * utilisation
-
-    def shapes_in(cfg: Config) -> tuple[list, list]:
+    fewest, L, speed = fewest_tokens(cfg), text_tokens(cfg), gpus * peak * utilisation
+    whole, every, parts, notes, stages = cfg, phases(cfg), {}, [], {}
+    for phase in every:         # what these names hold in the end is of the last one
+        cfg = at_phase(whole, phase)
         with torch.device("meta"):
             model = TextToVideo(cfg)
         outside = [p.shape for k, p in model.named_parameters() if not k.startswith("dit.blocks.")]
-        return [p.shape for p in model.dit.blocks[0].parameters()], outside
-
-    shapes = shapes_in(cfg)
+        shapes = [p.shape for p in model.dit.blocks[0].parameters()], outside
+        t, sizes = cfg.train_dit, max(latent_sizes(cfg), key=partial(tokens_of, cfg.dit))
+        N = tokens_of(cfg.dit, sizes)
+        m, w = costs(cfg, shapes, N, L, gpus, sp, replicate, reshard)
+        held, sent = (sum(v for v, _ in figures.values()) for figures in (m, w))
+        clip = training_flops(cfg.dit, N, L)
+        seconds = t.batch * clip / speed
+        parts[phase.name] = (t.steps, t.batch, N, seconds, sent / link,
+                             t.steps * max(seconds, sent / link) / 86400)
+        if sent / link > seconds:
+            notes.append(f"in phase {phase.name} " * bool(phase.name) + "the wire takes longer "
+                         "than the compute: more clips a rank, fewer ranks")
     block, rest = (sum(math.prod(s) for s in group) for group in shapes)
-    t, N, L = cfg.train_dit, most_tokens(cfg), text_tokens(cfg)
     e = PRODUCTS[t.precision]
     params, shares = cfg.dit.depth * block + rest, gpus // sp * t.accumulate
     now = {"dit.checkpointing": cfg.dit.checkpointing, "train_dit.accumulate": t.accumulate,
@@ -3219,7 +3234,7 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
             return out
         there = replace(cfg, dit=replace(cfg.dit, checkpointing=checkpointing),
                         train_dit=replace(t, accumulate=parts))
-        m, _ = costs(there, shapes, L, gpus, sp, replicate, reshard)
+        m, _ = costs(there, shapes, N, L, gpus, sp, replicate, reshard)
         total, most = sum(v for v, _ in m.values()), max(m, key=m.get)
         if total > memory:
             out.append(f"memory {total / 1e9:.3g} GB > {memory / 1e9:g} GB, {most} alone "
@@ -3238,26 +3253,12 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
         found = remedies(lambda c: not wrong(c), options) or [
             f"no change of {', '.join('--' + k for k in options)} helps"]
         problems = ["; ".join(problems) + ": " + " or ".join(found)]
-    m, w = costs(cfg, shapes, L, gpus, sp, replicate, reshard)
-    held, sent = (sum(v for v, _ in figures.values()) for figures in (m, w))
-    clip = training_flops(cfg.dit, N, L)
-    seconds, notes, stages, parts = t.batch * clip / speed, [], {}, {}
-    for name, c in every.items():
-        batch, steps = c.train_dit.batch, c.train_dit.steps
-        wire = costs(c, shapes_in(c), L, gpus, sp, replicate, reshard)[1].values()
-        wire = sum(v for v, _ in wire) / link
-        compute = batch * training_flops(c.dit, most_tokens(c), L) / speed
-        parts[name] = (steps, batch, most_tokens(c), compute, wire,
-                       steps * max(compute, wire) / 86400)
-        if wire > compute:
-            notes.append(f"in phase {name} " * bool(name) + "the wire takes longer than the "
-                         "compute: more clips a rank, fewer ranks")
     if e == 4 and peak > 500e12:
         notes.append(f"{peak / 1e12:g} TFLOP/s is for bf16: --train_dit.precision bf16")
     if cfg.scale == "30b" and cfg.variant != "vidtwin":
+        square = replace(cfg, clips=replace(cfg.clips, aspects=(1, 1), lengths=()))
         for name, (frames, size, batch, steps, samples) in MOVIE_GEN.items():
             try:
-                square = replace(cfg, clips=replace(cfg.clips, aspects=(1, 1), lengths=()))
                 there = at_phase(square, Phase(name, frames, size, steps, batch, t.lr, 0.0)).dit
             except ValueError as error:     # the patches of this model do not cut it
                 notes.append(f"Movie Gen's {name} are left out: {error}")
@@ -3273,7 +3274,7 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
             "clips b": (-(-t.batch // shares), "",
                         f"batch {t.batch} / (R dp K), K = {t.accumulate}"),
             "tokens N": (N, "", " + ".join(f"{size} / {s.patch}" for size, s in
-                                               zip(largest(cfg), cfg.dit.streams))),
+                                               zip(sizes, cfg.dit.streams))),
             "text tokens L": (L, "", "of the longest prompt"),
             "kept A": (block_bytes(cfg.dit, -(-N // sp), L, 1, e, sp), "B",
                        f"n ((28 + {9 + (sp > 1)}e) D + 4e F + 8h + 12) + {2 + (e < 4)}e L D + 32 D"
@@ -3288,7 +3289,7 @@ def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool 
             "compute": (seconds, "s", f"FLOPs / ({gpus:,} x {peak:.3g} x {utilisation:g})"),
             "wire": (sent / link, "s", f"sum / {link:.3g} B/s, in part behind the compute"),
             "days": (t.steps * seconds / 86400, "", f"{t.steps:,} steps of compute")},
-        "phases": parts if len(parts) > 1 else {},
+        "phases": parts if len(every) > 1 else {},
         "problems": problems, "notes": notes, "stages": stages}
 
 
@@ -3452,14 +3453,13 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
                              "for --plan (default: 989, an H100 in bf16)")
     parser.add_argument("--plan", action="store_true",
                         help="print what the dit stage would take, and end; needs no GPU")
-    planned: dict[str, float] = {}
-    for flag, kind, default, text in (
-            ("gpus", int, 8, "their number (default 8)"),
-            ("memory", float, 80.0, "of one, GB (default 80)"),
-            ("link", float, 50.0, "what one can receive, GB a second (default 50: 400 Gbit/s)"),
-            ("utilisation", float, 0.4, "of the peak that is reached (default 0.4)")):
+    planned = (
+        ("gpus", int, 8, 10**7, "their number (default 8)"),
+        ("memory", float, 80.0, 1e9, "of one, GB (default 80)"),
+        ("link", float, 50.0, 1e9, "what one can receive, GB a second (default 50: 400 Gbit/s)"),
+        ("utilisation", float, 0.4, 1, "of the peak that is reached (default 0.4)"))
+    for flag, kind, *_, text in planned:
         parser.add_argument(f"--{flag}", type=kind, metavar="N", help=f"--plan: {text}")
-        planned[flag] = default
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS",
                         help="several ranks: how long one waits for a silent one (default 600)")
     parser.add_argument("--device", default="", metavar="cpu|cuda",
@@ -3481,10 +3481,10 @@ def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
     if not 0 <= args.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {args.peak_tflops:g}: must be above 0")
-    for name, most in (("gpus", 10**7), ("memory", 1e9), ("link", 1e9), ("utilisation", 1)):
+    for name, _, default, most, _ in planned:
         value = getattr(args, name)
         if value is None:
-            setattr(args, name, planned[name])
+            setattr(args, name, default)
         elif not 0 < value <= most:
             raise UserError(f"--{name} {value:g}: must be above 0, and at most {most:g}")
         elif not args.plan:
@@ -3601,8 +3601,9 @@ def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None 
     and left as it is. patience: the seconds to wait to be `alone` in it, before it is changed."""
     path, mine, changed = folder / "config.json", json.loads(json.dumps(asdict(cfg))), []
     if path.exists():
-        changed = differences(json.loads(json.dumps(asdict(read_config(path)))), mine)
-        moved = "data" * bool(cfg.data and read_config(path).data)     # it keeps to videos.json
+        there = json.loads(json.dumps(asdict(read_config(path))))
+        changed = differences(there, mine)
+        moved = "data" * bool(cfg.data and there["data"])               # it keeps to videos.json
         other = [x for x in changed if x.split(":")[0] not in HOW | {moved}]
         if other:
             raise UserError(
@@ -3617,18 +3618,17 @@ def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None 
     barrier()
     run = Run(folder, cfg, device, mesh)
     if patience is not None:
-        run.lock = alone(folder, patience) if rank() == 0 else None
-        wait_for_rank0("lock")
         seen = folder / "seen"
+        run.lock = alone(folder, patience) if rank() == 0 else None
         with contextlib.suppress(OSError):          # a full disk is told of where it matters
             if rank() == 0:
                 seen.touch()
-        barrier()
-        there = from_all(seen.exists())
+        wait_for_rank0("lock")
+        sees = from_all(seen.exists())
         if rank() == 0:
             seen.unlink(missing_ok=True)
-        if there[0] and not all(there):
-            raise UserError(f"--workdir {folder}: rank {there.index(False)} does not see the files "
+        if sees[0] and not all(sees):
+            raise UserError(f"--workdir {folder}: rank {sees.index(False)} does not see the files "
                             "that rank 0 writes there; it has to be one folder for all nodes")
     if rank() == 0 and (changed or not path.exists()):
         write_json(path, mine)
@@ -3667,10 +3667,8 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
     """Ranks, data, run folder, then stage after stage."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.plan:
-        if args.dp and args.dp * args.sp * args.replicate != args.gpus:
-            raise UserError(f"--replicate {args.replicate} --dp {args.dp} --sp {args.sp}: "
-                            f"{args.dp * args.sp * args.replicate} ranks in all, but --gpus is "
-                            f"{args.gpus}")
+        if args.dp:
+            dp_of(args.gpus, args.dp, args.sp, args.replicate, "--gpus is")
         print_plan(plan(cfg, args.gpus, args.sp, args.replicate, args.reshard, 1e9 * args.memory,
                         1e12 * (args.peak_tflops or 989), args.utilisation, 1e9 * args.link))
         return

@@ -1968,8 +1968,9 @@ def test_two_runs_do_not_work_in_one_folder(copy, capfd):
 MEET = """
 import os, train                         # seconds on a busy machine, before any time-out counts
 from torch.distributed import TCPStore
-TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"])).set(os.environ["RANK"], "here")
-TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"])).wait(["0", "1"])
+store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]))
+store.set(os.environ["RANK"], "here")
+store.wait(["0", "1"])
 """
 
 
