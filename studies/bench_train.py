@@ -1,6 +1,6 @@
 """Overhead of the training loop, and speed-up of two ranks, one thread a rank.
 
-    python tests/bench_train.py --rounds 3            # toy 6, small 50 minutes on 2 cores
+    python studies/bench_train.py --rounds 3            # toy 6, small 50 minutes on 2 cores
 
 `overhead`: a step of the dit stage (batch made, forward, backward, clipping, optimizer, moving
 average, log, checkpoints) over the bare forward, backward and optimizer step of such a batch, one

@@ -2,7 +2,7 @@
 and CogVideoX at their published sizes in diffusers. Random weights, fp32, the same clips, one
 process, alternating; the peak memory of each is that of a process of its own.
 
-    pip install diffusers && python tests/bench_tae.py          # about 40 minutes on 2 cores
+    pip install diffusers && python studies/bench_tae.py          # about 40 minutes on 2 cores
 
 Prints a table, and writes out/tae/bench.json. Pixels per second: T * H * W divided by the seconds
 that encode and decode take, the median of `--repeats`. Peak memory: the largest resident set less

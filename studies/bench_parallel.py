@@ -3,8 +3,8 @@ the modes in turn, the median of the ratios of each round. With `--links`, again
 link: two network namespaces joined by a veth pair with a token bucket (tbf). That takes root and
 Linux; where it cannot be had, it says so and goes on without.
 
-    python tests/bench_parallel.py
-    python tests/bench_parallel.py --links none 1gbit 100mbit         # 10 minutes, as in the README
+    python studies/bench_parallel.py
+    python studies/bench_parallel.py --links none 1gbit 100mbit         # 10 minutes, as in the README
 
 Model: D 192, 6 heads, 8 layers, 784 tokens, guided, 8 Euler steps, fp32, random weights. `ideal`:
 the modes' formula with a link that takes no time (`cost` in sample_parallel.py). `two copies`: what

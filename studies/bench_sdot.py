@@ -1,9 +1,9 @@
 """Speed of the semi-discrete solver beside POT's `ot.semidiscrete` and AlignFlow's recipe: CPU
 seconds to a given rms mass error, on the same latents, in one process, one after the other.
 
-    python tests/bench_sdot.py                          # N 2000, d 64: about 5 minutes on 2 cores
-    python tests/bench_sdot.py --problems 20000x1024    # 7 hours; the README says how to be shorter
-    python tests/bench_sdot.py --only couple memory     # the rest
+    python studies/bench_sdot.py                          # N 2000, d 64: about 5 minutes on 2 cores
+    python studies/bench_sdot.py --problems 20000x1024    # 7 hours; the README says how to be shorter
+    python studies/bench_sdot.py --only couple memory     # the rest
 
 `solve`: a rival has no stopping rule, so it is run for `--levels` 1, 1.3, 2 and 4 times the noises
 a target that the law asks for, 1 / target^2, each time from its start; only the first run that

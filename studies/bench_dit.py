@@ -2,7 +2,7 @@
 at the same width, depth, heads, feed-forward FLOPs and tokens; fp32, random weights, one process,
 alternating.
 
-    pip install diffusers && python tests/bench_dit.py          # about 15 minutes on 2 cores
+    pip install diffusers && python studies/bench_dit.py          # about 15 minutes on 2 cores
 
 Prints a table of tokens per second, of the FLOPs of the matrix products of a forward pass (counted
 by torch, which leaves out attention on a CPU), and of the time over that of the bare matrix
