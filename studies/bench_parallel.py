@@ -1,17 +1,18 @@
-"""Speed-up of each parallel mode on two ranks, one thread a rank, over one process: the same clip,
-the modes in turn, the median of the ratios of each round. With `--links`, again behind a limited
-link: two network namespaces joined by a veth pair with a token bucket (tbf). That takes root and
-Linux; where it cannot be had, it says so and goes on without.
+"""Question: how much faster do two ranks sample than one process, by parallel mode and by the speed of
+the link between them?
 
-    python studies/bench_parallel.py
-    python studies/bench_parallel.py --links none 1gbit 100mbit         # 10 minutes, as in the README
+Run:    python studies/bench_parallel.py --links none 1gbit 100mbit
+Time:   10 minutes on 2 cores; `--links` needs root and Linux, without it 4 minutes
+Answer: CFG-parallel and PipeFusion gain on every link; Ring and Ulysses on a fast one only.
 
-Model: D 192, 6 heads, 8 layers, 784 tokens, guided, 8 Euler steps, fp32, random weights. `ideal`:
-the modes' formula with a link that takes no time (`cost` in sample_parallel.py). `two copies`: what
-two processes get out of the two cores that have nothing to do with each other, each with all of the
-work, times two: where it is below 2 the cores share something, and no mode can be expected to reach
-its ideal. Also the time of `ParallelSampler` on one rank over
-that of a loop written by hand. Writes out/sample_parallel/bench.json and bench.png.
+The same clip in each mode in turn, one thread a rank, the median of the ratios of each round. A
+link is two network namespaces joined by a veth pair with a token bucket (tbf); where that is not
+possible the script says so and goes on without. Model: D 192, 6 heads, 8 layers, 784 tokens,
+guided, 8 Euler steps, fp32, random weights. `ideal`: a link that takes no time; a pipeline still
+has to be filled. `two copies`: two processes on the two cores that have nothing to do with each
+other, each with all of the work, times two: where that is below 2 the cores share something, and no
+mode can be expected to reach its ideal. Also measures `ParallelSampler` on one rank over a loop
+written by hand.
 """
 
 import argparse
@@ -155,13 +156,10 @@ def two_ranks(rounds, apart):
 
 
 def ideal(name):
-    """The speed-up that the formula allows on a link that takes no time."""
-    flags = {"cfg": 1, "pp": 1, "ring": 1, "ulysses": 1, **MODES[name]}
-    M = flags.pop("patches", 1)
-    model, x0, *_ = case()
-    size, N = sp.live_size(model, x0.shape[1:])
-    base = sp.cost(size, N, STEPS, 1, 1, 1e30, 1e12, cfg=1, pp=1, ring=1, ulysses=1)[0]
-    return base / sp.cost(size, N, STEPS, 1, M, 1e30, 1e12, **flags)[0]
+    """The speed-up on a link that takes no time, in whole steps of one process: a pipeline of two
+    does one step as a warm-up, then M micro-steps a step of 1/2M each, and one more to fill."""
+    M = MODES[name].get("patches")
+    return 2.0 if M is None else STEPS / (1 + ((STEPS - 1) * M + 1) / (2 * M))
 
 
 def draw(found, ideals, path):
@@ -200,7 +198,7 @@ def main():
     if args.rank:
         return rank_main(int(args.rank[0]), args.rank[1], args.rank[2], args.rounds)
     torch.set_num_threads(1)
-    folder = Path("out/sample_parallel")
+    folder = Path("out/studies/bench_parallel")
     folder.mkdir(parents=True, exist_ok=True)
     ideals = {name: ideal(name) for name in MODES}
     found, raw = {}, {}
