@@ -1,5 +1,5 @@
-"""Question: how much faster do two ranks sample than one process, by parallel mode and by the speed of
-the link between them?
+"""Question: how much faster do two ranks sample than one process, by parallel mode and by the speed
+of the link between them?
 
 Run:    python studies/bench_parallel.py --links none 1gbit 100mbit
 Time:   10 minutes on 2 cores; `--links` needs root and Linux, without it 4 minutes

@@ -1,5 +1,5 @@
-"""Question: how fast is the semi-discrete solver beside POT's `ot.semidiscrete` and AlignFlow's recipe,
-in CPU seconds to a given rms mass error? And what do pairing and memory cost?
+"""Question: how fast is the semi-discrete solver beside POT's `ot.semidiscrete` and AlignFlow's
+recipe, in CPU seconds to a given rms mass error? And what do pairing and memory cost?
 
 Run:    OMP_NUM_THREADS=1 python studies/bench_sdot.py
         python studies/bench_sdot.py --problems 20000x1024    # 7 hours; README.md has a shorter way
