@@ -10,8 +10,8 @@
 Papers.  [MG] Movie Gen, arXiv 2410.13720 (s3.1.2 objective, s3.4.2 linear-quadratic schedule).
 [FM] Flow Matching, 2210.02747 (s4 the conditional-OT path).  [RF] Rectified Flow, 2209.03003
 (straightness).  [CFM] OT-CFM, 2302.00482 (minibatch coupling).  [C2OT] 2503.10636 (and captions).
-[SD3] 2403.03206 (logit-normal time, resolution shift).  [PD] 2202.00512 (v-prediction).  [ZSNR]
-2305.08891 (zero terminal SNR).  [CFG] 2207.12598.  [AF] AlignFlow, 2510.15038 (see sdot.py).
+[SD3] 2403.03206 (logit-normal time, resolution shift).  [PD] 2202.00512 (v-prediction).  [DDIM]
+2010.02502.  [ZSNR] 2305.08891 (zero terminal SNR).  [CFG] 2207.12598.  [AF] AlignFlow, 2510.15038.
 
 "OT" means two unrelated things in these papers, so this file never says it alone:
   the conditional-OT path   the straight line that ONE noise and ONE data point travel together;
@@ -24,33 +24,26 @@ Contract.  x0 noise and x1 data, (B, ...) of any shape; t (B,) fp32 in [0, 1], *
 v_fn(x, t) -> v like x, a closure over a model, its text and its guidance. t, path, target and ODE
 state are fp32 whatever the model computes in: in bf16, 1 - 1e-5 is 1 and so is t = 0.999.
 
-The clock.  Half the field runs it backwards, and a sign or clock that is off by one convention
-still trains, then samples garbage. `from_clock` adapts their models to us, `to_clock` ours to them.
-  | code base                                   | noise at | target       | our v(x, t) is      |
-  | Movie Gen, SiT, flow_matching, TorchCFM, RF | t = 0    | data - noise | f(x, t)             |
-  | Mochi (is fed 1 - its sigma)                | t = 0    | data - noise | f(x, t)             |
-  | minRF, Open-Sora 2                          | t = 1    | noise - data | -f(x, 1 - t)        |
-  | SD3, diffusers, HunyuanVideo, Wan, LTX      | t = 1000 | noise - data | -f(x, 1000 (1 - t)) |
-
 Run.   python flow.py                 # 2-D: three couplings, paths, errors    20 s on 2 CPU cores
        python flow.py --steps 4000 --out out/flow
 
 Differences from the paper.  The loss is a mean over elements, not a sum. Midpoint, Heun, RK4 and
-Dormand-Prince stand beside Movie Gen's Euler. The diffusion baseline is ours to define, since the
-paper says only "v-prediction, zero terminal SNR": the scaled-linear betas of latent diffusion,
-rescaled by [ZSNR], sampled with DDIM. The linear-quadratic schedule is Movie Gen's, and train.py's
-default from 1b on; on toys it lost to plain linear steps, because its last steps are long.
+Dormand-Prince stand beside Movie Gen's Euler. The diffusion baseline is our own definition, since
+the paper says only "v-prediction, zero terminal SNR": the scaled-linear betas of latent diffusion,
+rescaled by [ZSNR], sampled with [DDIM]. The linear-quadratic schedule is Movie Gen's, and the
+default of train.py from 1b on; at toy scale equal steps gave better clips, because its last steps
+are long.
 
 Letters.  B batch, x0 noise, x1 data, x_t between them, t flow time, v velocity, s = sigma_min, ts
-the (steps + 1) times of a schedule, S straightness.
+the (steps + 1) times of a schedule, S straightness (not steps).
 """
-
 import argparse
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -58,45 +51,12 @@ from torch import Tensor
 VFn = Callable[[Tensor, Tensor], Tensor]  # v_fn(x (B, ...), t (B,)) -> v (B, ...)
 
 
-# ---- 1. Configuration ----------------------------------------------------------------------------
-def one_of(name: str, value, choices) -> None:
-    """ValueError unless value is among the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
-
-
-@dataclass
-class FlowConfig:
-    """The objective: path, target, and the law of the times."""
-
-    sigma_min: float = 1e-5    # noise left at t = 1 [MG s3.1.2]; invisible, keeps densities proper
-    time: str = "auto"         # law of t in training: logit_normal | uniform | auto, which is
-                               #   logit_normal for flow [MG s3.1.2], uniform for diffusion (DDPM)
-    mean: float = 0.0          # of logit(t): above 0 trains more on nearly clean latents
-    std: float = 1.0           # of logit(t)
-    shift: float = 1.0         # above 1 moves t towards noise: large latents need more to hide
-    objective: str = "flow"    # flow | diffusion (the baseline that [MG] Table 8 compares with)
-
-    def __post_init__(self):
-        one_of("time", self.time, ("auto", "logit_normal", "uniform"))
-        one_of("objective", self.objective, ("flow", "diffusion"))
-        for name in ("std", "shift"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: must be above 0")
-        if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"sigma_min {self.sigma_min}: must lie in [0, 1)")
-
-
-# Movie Gen trains every size with one objective. (SD3 and Open-Sora would raise `shift` with size.)
-PRESETS = {size: FlowConfig() for size in ("toy", "small", "1b", "5b", "30b")}
-
-
+# ---- 1. The idea: path, velocity, loss; Euler and guidance ---------------------------------------
 def like(t: Tensor, x: Tensor) -> Tensor:
     """t (B,) as (B, 1, ..., 1), so that it broadcasts over x (B, ...)."""
     return t.reshape(t.shape + (1,) * (x.ndim - 1))
 
 
-# ---- 2. The path of one pair ---------------------------------------------------------------------
 def fp32(x):
     """Half precision to fp32; fp32 and fp64 stay."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -114,31 +74,252 @@ def velocity(x0: Tensor, x1: Tensor, sigma_min: float = 1e-5) -> Tensor:
     return fp32(x1) - (1 - sigma_min) * fp32(x0)
 
 
-# With k = 1 - s the two lines above are solved for the ends without a division:
+def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = None,
+         cfg: "FlowConfig | None" = None, generator=None) -> Tensor:
+    """Return E |v_fn(x_t, t) - v|^2, a mean over all elements [MG s3.1.2].
+
+    x0 and t are drawn where they are not given. For a coupling, pass the pairs: `minibatch_pairing`
+    permutes the noise of a batch, so that each x1 keeps its caption; the semi-discrete coupling
+    works the other way, each noise chooses its x1 before the batch is built.
+    A network that returns 0 has loss 1 + E x1^2, i.e. 2 for normalised latents: expect this value
+    at step 0.
+    """
+    cfg = cfg or FlowConfig()
+    if x0 is None:
+        x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
+    if x0.shape != x1.shape:
+        raise ValueError(f"x0 {tuple(x0.shape)}: not the shape of x1 {tuple(x1.shape)}")
+    if t is None:
+        t = sample_t(len(x1), cfg, generator, x1.device)
+    if cfg.objective == "diffusion":
+        x_t, target = diffusion_pair(x0, x1, t)
+    else:
+        x_t, target = cond_ot_path(x0, x1, t, cfg.sigma_min), velocity(x0, x1, cfg.sigma_min)
+    return (fp32(v_fn(x_t, t)) - target).square().mean()
+
+
+def euler(f, x, t, h):
+    """Return x at t + h, by one step of Euler's method: v is taken as constant in between."""
+    return x + h * f(x, t)
+
+
+@torch.no_grad()
+def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", trajectory: bool = False,
+           cfg: "FlowConfig | None" = None) -> Tensor:
+    """Follow dx/dt = v_fn(x, t) through the times ts (n + 1,): x0 (B, ...) noise -> x1, fp32.
+
+    solver: euler (Movie Gen's choice) | midpoint | heun | rk4, or dopri5, adaptive between the
+    times. trajectory=True returns all states, (n + 1, B, ...). A diffusion model (cfg.objective)
+    is sampled with DDIM, its own Euler.
+    """
+    one_of("solver", solver, SOLVERS)
+    step = SOLVERS[solver]
+    if cfg is not None and cfg.objective == "diffusion":
+        if solver != "euler":
+            raise ValueError(f"solver {solver}: a diffusion model is sampled with euler (DDIM)")
+        step = ddim
+    dtype = torch.promote_types(x0.dtype, torch.float32)           # fp32, or fp64 where x0 is
+    f = lambda x, t: v_fn(x, torch.full((len(x),), t, device=x.device, dtype=dtype)).to(dtype)
+    x, times = x0.to(dtype), ts.tolist()
+    path = [x]
+    for t, end in zip(times[:-1], times[1:]):
+        x = step(f, x, t, end - t)
+        path = [*path, x] if trajectory else path
+    return torch.stack(path) if trajectory else x
+
+
+def guide(v_cond: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """v = v_u + scale (v_c - v_u) [CFG]: 1 is the conditional model, 0 the unconditional one.
+
+    scale: a number, or (B,). Papers also write (1 + w) v_c - w v_u: the same with scale = 1 + w.
+    Movie Gen samples at 7.5.
+    """
+    if isinstance(scale, Tensor) and scale.ndim:
+        scale = like(scale, v_cond)
+    return v_uncond + scale * (v_cond - v_uncond)
+
+
+def guided(v_cond: VFn, v_uncond: VFn, scale: float | Tensor,
+           interval: tuple[float, float] = (0.0, 1.0)) -> VFn:
+    """Return the guided v_fn of two closures, one with the prompt and one with the null text.
+
+    Outside the interval of t guidance is off (scale 1), row by row. If it is off for the whole
+    batch, the unconditional call is skipped.
+    """
+    def v_fn(x: Tensor, t: Tensor) -> Tensor:
+        on = (interval[0] <= t) & (t <= interval[1])                             # (B,)
+        each = torch.where(on, torch.as_tensor(scale, device=t.device, dtype=t.dtype), 1.0)
+        v = v_cond(x, t)
+        return v if (each == 1).all() else guide(v, v_uncond(x, t), each)
+    return v_fn
+
+
+# ---- 2. Configuration ----------------------------------------------------------------------------
+def one_of(name: str, value, choices) -> None:
+    """Raise ValueError unless value is among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
+
+
+Times = Literal["auto", "logit_normal", "uniform"]
+
+
+@dataclass
+class FlowConfig:
+    """The objective: path, target, and the distribution of the times. Movie Gen trains every size
+    with one; SD3 and Open-Sora would raise `shift` with the size."""
+
+    sigma_min: float = 1e-5    # noise left at t = 1: too small to see; keeps p_t a density there
+    time: Times = "auto"       # distribution of t; auto: logit_normal, or uniform for diffusion
+    mean: float = 0.0          # of logit(t); above 0 trains more on nearly clean latents
+    std: float = 1.0           # of logit(t)
+    shift: float = 1.0         # above 1 moves t towards noise: large latents need more to hide
+    objective: Literal["flow", "diffusion"] = "flow"  # diffusion: the baseline in [MG] Table 8
+
+    def __post_init__(self):
+        one_of("time", self.time, get_args(Times))
+        one_of("objective", self.objective, ("flow", "diffusion"))
+        for name in ("std", "shift"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: must be above 0")
+        if not 0 <= self.sigma_min < 1:
+            raise ValueError(f"sigma_min {self.sigma_min}: must lie in [0, 1)")
+
+
+# ---- 3. Training times ---------------------------------------------------------------------------
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t' = t / (t + a (1 - t)), the resolution shift [SD3]: exactly logit(t') = logit(t) - ln a.
+
+    Written for the noise level u = 1 - t it is the familiar a u / (1 + (a - 1) u).
+    """
+    return t / (t + shift * (1 - t))
+
+
+def sample_t(n: int, cfg: FlowConfig | None = None, generator=None, device=None) -> Tensor:
+    """Draw (n,) fp32 times in (0, 1): sigmoid(N(mean, std)) [MG s3.1.2] or uniform, then shifted.
+
+    The logit-normal distribution spends its samples in the middle, where the target is hardest to
+    guess. Only 1.4 % of its times lie below 0.1, so the velocity at t = 0, where the first Euler
+    step is taken, is hardly trained.
+    """
+    cfg = cfg or FlowConfig()
+    if cfg.time == "logit_normal" or (cfg.time == "auto" and cfg.objective == "flow"):
+        t = torch.sigmoid(cfg.mean + cfg.std * torch.randn(n, generator=generator, device=device))
+    else:
+        t = torch.rand(n, generator=generator, device=device)
+    return shift_time(t, cfg.shift)
+
+
+# ---- 4. Schedules: which times to visit ----------------------------------------------------------
+def schedule(name: str, steps: int, shift: float = 3.0, imitate: int = 1000) -> Tensor:
+    """Return (steps + 1,) fp32 times from 0 to 1: n steps need n + 1 times.
+
+    linear             equal steps
+    shifted            equal steps, moved by `shift` towards the noise, where layout is decided
+    linear_quadratic   the first half are steps of a linear schedule of `imitate` steps, the second
+                       half grows quadratically to 1 [MG s3.4.2]
+    """
+    one_of("schedule", name, ("linear", "linear_quadratic", "shifted"))
+    if steps < 1:
+        raise ValueError(f"steps {steps}: must be 1 or more")
+    if not shift > 0:
+        raise ValueError(f"shift {shift}: must be above 0")
+    if name == "linear_quadratic":
+        return linear_quadratic(steps, imitate)
+    ts = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    return (shift_time(ts, shift) if name == "shifted" else ts).float()
+
+
+def linear_quadratic(steps: int, imitate: int = 1000) -> Tensor:
+    """t_i = i h for i <= L, then t_(L+k) = L h + k h + c k^2, k = 1..Q  [MG s3.4.2].
+
+    h = 1 / imitate, L = half of the steps, Q = the others, and c = (1 - L h - Q h) / Q^2 closes it
+    at 1. The k h term makes it C1: the first quadratic step continues the last linear one. Some
+    code bases have a pure square from the join instead, and there the steps jump: with imitate =
+    250 and 52 steps, from 0.004 to 0.0013. With imitate = steps, c = 0 and the schedule is linear.
+    """
+    if steps > imitate:
+        raise ValueError(f"steps {steps}: must be at most {imitate} for linear_quadratic, which "
+                         f"imitates {imitate} equal steps")
+    L, h = steps // 2, 1 / imitate
+    Q = steps - L
+    k = torch.arange(1, Q + 1, dtype=torch.float64)
+    c = (1 - L * h - Q * h) / Q ** 2
+    return torch.cat([torch.arange(L + 1) * h, L * h + k * h + c * k ** 2]).float()
+
+
+# ---- 5. Other solvers ----------------------------------------------------------------------------
+# One step of each explicit Runge-Kutta method, t to t + h. Each f is a call of the model: Euler 1,
+# midpoint and Heun 2, RK4 4. Compare methods at equal calls, not at equal steps.
+def midpoint(f, x, t, h):
+    """Return x at t + h by the slope in the middle, order 2."""
+    return x + h * f(x + h / 2 * f(x, t), t + h / 2)
+
+
+def heun(f, x, t, h):
+    """Return x at t + h by the mean of the slopes at both ends, order 2."""
+    a = f(x, t)
+    return x + h / 2 * (a + f(x + h * a, t + h))
+
+
+def rk4(f, x, t, h):
+    """Return x at t + h by the classical four slopes, order 4."""
+    a = f(x, t)
+    b = f(x + h / 2 * a, t + h / 2)
+    c = f(x + h / 2 * b, t + h / 2)
+    return x + h / 6 * (a + 2 * b + 2 * c + f(x + h * c, t + h))
+
+
+# Dormand-Prince 5(4): a row of A for each stage; the last is the 5th-order step itself. E is its
+# difference to the embedded 4th-order step, the error estimate that adapts the step.
+DP_T = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+DP_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84))
+DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def dopri5(f, x, t, h, rtol=1e-5, atol=1e-5):
+    """Return x at t + h after as many steps as the tolerance needs, one size for the whole batch.
+    """
+    if h < 0:                                           # backwards: the same on a mirrored clock
+        return dopri5(lambda x, t: -f(x, -t), x, -t, -h, rtol, atol)
+    end, h, k1 = t + h, h / 4, f(x, t)
+    while end - t > 1e-7:
+        h = min(h, end - t)
+        k = [k1]
+        for at, row in zip(DP_T, DP_A):
+            y = x + h * sum(a * ki for a, ki in zip(row, k) if a)
+            k.append(f(y, t + h * at))
+        err = h * sum(e * ki for e, ki in zip(DP_E, k) if e)
+        err = (err / (atol + rtol * torch.maximum(x.abs(), y.abs()))).square().mean().sqrt().item()
+        if not math.isfinite(err):
+            raise ValueError(f"v_fn returned NaN or infinity near t = {t:.4f}")
+        if err <= 1 or h < 1e-6:
+            x, t, k1 = y, t + h, k[-1]           # the last stage is the next step's first
+        h *= min(5.0, max(0.2, 0.9 * max(err, 1e-9) ** -0.2))
+    return x
+
+
+SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dopri5": dopri5}
+
+
+# ---- 6. What else a velocity says, and the clocks of other code bases ----------------------------
+# With k = 1 - s, path and velocity are solved for the ends without a division:
 #   x_t - t v = (t x1 + (1 - k t) x0) - t (x1 - k x0) = x0
 #   x1        = v + k x0 = k x_t + (1 - k t) v
 # The way back divides by t (from noise) or by 1 - k t (from data): one reason for networks to
-# predict v rather than an end.
+# predict v and not an end. The v of a model is an average over pairs, and so are the ends.
 def to_noise(v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """x0 = x_t - t v: the noise that a velocity implies. For a model's v it is E[x0 | x_t]."""
+    """E[x0 | x_t] = x_t - t v: the noise that a velocity implies."""
     return x - like(t, x) * v
 
 
 def to_data(v: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
-    """x1 = (1 - s) x_t + (1 - (1 - s) t) v: the data point that a velocity implies."""
+    """E[x1 | x_t] = (1 - s) x_t + (1 - (1 - s) t) v: the data point, for a preview at any step."""
     k = 1 - sigma_min
     return k * x + (1 - k * like(t, x)) * v
-
-
-def from_noise(x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """v = (x_t - x0) / t, for t > 0."""
-    return (x - x0) / like(t, x)
-
-
-def from_data(x1: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
-    """v = (x1 - (1 - s) x_t) / (1 - (1 - s) t)."""
-    k = 1 - sigma_min
-    return (x1 - k * x) / (1 - k * like(t, x))
 
 
 def to_score(v: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
@@ -150,283 +331,27 @@ def to_score(v: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor
     return -to_noise(v, x, t) / (1 - (1 - sigma_min) * like(t, x))
 
 
-def from_score(score: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
-    """v = (x_t + (1 - (1 - s) t) score) / t, for t > 0: the way back."""
-    return (x + (1 - (1 - sigma_min) * like(t, x)) * score) / like(t, x)
-
-
-# name -> (does the clock run from data to noise?, largest value of the time fed to the model)
-CLOCKS = {
-    "filmstrip": (False, 1), "movie_gen": (False, 1), "sit": (False, 1),
-    "flow_matching": (False, 1), "torchcfm": (False, 1), "rectified_flow": (False, 1),
-    "mochi": (False, 1),
-    "minrf": (True, 1), "open_sora_2": (True, 1),
-    "sd3": (True, 1000), "diffusers": (True, 1000), "hunyuan": (True, 1000), "wan": (True, 1000),
-    "ltx": (True, 1000),
-}
+# Half the field runs the clock backwards, and a sign or clock that is off by one convention still
+# trains, then samples garbage.
+#   | code base                                   | noise at | target       | our v(x, t) is      |
+#   | Movie Gen, SiT, flow_matching, TorchCFM, RF | t = 0    | data - noise | f(x, t)             |
+#   | Mochi (is fed 1 - its sigma)                | t = 0    | data - noise | f(x, t)             |
+#   | minRF, Open-Sora 2                          | t = 1    | noise - data | -f(x, 1 - t)        |
+#   | SD3, diffusers, HunyuanVideo, Wan, LTX      | t = 1000 | noise - data | -f(x, 1000 (1 - t)) |
+BACKWARDS = {"minrf": 1, "open_sora_2": 1,                       # -> its time where all is noise
+             "sd3": 1000, "diffusers": 1000, "hunyuan": 1000, "wan": 1000, "ltx": 1000}
 
 
 def from_clock(fn: VFn, name: str) -> VFn:
-    """Another code base's model as our v_fn: time turned and scaled, sign turned."""
-    one_of("clock", name, CLOCKS)
-    back, scale = CLOCKS[name]
-    return (lambda x, t: -fn(x, scale * (1 - t))) if back else (lambda x, t: fn(x, scale * t))
-
-
-def to_clock(v_fn: VFn, name: str) -> VFn:
-    """The inverse of `from_clock`: our v_fn as a model of another code base."""
-    one_of("clock", name, CLOCKS)
-    back, scale = CLOCKS[name]
-    return (lambda x, u: -v_fn(x, 1 - u / scale)) if back else (lambda x, u: v_fn(x, u / scale))
-
-
-# ---- 3. Time and loss ----------------------------------------------------------------------------
-def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t' = t / (t + a (1 - t)), the resolution shift [SD3]: exactly logit(t') = logit(t) - ln a.
-
-    Written for the noise level u = 1 - t it is the familiar a u / (1 + (a - 1) u).
+    """Return another code base's backward model as our v_fn: time turned and scaled, sign turned.
     """
-    return t / (t + shift * (1 - t))
+    one_of("clock", name, BACKWARDS)
+    return lambda x, t: -fn(x, BACKWARDS[name] * (1 - t))
 
 
-def sample_t(n: int, cfg: FlowConfig | None = None, generator=None, device=None) -> Tensor:
-    """(n,) fp32 times in (0, 1): sigmoid(N(mean, std)) [MG s3.1.2] or uniform, then shifted.
-
-    The logit-normal law spends its samples in the middle, where the target is hardest to guess.
-    Only 1.4 % of its times lie below 0.1, so the first Euler step, at 0 exactly, extrapolates.
-    """
-    cfg = cfg or FlowConfig()
-    if cfg.time == "logit_normal" or (cfg.time == "auto" and cfg.objective == "flow"):
-        t = torch.sigmoid(cfg.mean + cfg.std * torch.randn(n, generator=generator, device=device))
-    else:
-        t = torch.rand(n, generator=generator, device=device)
-    return shift_time(t, cfg.shift)
-
-
-def noise_and_target(x0: Tensor, x1: Tensor, t: Tensor, cfg: FlowConfig) -> tuple[Tensor, Tensor]:
-    """(x_t, what the network has to say there), for either objective."""
-    if cfg.objective == "flow":
-        return cond_ot_path(x0, x1, t, cfg.sigma_min), velocity(x0, x1, cfg.sigma_min)
-    phi = like(angle(t), x1)
-    x0, x1 = fp32(x0), fp32(x1)
-    return phi.sin() * x1 + phi.cos() * x0, phi.cos() * x1 - phi.sin() * x0
-
-
-def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = None,
-         cfg: FlowConfig | None = None, generator=None, reduce: bool = True,
-         couple: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-    """E |v_fn(x_t, t) - v|^2, a mean over elements [MG s3.1.2]: scalar, or (B,) if not reduce.
-
-    x0 and t are drawn where they are not given. `couple(x0, x1) -> x0` may reorder the batch's
-    noise (`minibatch_pairing`): noise moves, x1 keeps its caption. The semi-discrete coupling
-    chooses the x1 of an x0, before there is a batch: pass its pair as x1 and x0.
-    A network that returns 0 scores 1 + E x1^2, so 2 for normalised latents: the number of step 0.
-    """
-    cfg = cfg or FlowConfig()
-    B = len(x1)
-    if x0 is None:
-        x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
-    if x0.shape != x1.shape:
-        raise ValueError(f"x0 {tuple(x0.shape)}: not the shape of x1 {tuple(x1.shape)}")
-    if couple is not None:
-        x0 = couple(x0, x1)
-    if t is None:
-        t = sample_t(B, cfg, generator, x1.device)
-    x_t, target = noise_and_target(x0, x1, t, cfg)
-    error = (fp32(v_fn(x_t, t)) - target).square().flatten(1).mean(1)            # (B,)
-    return error.mean() if reduce else error
-
-
-# ---- 4. The diffusion baseline -------------------------------------------------------------------
-# A variance-preserving diffusion moves on a circle, x_t = sin(phi) x1 + cos(phi) x0, phi from 0
-# (noise) to almost pi/2 (data). Its derivative by the ANGLE, cos(phi) x1 - sin(phi) x0, is what
-# v-prediction learns [PD] (up to sign). So diffusion and flow matching differ in the curve, arc or
-# line, in how fast t runs along it, and in the law of t: nothing else, and one flag switches.
-# phi(0) = 0 exactly is "zero terminal SNR" [ZSNR]. Without it a model never sees pure noise in
-# training, though sampling starts there.
-_betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-_amp = (1 - _betas).cumprod(0).sqrt()                            # of the data, in latent diffusion
-_amp = (_amp - _amp[-1]) * _amp[0] / (_amp[0] - _amp[-1])        # the last one becomes 0
-ANGLES = torch.asin(_amp).flip(0)                                # (1000,) from noise to data
-
-
-def angle(t: Tensor) -> Tensor:
-    """phi(t), like t: the 1000-step table of [ZSNR], linear between its entries."""
-    u = t.double() * (len(ANGLES) - 1)
-    i = u.floor().long().clamp(0, len(ANGLES) - 2)
-    table = ANGLES.to(t.device)
-    return (table[i] + (u - i) * (table[i + 1] - table[i])).float()
-
-
-# ---- 5. Schedules: which times to visit ----------------------------------------------------------
-def schedule(name: str, steps: int, shift: float = 3.0, of: int = 1000,
-             linear_steps: int | None = None) -> Tensor:
-    """(steps + 1,) fp32 times from 0 to 1: n steps need n + 1 times.
-
-    linear             equal steps
-    shifted            equal steps, moved by `shift` towards the noise, where layout is decided
-    linear_quadratic   the first `linear_steps` (half) steps of an `of`-step linear schedule, then
-                       quadratic to 1 [MG s3.4.2]
-    """
-    one_of("schedule", name, ("linear", "linear_quadratic", "shifted"))
-    if steps < 1 or of < 1:
-        raise ValueError(f"steps {steps}, of {of}: must be 1 or more")
-    if not shift > 0:
-        raise ValueError(f"shift {shift}: must be above 0")
-    if name == "linear_quadratic":
-        return linear_quadratic(steps, of, linear_steps)
-    ts = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    return (shift_time(ts, shift) if name == "shifted" else ts).float()
-
-
-def linear_quadratic(steps: int, of: int = 1000, linear_steps: int | None = None) -> Tensor:
-    """t_i = i h for i <= L, then t_(L+k) = L h + k h + c k^2, k = 1..Q  [MG s3.4.2].
-
-    h = 1 / of, L = linear_steps (half), Q = steps - L.
-
-    c = (1 - L h - Q h) / Q^2 closes it at 1. The k h term makes it C1, the first quadratic step
-    continuing the last linear one; a pure square from the join, as seen in the wild, makes the
-    steps shrink there (0.004 -> 0.0013). With of = steps, c = 0 and the schedule is linear.
-    """
-    L = steps // 2 if linear_steps is None else linear_steps
-    Q, h = steps - L, 1 / of
-    if not 0 <= L < steps:
-        raise ValueError(f"linear_steps {L}: must lie in [0, {steps})")
-    if of < steps:
-        raise ValueError(f"of {of}: a schedule of {steps} steps cannot imitate one with fewer")
-    k = torch.arange(1, Q + 1, dtype=torch.float64)
-    c = (1 - L * h - Q * h) / Q ** 2
-    return torch.cat([torch.arange(L + 1) * h, L * h + k * h + c * k ** 2]).float()
-
-
-# ---- 6. Solvers: how to step between them --------------------------------------------------------
-# One step of each explicit Runge-Kutta method, t to t + h. Each f is a call of the model: Euler 1,
-# midpoint and Heun 2, RK4 4. Compare methods at equal calls (NFE), not at equal steps.
-def _euler(f, x, t, h):
-    return x + h * f(x, t)
-
-
-def _midpoint(f, x, t, h):
-    return x + h * f(x + h / 2 * f(x, t), t + h / 2)
-
-
-def _heun(f, x, t, h):
-    a = f(x, t)
-    return x + h / 2 * (a + f(x + h * a, t + h))
-
-
-def _rk4(f, x, t, h):
-    a = f(x, t)
-    b = f(x + h / 2 * a, t + h / 2)
-    c = f(x + h / 2 * b, t + h / 2)
-    return x + h / 6 * (a + 2 * b + 2 * c + f(x + h * c, t + h))
-
-
-SOLVERS = {"euler": _euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}
-
-# Dormand-Prince 5(4): a row of A for each stage; the last is the 5th-order step itself. E is its
-# difference to the embedded 4th-order step, the error estimate that adapts the step.
-_DP_T = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
-_DP_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
-         (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-         (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-         (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84))
-_DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-
-
-def _dopri5(f, x, t, h, rtol=1e-5, atol=1e-5):
-    """From t to t + h in as many steps as the tolerance asks; one step size for the whole batch."""
-    if h < 0:                                           # backwards: the same on a mirrored clock
-        return _dopri5(lambda x, t: -f(x, -t), x, -t, -h, rtol, atol)
-    end, h, k1 = t + h, h / 4, f(x, t)
-    while end - t > 1e-7:
-        h = min(h, end - t)
-        k = [k1]
-        for at, row in zip(_DP_T, _DP_A):
-            y = x + h * sum(a * ki for a, ki in zip(row, k) if a)
-            k.append(f(y, t + h * at))
-        err = h * sum(e * ki for e, ki in zip(_DP_E, k) if e)
-        err = (err / (atol + rtol * torch.maximum(x.abs(), y.abs()))).square().mean().sqrt().item()
-        if not math.isfinite(err):
-            raise ValueError(f"v_fn returned NaN or infinity near t = {t:.4f}")
-        if err <= 1 or h < 1e-6:
-            x, t, k1 = y, t + h, k[-1]           # the last stage is the next step's first
-        h *= min(5.0, max(0.2, 0.9 * max(err, 1e-9) ** -0.2))
-    return x
-
-
-@torch.no_grad()
-def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", progress: bool = False,
-           trajectory: bool = False, cfg: FlowConfig | None = None) -> Tensor:
-    """Follows dx/dt = v_fn(x, t) through the times ts (n + 1,): x0 (B, ...) noise -> x1, fp32.
-
-    solver: euler (what [MG] settled on) | midpoint | heun | rk4 | dopri5, adaptive between the
-    times. trajectory=True returns all states, (n + 1, B, ...).
-    A diffusion model (cfg.objective) takes euler only, which then is DDIM: on a circle, the step
-    along a frozen direction is a turn, x <- cos(d) x + sin(d) v, d the difference in angle.
-    """
-    one_of("solver", solver, (*SOLVERS, "dopri5"))
-    diffusion = cfg is not None and cfg.objective == "diffusion"
-    if diffusion and solver != "euler":
-        raise ValueError(f"solver {solver}: a diffusion model is sampled with euler (DDIM)")
-    step = _dopri5 if solver == "dopri5" else SOLVERS[solver]
-    dtype = torch.promote_types(x0.dtype, torch.float32)           # fp32, or fp64 where x0 is
-    f = lambda x, t: v_fn(x, torch.full((len(x),), t, device=x.device, dtype=dtype)).to(dtype)
-    x = x0.to(dtype)
-    path = [x]
-    times = ts.tolist()
-    spans = list(zip(times[:-1], times[1:]))
-    if progress:
-        from tqdm import tqdm
-        spans = tqdm(spans, desc=f"sample ({solver})", unit="step")
-    for t, end in spans:
-        if diffusion:
-            d = (angle(torch.tensor(end)) - angle(torch.tensor(t))).item()
-            x = math.cos(d) * x + math.sin(d) * f(x, t)
-        else:
-            x = step(f, x, t, end - t)
-        if trajectory:
-            path.append(x)
-    return torch.stack(path) if trajectory else x
-
-
-class Counted:
-    """v_fn that counts its calls: `f = Counted(v_fn); sample(f, ...); f.nfe`."""
-
-    def __init__(self, v_fn: VFn):
-        self.v_fn, self.nfe = v_fn, 0
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        self.nfe += 1
-        return self.v_fn(x, t)
-
-
-# ---- 7. Guidance ---------------------------------------------------------------------------------
-def guide(v_cond: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """v = v_u + scale (v_c - v_u) [CFG]: 1 is the conditional model, 0 the unconditional; or (B,).
-
-    Papers also write (1 + w) v_c - w v_u: the same with scale = 1 + w. Movie Gen samples at 7.5.
-    """
-    if isinstance(scale, Tensor) and scale.ndim:
-        scale = like(scale, v_cond)
-    return v_uncond + scale * (v_cond - v_uncond)
-
-
-def guided(v_cond: VFn, v_uncond: VFn, scale: float | Tensor,
-           interval: tuple[float, float] = (0.0, 1.0)) -> VFn:
-    """The v_fn of two closures. Rows outside the interval of t have scale 1; where all rows have,
-    one call is saved."""
-    def v_fn(x: Tensor, t: Tensor) -> Tensor:
-        now = (interval[0] <= t) & (t <= interval[1])                            # (B,)
-        each = torch.where(now, torch.as_tensor(scale, device=t.device, dtype=t.dtype), 1.0)
-        v = v_cond(x, t)
-        return v if (each == 1).all() else guide(v, v_uncond(x, t), each)
-    return v_fn
-
-
-# ---- 8. Minibatch coupling -----------------------------------------------------------------------
+# ---- 7. Minibatch coupling -----------------------------------------------------------------------
 def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> Tensor:
-    """x0 (B, ...) reordered so that sum |x0_i - x1_i|^2 is least [CFM]: exact, by POT's ot.emd.
+    """Reorder x0 (B, ...) so that sum |x0_i - x1_i|^2 is least [CFM]: exact, by POT's ot.emd.
 
     A permutation: drawing pairs from the plan with replacement, as torchcfm does by default, drops
     noises and clips. With groups (B,) noise moves only inside a caption: across captions the noise
@@ -435,69 +360,58 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
     import ot  # imported here: it takes seconds
     if x0.shape != x1.shape:
         raise ValueError(f"x0 {tuple(x0.shape)}, x1 {tuple(x1.shape)}: need the same shape")
-    if groups is None:
-        groups = torch.zeros(len(x0), dtype=torch.int64)
-    if groups.shape != x0.shape[:1]:
+    if groups is not None and groups.shape != x0.shape[:1]:
         raise ValueError(f"groups {tuple(groups.shape)}: need one for each of {len(x0)} noises")
-    for name, x in (("x0", x0), ("x1", x1)):
-        if not x.isfinite().all():
-            raise ValueError(f"{name}: NaN or infinity")
-    order = torch.arange(len(x0))
-    for g in groups.cpu().unique():
-        rows = (groups.cpu() == g).nonzero()[:, 0]
+    if not (x0.isfinite().all() and x1.isfinite().all()):
+        raise ValueError("x0, x1: NaN or infinity")
+    order, B = torch.arange(len(x0)), len(x0)
+    groups = torch.zeros(B, dtype=torch.int64) if groups is None else groups.cpu()
+    for g in groups.unique():
+        rows = (groups == g).nonzero()[:, 0]
         n = len(rows)
-        if n > 1:
-            # |x - y|^2 up to terms of x or y alone, which no pairing changes
-            a, b = x0[rows.to(x0.device)].flatten(1), x1[rows.to(x1.device)].flatten(1)
-            cost = -(b.double() @ a.double().T).cpu().numpy()
-            plan, log = ot.emd([1 / n] * n, [1 / n] * n, cost - cost.min(),
-                               numItermax=10_000_000, log=True)
-            if log["warning"]:          # numItermax at its default stops short from n = 2048 on
-                raise RuntimeError(f"minibatch_pairing: {log['warning']}")
-            order[rows] = rows[torch.from_numpy(plan).argmax(1)]
+        # |x - y|^2 up to terms of x or y alone, which no pairing changes
+        a, b = x0[rows.to(x0.device)].flatten(1), x1[rows.to(x1.device)].flatten(1)
+        cost = -(b.double() @ a.double().T).cpu().numpy()
+        plan, log = ot.emd([1 / n] * n, [1 / n] * n, cost - cost.min(),
+                           numItermax=10_000_000, log=True)
+        if log["warning"]:              # numItermax at its default stops short from n = 2048 on
+            raise RuntimeError(f"minibatch_pairing: {log['warning']}")
+        order[rows] = rows[torch.from_numpy(plan).argmax(1)]
     return x0[order.to(x0.device)]
 
 
-# ---- 9. Measures ---------------------------------------------------------------------------------
+# ---- 8. Measures ---------------------------------------------------------------------------------
 @torch.no_grad()
 def straightness(v_fn: VFn, x0: Tensor, ts: Tensor | None = None,
                  cfg: FlowConfig | None = None) -> dict[str, float]:
-    """How far the flow is from straight, by one Euler run of x0 (B, ...) along ts (64 steps).
+    """Measure how far the flow is from straight, by one Euler run of x0 (B, ...) along ts (64
+    steps from 0 to 1). With u = (z_n - z_0) / (t_n - t_0), the velocity of the straight way:
 
-    energy        int E|v|^2 dt per sample: what the path costs
-    displacement  E|z1 - z0|^2: what the straight line between its ends would cost
-    S             energy - displacement = int E|(z1 - z0) - v|^2 dt [RF]: 0 means one step is exact
+    displacement  E|u|^2 (t_n - t_0) per sample: what the straight way would cost
+    S             int E|v - u|^2 dt, how much more it costs [RF]: 0 means one step is exact
+    energy        int E|v|^2 dt, which is displacement + S: the mixed term is 0, u being v's mean
     curvature     S / energy, free of units, 0 to 1; of a flow that stands still, 0
     """
     ts = schedule("linear", 64) if ts is None else ts
-    z = sample(v_fn, x0, ts, trajectory=True, cfg=cfg)                           # (n + 1, B, ...)
+    z = sample(v_fn, x0, ts, trajectory=True, cfg=cfg).flatten(2)                # (n + 1, B, D)
     dt = ts.diff().to(z.device)
-    v = z.diff(dim=0).flatten(2) / dt[:, None, None]                             # (n, B, D)
-    energy = (v.square().sum(2).mean(1) * dt).sum().item()
-    displacement = (z[-1] - z[0]).flatten(1).square().sum(1).mean().item() / dt.sum().item()
-    S = energy - displacement
-    curvature = S / energy if energy else 0.0
-    return {"S": S, "energy": energy, "displacement": displacement, "curvature": curvature}
-
-
-@torch.no_grad()
-def endpoint_error(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler",
-                   reference: int = 256, cfg: FlowConfig | None = None) -> float:
-    """rms per element between this sampler's end and that of `reference` RK4 steps, same noise (of
-    diffusion: four times as many steps of DDIM)."""
-    diffusion = cfg is not None and cfg.objective == "diffusion"
-    fine = sample(v_fn, x0, schedule("linear", 4 * reference if diffusion else reference),
-                  "euler" if diffusion else "rk4", cfg=cfg)
-    return (sample(v_fn, x0, ts, solver, cfg=cfg) - fine).square().mean().sqrt().item()
+    v = z.diff(dim=0) / dt[:, None, None]                                        # (n, B, D)
+    u = (z[-1] - z[0]) / dt.sum()                                                # (B, D)
+    # S is summed as it stands here: energy - displacement may come out below 0 by rounding.
+    S = ((v - u).square().sum(2).mean(1) * dt).sum().item()
+    displacement = (u.square().sum(1).mean() * dt.sum()).item()
+    energy = displacement + S
+    return {"S": S, "energy": energy, "displacement": displacement,
+            "curvature": S / energy if energy else 0.0}
 
 
 @torch.no_grad()
 def validation_loss(v_fn: VFn, x1: Tensor, cfg: FlowConfig | None = None, times: int = 8,
                     seed: int = 0) -> tuple[float, Tensor]:
-    """(mean, (times,)): loss on held-out x1 at the times (i + 1/2) / times, with fixed noise.
+    """Return (mean, (times,)): loss on held-out x1 at t = (i + 1/2) / times, with fixed noise.
 
-    Movie Gen finds that it follows human preference, so it is the number to steer by. With t and x0
-    fixed, two checkpoints differ by what they learned, not by what was drawn.
+    Movie Gen finds that it follows human preference [MG fig. 15], so it is the number to steer by.
+    With t and x0 fixed, two checkpoints differ by what they learned, not by what was drawn.
     """
     g = torch.Generator().manual_seed(seed)
     per_time = []
@@ -509,6 +423,39 @@ def validation_loss(v_fn: VFn, x1: Tensor, cfg: FlowConfig | None = None, times:
     return per_time.mean().item(), per_time
 
 
+# ---- 9. The diffusion baseline -------------------------------------------------------------------
+# A variance-preserving diffusion moves on a circle, x_t = sin(phi) x1 + cos(phi) x0, phi from 0
+# (noise) to almost pi/2 (data). Its derivative by the ANGLE, cos(phi) x1 - sin(phi) x0, is what
+# v-prediction learns [PD] (up to sign). So diffusion and flow matching differ in the curve, arc or
+# line, in how fast t runs along it, and in the distribution of t: nothing else, and one flag
+# switches. phi(0) = 0 exactly is "zero terminal SNR" [ZSNR]. Without it a model never sees pure
+# noise in training, though sampling starts there.
+_betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+_data = (1 - _betas).cumprod(0).sqrt()                  # the data's share, sqrt(alpha_bar)
+_data = (_data - _data[-1]) * _data[0] / (_data[0] - _data[-1])          # the last one becomes 0
+ANGLES = torch.asin(_data).flip(0)                      # (1000,) from noise to data
+
+
+def angle(t: Tensor) -> Tensor:
+    """phi(t), like t: the 1000-step table of [ZSNR], linear between its entries."""
+    u = t.double() * (len(ANGLES) - 1)
+    i = u.floor().long().clamp(0, len(ANGLES) - 2)
+    table = ANGLES.to(t.device)
+    return (table[i] + (u - i) * (table[i + 1] - table[i])).float()
+
+
+def diffusion_pair(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_t, the regression target there) on the circle."""
+    phi, x0, x1 = like(angle(t), x1), fp32(x0), fp32(x1)
+    return phi.sin() * x1 + phi.cos() * x0, phi.cos() * x1 - phi.sin() * x0
+
+
+def ddim(f, x, t, h):
+    """Return x at t + h [DDIM]: on a circle, the step along a frozen direction is a turn."""
+    d = (angle(torch.tensor(t + h)) - angle(torch.tensor(t))).item()
+    return math.cos(d) * x + math.sin(d) * f(x, t)
+
+
 # ---- 10. Demo ------------------------------------------------------------------------------------
 def checkerboard(n: int, generator: torch.Generator) -> Tensor:
     """(n, 2): uniform on the eight black fields of a 4 x 4 board of side 6."""
@@ -517,7 +464,8 @@ def checkerboard(n: int, generator: torch.Generator) -> Tensor:
 
 
 class MLP(torch.nn.Module):
-    """v(x, t) in 2-D: t enters as waves, for a plain number hardly moves a small network."""
+    """v(x, t) in 2-D. It sees t as sines and cosines: t itself would change its input too little.
+    """
 
     def __init__(self, width: int = 128):
         super().__init__()
@@ -545,7 +493,8 @@ def semi_discrete(y: Tensor, generator: torch.Generator, steps: int = 1500) -> T
 
 
 def demo(out: str = "out/flow", steps: int = 1500, seed: int = 0) -> bool:
-    """One small network for each coupling, the same data and steps; figure and claims."""
+    """Train one small network for each coupling, with the same data and steps; draw the paths, and
+    return whether the claims hold."""
     if steps < 1:
         raise ValueError(f"--steps {steps}: must be 1 or more")
     out = Path(out)
@@ -591,8 +540,7 @@ def demo(out: str = "out/flow", steps: int = 1500, seed: int = 0) -> bool:
             optimiser.step()
             decay.step()
         errors[name] = [error(sample(net, noise, schedule("linear", n))) for n in counts]
-        measures = straightness(net, noise)
-        S[name] = measures["S"]
+        S[name] = straightness(net, noise)["S"]
         print(f"{name:14s} loss {value.item():6.3f}   S {S[name]:6.3f}   W2 at "
               + "  ".join(f"{n}: {e:.3f}" for n, e in zip(counts, errors[name])), flush=True)
         path = sample(net, noise[:250], schedule("linear", 32), trajectory=True)     # (33, 250, 2)
@@ -611,30 +559,23 @@ def demo(out: str = "out/flow", steps: int = 1500, seed: int = 0) -> bool:
     fig.savefig(out / "flow.png", dpi=100)
     plt.close(fig)
 
-    ok = True
-    one, eight = errors["semi-discrete"][0], errors["independent"][counts.index(8)]
-    for claim, value, bound in (
-            ("semi-discrete at 1 step against independent at 8 steps, W2", one, eight),
-            ("straightness S, semi-discrete against independent", S["semi-discrete"],
-             0.1 * S["independent"])):
-        ok &= value < bound
+    claims = [("semi-discrete at 1 step against independent at 8 steps, W2",
+               errors["semi-discrete"][0], errors["independent"][counts.index(8)]),
+              ("straightness S, semi-discrete against independent",
+               S["semi-discrete"], 0.1 * S["independent"])]
+    for claim, value, bound in claims:
         print(f"{'PASS' if value < bound else 'FAIL'} {claim}: {value:.3f} vs < {bound:.3f}")
     print(f"figure: {out / 'flow.png'}")
-    return ok
+    return all(value < bound for _, value, bound in claims)
 
 
 # ---- 11. Main ------------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    """One line for a wrong argument, and exit status 2."""
-
-    def error(self, message: str):
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main() -> None:
-    """The command line."""
-    parser = Parser(allow_abbrev=False, description="Three couplings in 2-D: paths and errors.")
+    """Run the demo: status 0 if its claims hold, 1 if not, 2 with one line for a wrong argument."""
+    sys.stderr = sys.stderr or sys.stdout                     # `2>&-`: say it where it can be read
+    parser = argparse.ArgumentParser(allow_abbrev=False,
+                                     description="Three couplings in 2-D: paths and errors.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("--out", default="out/flow", help="folder of the figure")
     parser.add_argument("--steps", type=int, default=1500, help="training steps of each network")
     parser.add_argument("--seed", type=int, default=0)
