@@ -41,7 +41,7 @@ def clips(name, n, things=1, pace=lambda rng: 1.0):
     overlap. pace(rng): the motion between two frames, in units of the usual one."""
     rng = random.Random(name)
     worlds = [world.sample_world(rng, things, overlap=things > 1) for _ in range(n)]
-    return world.render(worlds, interval=[pace(rng) for _ in worlds])
+    return torch.cat([world.render([w], interval=pace(rng)) for w in worlds])
 
 
 def fit(variant, seconds, seed, fastest=1, things=6):
@@ -53,6 +53,7 @@ def fit(variant, seconds, seed, fastest=1, things=6):
     torch.set_num_threads(1)
 
     def train(model, share, images):
+        objective = tae.Objective(model, tae.LOSSES["toy"])
         opt = torch.optim.AdamW(model.parameters(), 2e-3, (0.9, 0.99))
         start, step, done = time.process_time(), 0, 0.0
         while done < 1:
@@ -65,10 +66,8 @@ def fit(variant, seconds, seed, fastest=1, things=6):
                 x = rearrange(x[:, :, ::4], "B C T H W -> (B T) C 1 H W")
             elif variant != "vidtwin":
                 x = x[:, :, :1] if tae.is_image_step(step) else x[:, :, step % 9 : step % 9 + 8]
-            recon, posterior = model(x)
-            loss = tae.tae_loss(tae.LOSSES["toy"], x, recon, posterior)
             opt.zero_grad()
-            loss.backward()
+            objective(x).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
             step, done = step + 1, (time.process_time() - start) / (share * seconds)
