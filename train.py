@@ -1,87 +1,71 @@
-"""train.py: the whole system, from captioned clips to a model and from prompts to new clips.
+"""train.py: the whole system, from captioned clips to a model, and from prompts to new clips.
 
-    tae       clips -> autoencoder           image training, inflation, video training, statistics
-    latents   clips -> mean, logvar          encoded once; from here on the autoencoder is frozen
-    coupling  latents -> weights             which noise meets which clip
-    dit       latents, captions -> velocity  flow matching, condition dropout, moving average
-    sample    prompts -> clips               Euler, classifier-free guidance, decode; GIF and MP4
-    report    everything -> report.json, index.html
+    stage     reads                          leaves in the run folder
+    tae       clips                          tae/tae.safetensors: the autoencoder, latent statistics
+    latents   clips, captions                latents/: mean and logvar of each clip, text features
+    coupling  latents                        coupling.pt: which noise meets which clip (only sdot)
+    dit       latents, text features         model.safetensors: autoencoder, text, DiT, config
+    sample    prompts                        samples/: a clip for each prompt
+    report    everything above               report.json, samples.gif, index.html
 
-This file is the only one that knows the others: it composes tae.py, text_cond.py, dit.py, flow.py
-and sdot.py, and adds what only a composer can: captions and the judge of the toy world, reading
-videos, checkpoints, the command line.
+This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, and the toy world of
+world.py), and adds what they do not have: videos, ranks, checkpoints, the loop, the command line.
+Read `optimize` first (section 5): both models are trained by it. `train_dit` (section 6) is the
+recipe: its `batch` makes a training step out of noise, latents and text.
 
-Run.   torchrun train.py --scale toy               # all stages: no download, no GPU, no data
-       torchrun train.py --scale toy --data DIR --workdir runs/mine      # captioned videos
-       torchrun --nproc_per_node 2 train.py --scale toy --dp 2           # the same, sharded
-       python train.py --scale 30b --plan --gpus 6144       # what that would take: needs no GPU
-       python train.py --help                      # every field of every config is a flag
+Run.   torchrun train.py --scale toy                    # all stages; no download, no GPU, no data
+       torchrun train.py --scale toy --data DIR --workdir runs/mine       # captioned videos
+       torchrun --nproc_per_node 2 train.py --scale toy --dp 2            # parameters sharded
+       torchrun train.py --init runs/toy --data DIR --workdir runs/tuned  # from another's weights
+       python train.py --scale 30b --plan --gpus 6144   # what that would take: needs no GPU
+       python train.py --help                           # every field of every config is a flag
 
-Starting a run again continues it: finished stages are skipped, an unfinished one resumes at its
-last checkpoint. Every random number comes from (seed, stage, step), the autoencoder's own also from
-the rank: the resumed run is the uninterrupted one. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint
-first. A step whose loss or gradient is not finite is skipped; after three in a row the weights of
-the last checkpoint are taken again.
+Started again, a run continues: finished stages are skipped, an unfinished one resumes at its last
+checkpoint. All randomness is derived from (seed, stage, step), in the autoencoder also from the
+rank, so a resumed run gives the result of an uninterrupted one. Ctrl-C, SIGTERM and SIGUSR1 in a
+training loop write a checkpoint first. No file of a run can execute code when it is read: tensors
+are safetensors or read with weights_only=True, and the table of contents of a checkpoint, which is
+a pickle, may name only the classes of such a table.
 
-A run folder: config.json, metrics.csv (stage; step; loss, the mean over elements and ranks; lr;
-grad_norm before clipping), events.jsonl (starts, stops, checkpoints, skipped steps), tae/,
-latents/, coupling.pt, dit/, samples/, report.json, index.html (all of them: README.md).
-Nothing in it can run code: tensors are safetensors or are read with weights_only=True, and the one
-pickle, the table of contents of a distributed checkpoint, may name only the classes of such a one.
+Also in a run folder: config.json, every setting; log.jsonl, one JSON object a line: time, stage,
+step, then loss (mean over elements and ranks), lr and grad_norm (before clipping), or an event.
 
-Letters: B batch, T frames, H W height and width, M clips in the data set, P text embedding.
+Letters: B batch, T frames, H W height and width, M clips in the data set, P text embedding, L text
+tokens, N video tokens, n those of one rank, t flow time.
 """
 
 import argparse
-import atexit
+import collections
 import contextlib
-import copy
 import csv
 import ctypes
 import fcntl
-import itertools
+import functools
+import inspect
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
+import typing
+import unicodedata
 import warnings
-import weakref
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
-from functools import cache, cached_property, lru_cache, partial
-from multiprocessing.pool import ThreadPool
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # its advice on DDP would break restarts
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C before `Stop.listen`: no traceback
-
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint import default_planner
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # torch's advice on DDP breaks exact resume
 
 import dit as backbone
 import flow
@@ -89,96 +73,198 @@ import sample_parallel
 import sdot
 import tae as autoencoder
 import text_cond
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import world
+from einops import rearrange
 from flow import FlowConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from sdot import SDOTConfig
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
+# The comment beside a field is its --help, its type is what the flag accepts, and `__post_init__`
+# holds the bounds. What concerns more than one config is checked in `finish`.
 
 
 class UserError(ValueError):
-    """Something that a user can mend: printed as one line, exit status 2."""
+    """A mistake that the user can mend: printed as one line, exit status 2."""
+
+
+def within(cfg, low: float, high: float, *names: str) -> None:
+    """Raise ValueError unless each of these fields lies in [low, high]."""
+    limits = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+    for name in names:
+        if not low <= getattr(cfg, name) <= high:
+            raise ValueError(f"{name} {getattr(cfg, name)}: must be {limits}")
+
+
+def above_zero(cfg, *names: str) -> None:
+    """Raise ValueError unless each of these fields is above 0 and finite."""
+    for name in names:
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise ValueError(f"{name} {getattr(cfg, name)}: must be above 0")
 
 
 @dataclass
 class ClipConfig:
-    """What a clip is."""
+    """What a clip is, and how many there are."""
 
     frames: int = 16  # T
     size: int = 32  # H = W
-    fps: int = 8  # of the files that are written
-    things: int = 1  # moving objects in a clip of the toy world
-    script: str = "latin"  # of its signs: latin | chinese
-    count: int = 6144  # M: clips the DiT is trained on (toy and small with --data: 1024)
-    max_interval: int = 4  # real videos: take every n-th frame, n drawn from 1 .. max_interval
-    tell_fps: bool = False  # real videos: captions begin with the frame rate of the clip, FPS-12
-    workers: int = 2  # processes that decode real videos
-    # What the dit stage sees beside clips of frames x size x size; a step has one shape:
-    lengths: tuple[int, ...] = ()  # also clips of so many frames
-    aspects: tuple[int, ...] = (1, 1)  # width, height, width, height, ...: of one area
-    images: float = 0.0  # images (one frame) for each clip; Movie Gen has 0.1
+    fps: int = 8  # frames a second of the files that are written
+    things: int = 1  # toy world: moving objects in a clip
+    script: Literal[tuple(world.SCRIPTS)] = "latin"  # toy world: the letters of its signs
+    count: int = 6144  # M, the clips that the DiT is trained on (toy, small with --data: 1024)
+    others: tuple[str, ...] = ()  # further shapes in the dit stage, as 8x32x32 16x24x40 (T x H x W)
+    images: float = 0.0  # dit stage: images for each clip of several frames (Movie Gen: 0.1)
+    max_interval: int = 4  # videos: take every n-th frame, n drawn from 1 to this
+    tell_fps: bool = False  # videos: begin captions with the clip's frame rate, FPS-12
+    workers: int = 2  # videos: threads that decode ahead
+
+    def __post_init__(self):
+        within(self, 1, math.inf, "frames", "size", "fps", "things", "count", "max_interval")
+        within(self, 0, math.inf, "workers")
+        within(self, 0, 1e9, "images")
+        for text in self.others:
+            if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}x[1-9]\d{0,5}", text):
+                raise ValueError(f"others {text}: not frames x height x width, as 8x32x32")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """T, H, W of a clip, and of a sample."""
+        return self.frames, self.size, self.size
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """The (T, H, W) that clips of the dit stage can have; that of a sample comes first."""
+        clips = [self.shape, *(tuple(map(int, text.split("x"))) for text in self.others)]
+        return list(dict.fromkeys(clips + [(1, H, W) for _, H, W in clips if self.images]))
+
+    def drawn_shape(self, key: str, aspect: float | None = None) -> tuple[int, int, int]:
+        """Draw the (T, H, W) of a clip: an image or not, a length, then the shape of that length
+        nearest to an aspect ratio H / W, or any of them."""
+        if len(self.shapes) == 1:
+            return self.shape
+        rng = random.Random(key)
+        image = rng.random() < self.images / (1 + self.images)
+        lengths = sorted({T for T, _, _ in self.shapes if T > 1 or not self.images})
+        T = 1 if image or not lengths else rng.choice(lengths)
+        sides = [s for s in self.shapes if s[0] == T]
+        if aspect is None:
+            return rng.choice(sides)
+        return min(sides, key=lambda s: abs(math.log(s[1] / s[2] / aspect)))
 
 
 @dataclass
 class TrainConfig:
-    """How a model is trained; `tae:` and `dit:` fields are used by that stage alone."""
+    """How a model is trained; the same for the autoencoder and the DiT."""
 
-    steps: int = 1000
-    batch: int = 8  # clips a step, over all ranks
-    lr: float = 2e-3
+    steps: int = 1000  # optimizer steps
+    batch: int = 8  # clips in a step, over all ranks
+    lr: float = 2e-3  # learning rate at its highest
     warmup: int = 20  # steps of linear warm-up
-    decay: float = 1.0  # the last part of the steps over which the rate falls to 0 (cosine)
-    weight_decay: float = 0.01
-    beta2: float = 0.99
-    clip: float = 1.0  # gradient norm
-    ema: float = 0.0  # 0: no average of the weights
-    every: int = 200  # steps that a kill costs at most: checkpoints are half as far apart
-    image_steps: int = 0  # tae: steps of image training before inflation
-    image_batch: int = 32  # tae: frames a step in image training
-    crowd: int = 1  # tae: objects in a toy clip; an empty background teaches nothing
-    window: int = 16  # tae: frames of a training clip
-    motion: int = 1  # tae: motion curriculum, up to so many times as fast in the end; 1 is off
-    finish: float = 0.0  # tae: the last part of the steps, on whole clips without a crowd
-    accumulate: int = 1  # dit: a rank's clips of a step, in so many parts one after another
-    precision: str = "fp32"  # of the matrix products: fp32 | bf16; dit: | fp64, which is for tests
-    drop: float = 0.1  # dit: condition dropout
-    drop_each: bool = False  # dit: each text encoder is dropped for itself, not all three together
-    align: float = 0.0  # dit: weight of the loss that aligns the toy MetaCLIP with the picture
+    decay: float = 1.0  # share of the steps, at the end, in which the rate falls to 0 (cosine)
+    weight_decay: float = 0.01  # of matrices and kernels; tables, norms and biases have none
+    beta2: float = 0.99  # of AdamW
+    clip: float = 1.0  # the largest gradient norm
+    ema: float = 0.0  # moving average of the weights; 0: none
+    every: int = 200  # steps between checkpoints: a kill loses at most so many
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products
+
+    def __post_init__(self):
+        within(self, 0, 1e12, "steps", "warmup")
+        within(self, 1, 1e12, "batch", "every")
+        within(self, 0, math.inf, "weight_decay")
+        within(self, 0, 1, "decay", "beta2", "ema")
+        above_zero(self, "lr", "clip")
+        if self.beta2 == 1:
+            raise ValueError("beta2 1: must be below 1")
+
+
+@dataclass
+class TrainTAE(TrainConfig):
+    """How the autoencoder is trained."""
+
+    image_steps: int = 0  # steps on single frames, before the model is inflated to video
+    image_batch: int = 32  # frames in such a step
+    crowd: int = 1  # toy world: objects in a clip while training; background alone teaches nothing
+    window: int = 16  # frames of a training clip
+    motion: int = 1  # curriculum: clips become up to so many times as fast; 1: off
+    finish: float = 0.0  # share of the steps, at the end, on whole clips without a crowd
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, 0, 1e12, "image_steps")
+        within(self, 1, 1e12, "image_batch", "window", "motion")
+        within(self, 1, len(world.COLORS), "crowd")
+        within(self, 0, 1, "finish")
+
+
+@dataclass
+class TrainDiT(TrainConfig):
+    """How the DiT and the toy text encoders are trained."""
+
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of matrix products; fp64: for tests
+    accumulate: int = 1  # parts, one after another, of a rank's clips in a step
+    drop: float = 0.1  # share of clips whose text is dropped, for classifier-free guidance
+    drop_each: bool = False  # drop each text encoder by itself, not all three together
+    align: float = 0.0  # weight of the loss that aligns the toy MetaCLIP with the clips
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, 1, 1e12, "accumulate")
+        within(self, 0, 1, "drop")
+        within(self, 0, math.inf, "align")
 
 
 @dataclass
 class SampleConfig:
     """How clips are made."""
 
-    steps: int = 25
-    schedule: str = "linear"
-    solver: str = "euler"
-    guidance: float = 3.0
-    batch: int = 32
-    # toy world: prompts that are judged (more are drawn for held-out combinations and longer words)
-    prompts: int = 160
+    steps: int = 25  # Euler steps, or those of another solver
+    schedule: str = "linear"  # linear, linear_quadratic or shifted: where the steps are
+    solver: Literal[(*flow.SOLVERS, "dopri5")] = "euler"  # of the ODE
+    guidance: float = 3.0  # scale of classifier-free guidance; 1: none
+    batch: int = 32  # clips at a time
+    prompts: int = 160  # in the sample stage (and more of held-out combinations and longer words)
+
+    def __post_init__(self):
+        within(self, 1, 1e6, "steps", "batch", "prompts")
 
 
 @dataclass
 class Config:
-    """Everything that decides a run: config.json is this, and nothing else."""
+    """Everything that decides the result of a run: config.json is this, and nothing else."""
 
-    scale: str = "toy"
+    scale: Literal["toy", "small", "1b", "5b", "30b"] = "toy"  # preset of all sizes
     data: str = ""  # folder of captioned videos; empty: the toy world
-    seed: int = 0
-    coupling: str = "sdot"
-    phases: str = "one"  # of the dit stage: one | progressive (small images, small clips, clips)
+    base: str = ""  # run whose autoencoder, and latents where they are the same, are taken over
+    init: str = ""  # run whose autoencoder and weights are taken over; stretches position tables
+    seed: int = 0  # of everything random
+    coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # noise and clips
+    variant: Literal["2.5d", "3d", "vidtwin"] = "2.5d"  # the autoencoder
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
-    clips: ClipConfig = field(default_factory=ClipConfig)
-    variant: str = "2.5d"  # --tae: 2.5d | 3d (both: `tae`) | vidtwin (`vidtwin`)
-    patch_structure: tuple[int, ...] = (8, 1, 1)  # the same of VidTwin's two latents: all "frames"
+    patch_structure: tuple[int, ...] = (8, 1, 1)  # the same for VidTwin's two latents: all "frames"
     patch_dynamics: tuple[int, ...] = (1, 4, 2)  # of the structure; 4 frames of 2 rows or columns
+    clips: ClipConfig = field(default_factory=ClipConfig)
     tae: autoencoder.TAEConfig = field(default_factory=autoencoder.TAEConfig)
     vidtwin: autoencoder.VidTwinConfig = field(default_factory=autoencoder.VidTwinConfig)
-    loss: autoencoder.LossConfig = field(default_factory=autoencoder.LossConfig)  # of the tae stage
-    train_tae: TrainConfig = field(default_factory=TrainConfig)
+    loss: autoencoder.LossConfig = field(default_factory=autoencoder.LossConfig)
+    train_tae: TrainTAE = field(default_factory=TrainTAE)
     text: text_cond.TextConfig = field(default_factory=text_cond.TextConfig)
     dit: backbone.DiTConfig = field(default_factory=backbone.DiTConfig)
-    train_dit: TrainConfig = field(default_factory=TrainConfig)
+    train_dit: TrainDiT = field(default_factory=TrainDiT)
     flow: FlowConfig = field(default_factory=FlowConfig)
     sdot: SDOTConfig = field(default_factory=SDOTConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -188,50 +274,68 @@ class Config:
         """Sizes of the autoencoder that `variant` names."""
         return self.vidtwin if self.variant == "vidtwin" else self.tae
 
+    @property
+    def patches(self) -> dict[str, tuple[int, ...]]:
+        """The patch of each latent of the autoencoder, by the name of its field."""
+        names = (("patch_structure", "patch_dynamics") if self.variant == "vidtwin" else
+                 ("patch",))
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def workers(self) -> int:
+        """Threads that read clips ahead; the toy world is drawn where it is needed."""
+        return self.clips.workers if self.data else 0
+
+
+# Fields that follow from others, and are therefore no flags.
+DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
+           "vidtwin.size"}
+# Fields that change how a run is computed, not its result: they may differ when it is resumed.
+HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
+       "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 
 SCALES: dict[str, Callable[[], Config]] = {
     # 2 CPU cores, minutes: 16 x 32 x 32 clips, latent (8, 4, 8, 8), 16 tokens
     "toy": lambda: Config(
-        patch=(4, 2, 2),  # a token is 8 x 8 pixels for the whole clip
+        patch=(4, 2, 2),                        # a token is 8 x 8 pixels for the whole clip
         tae=replace(autoencoder.PRESETS["toy"]),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["toy"]),
         loss=replace(autoencoder.LOSSES["toy"]),
-        train_tae=TrainConfig(steps=2200, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8,
-                              finish=0.2),
+        train_tae=TrainTAE(steps=2200, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8,
+                           finish=0.2),
         text=replace(text_cond.PRESETS["toy"]),
         dit=replace(backbone.PRESETS["toy"]),
         clips=ClipConfig(count=18432),
-        train_dit=TrainConfig(steps=2000, batch=64, lr=2e-3, warmup=100, ema=0.995, align=0.1),
-        flow=FlowConfig(std=1.3, shift=2.0),  # where and whither is decided near the noise
+        train_dit=TrainDiT(steps=2000, batch=64, lr=2e-3, warmup=100, ema=0.995, align=0.1),
+        flow=FlowConfig(std=1.3, shift=2.0),   # place and direction are decided near the noise
         sdot=SDOTConfig(solver="pot"),
         sample=SampleConfig(schedule="shifted", guidance=5.0),
     ),
     # one GPU, hours: 16 x 64 x 64 clips with two objects, 8 x 8 x 8, latent (16, 2, 8, 8)
     "small": lambda: Config(
-        scale="small",
-        coupling="independent",
-        patch=(1, 2, 2),
+        scale="small", coupling="independent", patch=(1, 2, 2),
         clips=ClipConfig(size=64, things=2, count=50_000),
         tae=replace(autoencoder.PRESETS["small"]),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["small"]),
         loss=replace(autoencoder.LOSSES["small"]),
-        train_tae=TrainConfig(steps=40_000, batch=32, lr=4e-4, warmup=500, image_steps=10_000,
-                              image_batch=128, every=2000),
+        train_tae=TrainTAE(steps=40_000, batch=32, lr=4e-4, warmup=500, image_steps=10_000,
+                           image_batch=128, every=2000),
         text=replace(text_cond.PRESETS["small"]),
         dit=replace(backbone.PRESETS["small"]),
-        train_dit=TrainConfig(steps=100_000, batch=256, lr=3e-4, warmup=1000, ema=0.9999,
-                              every=2000, align=0.1),
+        train_dit=TrainDiT(steps=100_000, batch=256, lr=3e-4, warmup=1000, ema=0.9999, every=2000,
+                           align=0.1),
         sample=SampleConfig(steps=50),
     ),
 }
 
 
-def paper_scale(name: str, clips: ClipConfig, train_tae: TrainConfig, train_dit: TrainConfig,
-                phases: str = "one") -> Config:
-    """The sizes of the papers: their autoencoder, their text encoders, bf16. Planned, with --plan,
-    and never run whole by us."""
+def paper_scale(name: str, clips: ClipConfig, train_tae: TrainTAE, train_dit: TrainDiT) -> Config:
+    """Give the sizes of the papers: their autoencoder, their text encoders, bf16. They are planned,
+    with --plan, and have never been run whole."""
     return Config(
-        scale=name, coupling="independent", phases=phases, patch=(1, 2, 2), clips=clips,
+        scale=name, coupling="independent", patch=(1, 2, 2), clips=clips,
         tae=replace(autoencoder.PRESETS["paper"], checkpointing=True),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["paper"]),
         loss=replace(autoencoder.LOSSES["paper"]),
@@ -247,903 +351,527 @@ SCALES |= {
     # 8 GPUs, weeks: 4 s at 8 frames a second, 256 px; 4 x 16 x 16 = 1024 tokens
     "1b": lambda: paper_scale(
         "1b", ClipConfig(frames=32, size=256, count=1_000_000, images=0.1, workers=8),
-        TrainConfig(steps=100_000, batch=64, image_steps=50_000, image_batch=256),
-        TrainConfig(steps=200_000, batch=512, lr=2e-4)),
+        TrainTAE(steps=100_000, batch=64, image_steps=50_000, image_batch=256),
+        TrainDiT(steps=200_000, batch=512, lr=2e-4)),
     # 64 GPUs and more: 8 s at 16 frames a second, 256 px; 16 x 16 x 16 = 4096 tokens
     "5b": lambda: paper_scale(
         "5b", ClipConfig(frames=128, size=256, fps=16, count=4_000_000, images=0.1, workers=8),
-        TrainConfig(steps=200_000, batch=256, image_steps=100_000, image_batch=1024),
-        TrainConfig(steps=200_000, batch=1024, lr=1e-4)),
-    # thousands of GPUs: Movie Gen's three phases, to 16 s at 768 px, 73,728 tokens
+        TrainTAE(steps=200_000, batch=256, image_steps=100_000, image_batch=1024),
+        TrainDiT(steps=200_000, batch=1024, lr=1e-4)),
+    # thousands of GPUs: Movie Gen's last stage [MG table 3], 16 s at 768 px, 73,728 tokens; README
+    # has the commands of the two stages before it
     "30b": lambda: paper_scale(
-        "30b", ClipConfig(frames=256, size=768, fps=16, count=10_000_000, tell_fps=True, workers=8),
-        TrainConfig(steps=200_000, batch=512, image_steps=100_000, image_batch=2048),
-        TrainConfig(steps=469_500, batch=1536, lr=1e-4), phases="progressive"),
+        "30b", ClipConfig(frames=256, size=768, fps=16, count=10_000_000, images=0.1,
+                          tell_fps=True, workers=8),
+        TrainTAE(steps=200_000, batch=512, image_steps=100_000, image_batch=2048),
+        TrainDiT(steps=74_500, batch=512, lr=6e-5)),
 }
-COUPLINGS = ("independent", "minibatch", "sdot", "sdot-global")
-VARIANTS = ("2.5d", "3d", "vidtwin")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
-COMPARED = ("loss", "color", "shape", "direction", "text", "heldout")  # figures of a study
-# Fields that follow from others, and are therefore no flags.
-DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
-           "vidtwin.size", "variant",
-           # and those of a training stage that only the other one has
-           *(f"train_tae.{name}" for name in ("drop", "drop_each", "align", "accumulate")),
-           *(f"train_dit.{name}" for name in ("window", "motion", "image_steps", "image_batch",
-                                              "crowd", "finish"))}
-# Fields that say how a run is computed, and not what comes out: they may change when it goes on.
-HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
-       "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload"}
 
 
-def one_of(flag: str, value: str, choices) -> None:
-    """UserError unless value is among the choices."""
-    if value not in choices:
-        raise UserError(f"{flag} {value}: not one of {', '.join(choices)}")
-
-
-def finish_config(cfg: Config) -> Config:
-    """Fill the fields that follow from others, and check what no single stage can."""
-    c = cfg.clips
-    for name in ("frames", "size", "fps", "things", "count", "max_interval"):
-        if getattr(c, name) < 1:
-            raise UserError(f"--clips.{name} {getattr(c, name)}: must be 1 or more")
-    if c.workers < 0:
-        raise UserError(f"--clips.workers {c.workers}: must be 0 or more")
-    for section in ("train_tae", "train_dit"):
-        t = getattr(cfg, section)
-        for name in ("batch", "every", "image_batch", "crowd", "window", "motion",
-                     "accumulate"):
-            if getattr(t, name) < 1:
-                raise UserError(f"--{section}.{name} {getattr(t, name)}: must be 1 or more")
-        for name in ("steps", "image_steps", "warmup", "weight_decay", "align"):
-            if not getattr(t, name) >= 0:
-                raise UserError(f"--{section}.{name} {getattr(t, name)}: must be 0 or more")
-        if not 0 <= t.beta2 < 1:
-            raise UserError(f"--{section}.beta2 {t.beta2}: must be from 0 to below 1")
-        for name in ("finish", "drop", "decay", "ema"):
-            if not 0 <= getattr(t, name) <= 1:
-                raise UserError(f"--{section}.{name} {getattr(t, name)}: must be from 0 to 1")
-        one_of(f"--{section}.precision", t.precision,
-               PRECISIONS if section == "train_dit" else ("fp32", "bf16"))
-        for name in ("lr", "clip"):
-            if not getattr(t, name) > 0:
-                raise UserError(f"--{section}.{name} {getattr(t, name)}: must be above 0")
-    one_of("--clips.script", c.script, autoencoder.SCRIPTS)
+@contextlib.contextmanager
+def named(flag: str):
+    """Turn the ValueError of another file's own check into a UserError that names the flag."""
     try:
-        autoencoder.glyphs(autoencoder.SCRIPTS[c.script][0][0], 16)
+        yield
     except ValueError as error:
-        raise UserError(f"--clips.script {c.script}: {error}") from None
-    if c.things > 3 and not cfg.data:
-        raise UserError(f"--clips.things {c.things}: at most 3 pass one another without touching")
-    for flag, n in (("train_tae.crowd", cfg.train_tae.crowd),
-                    ("train_dit.crowd", cfg.train_dit.crowd)):
-        if n > len(autoencoder.COLORS):
-            raise UserError(f"--{flag} {n}: at most {len(autoencoder.COLORS)}, one of each colour")
-    if cfg.train_tae.window > c.frames:
-        cfg.train_tae.window = c.frames
-    one_of("--coupling", cfg.coupling, COUPLINGS)
-    for name in ("steps", "batch", "prompts"):
-        if getattr(cfg.sample, name) < 1:
-            raise UserError(f"--sample.{name} {getattr(cfg.sample, name)}: must be 1 or more")
-    one_of("--sample.solver", cfg.sample.solver, (*flow.SOLVERS, "dopri5"))
-    try:
+        raise UserError(f"{flag}{error}") from None
+
+
+def parts_of(cfg: Config, shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
+    """The latents of a clip of T x H x W frames: one (C, T', H', W'), or VidTwin's two."""
+    with torch.device("meta"):
+        return autoencoder.autoencoder(cfg.autoencoder_config).parts(*shape)
+
+
+def finish(cfg: Config) -> Config:
+    """Fill in the fields that follow from others; UserError for what no single config can see."""
+    c, t = cfg.clips, cfg.train_tae
+    if not cfg.data:
+        with named("--clips."):
+            world.check_script(c.script)
+        if c.things > 3:
+            raise UserError(f"--clips.things {c.things}: at most 3 have room to pass one another")
+    with named("--sample."):
         flow.schedule(cfg.sample.schedule, cfg.sample.steps, shift=cfg.flow.shift)
-    except ValueError as error:
-        raise UserError(f"--sample.{error}") from None
     if cfg.flow.objective == "diffusion" and cfg.sample.solver != "euler":
         raise UserError(f"--sample.solver {cfg.sample.solver}: diffusion is sampled with euler")
-    one_of("--tae", cfg.variant, VARIANTS)
-    patches = {"patch": cfg.patch}
-    if cfg.variant == "vidtwin":
+    if cfg.base and cfg.init:
+        raise UserError("--base, --init: one or the other")
+    if cfg.variant == "vidtwin":                        # whole clips of one size, and no images
         cfg.vidtwin = replace(cfg.vidtwin, frames=c.frames, size=c.size)
-        cfg.train_tae.window, cfg.train_tae.image_steps = c.frames, 0  # whole clips, no images
-        patches = {"patch_structure": cfg.patch_structure, "patch_dynamics": cfg.patch_dynamics}
+        cfg.train_tae = replace(t, window=c.frames, image_steps=0)
     else:
         cfg.tae = replace(cfg.tae, variant=cfg.variant)
-    with torch.device("meta"):
-        model = autoencoder.autoencoder(cfg.autoencoder_config)
-    one_of("--phases", cfg.phases, ("one", "progressive"))
-    for name, patch in patches.items():
-        if len(patch) != 3 or min(patch) < 1:
-            raise UserError(f"--{name} {' '.join(map(str, patch))}: not three numbers above 0")
-    shapes, streams = shapes_of(cfg), []
-    several = len(shapes) > 1 or cfg.phases != "one"
-    if several and cfg.coupling.startswith("sdot"):
-        raise UserError(f"--coupling {cfg.coupling}: for clips of one shape only; with --phases, "
-                        "--clips.lengths, --clips.aspects or --clips.images: independent")
-    if several and cfg.variant == "vidtwin":
-        raise UserError("--tae vidtwin: its clips have one shape; without --phases, "
-                        "--clips.lengths, --clips.aspects and --clips.images")
-    for shape in shapes:
-        here = model.streams(*shape)
-        for (name, patch), (_, *size) in zip(patches.items(), here):
-            if any(n % p for n, p in zip(size, patch)):
-                raise UserError(f"--{name} {' '.join(map(str, patch))}: does not divide the latent "
-                                f"{tuple(size)}")
-        streams = [tuple(map(max, *pair)) for pair in zip(streams or here, here)]
-    cfg.dit = replace(
-        cfg.dit,
-        streams=tuple(
-            backbone.Stream(C, tuple(patch), tuple(size))
-            for patch, (C, *size) in zip(patches.values(), streams)
-        ),
-        text_dim=cfg.dit.dim,
-    )
+    if len(c.shapes) > 1 and cfg.coupling.startswith("sdot"):
+        raise UserError(f"--coupling {cfg.coupling}: for clips of one shape; with --clips.others "
+                        "or --clips.images: independent")
+    if len(c.shapes) > 1 and cfg.variant == "vidtwin":
+        raise UserError("--variant vidtwin: its clips have one shape; without --clips.others and "
+                        "--clips.images")
+    largest: list[tuple[int, ...]] = []                 # over all shapes, of each latent
+    for shape in c.shapes:
+        parts = parts_of(cfg, shape)
+        for (name, patch), (_, *size) in zip(cfg.patches.items(), parts):
+            if len(patch) != 3 or min(patch) < 1 or any(n % p for n, p in zip(size, patch)):
+                raise UserError(f"--{name} {' '.join(map(str, patch))}: not three numbers that "
+                                f"divide the latent {tuple(size)} of {'x'.join(map(str, shape))}")
+        largest = [tuple(map(max, *pair)) for pair in zip(largest or parts, parts)]
+    streams = (backbone.Stream(C, tuple(patch), tuple(size))
+               for patch, (C, *size) in zip(cfg.patches.values(), largest))
+    cfg.dit = replace(cfg.dit, streams=tuple(streams), text_dim=cfg.dit.dim)
     cfg.text = replace(cfg.text, dim=cfg.dit.dim)
-    for phase in phases(cfg) if cfg.phases == "progressive" else ():
-        at_phase(cfg, phase)  # their sizes are checked before anything runs
     return cfg
 
 
-def whole_clip(cfg: Config) -> tuple[int, int, int]:
-    """T, H, W of a clip."""
-    return cfg.clips.frames, cfg.clips.size, cfg.clips.size
-
-
-def token_pixels(cfg: Config) -> list[int]:
-    """Rows and columns of pixels of one token."""
-    with torch.device("meta"):
-        model = autoencoder.autoencoder(cfg.autoencoder_config)
-    (_, _, *sides), *_ = model.streams(*whole_clip(cfg))
-    return [cfg.clips.size // n * p for n, p in zip(sides, cfg.patch[1:])]
-
-
-def shapes_of(cfg: Config) -> list[tuple[int, int, int]]:
-    """The (T, H, W) that clips of the dit stage can have; the first is that of a sample. Those of
-    other aspects have about the same area, in whole tokens of the autoencoder's latent."""
-    c = cfg.clips
-    if any(n < 1 for n in (*c.lengths, *c.aspects)) or len(c.aspects) % 2 or not c.aspects:
-        raise UserError(f"--clips.lengths {' '.join(map(str, c.lengths))}, --clips.aspects "
-                        f"{' '.join(map(str, c.aspects))}: lengths and pairs width height, above 0")
-    if not cfg.data and max(c.lengths, default=0) > c.frames:
-        raise UserError(f"--clips.lengths {' '.join(map(str, c.lengths))}: clips of the toy world "
-                        f"have --clips.frames {c.frames}")
-    if not 0 <= c.images < math.inf:
-        raise UserError(f"--clips.images {c.images:g}: must be 0 or more")
-    units = token_pixels(cfg)
-    sides = [(c.size, c.size)]
-    for w, h in zip(c.aspects[::2], c.aspects[1::2]):
-        side = tuple(max(1, round(c.size * math.sqrt(a / b) / unit)) * unit
-                     for a, b, unit in ((h, w, units[0]), (w, h, units[1])))
-        if w != h and side not in sides:
-            sides.append(side)
-    lengths = dict.fromkeys((c.frames, *c.lengths, *([1] if c.images else [])))
-    return [(T, *side) for T in lengths for side in sides]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of the dit stage on clips of one size. Its name is that of its folders."""
-
-    name: str
-    frames: int
-    size: int
-    steps: int
-    batch: int
-    lr: float
-    images: float
-
-
-def phases(cfg: Config) -> list[Phase]:
-    """One phase; or Movie Gen's three: images at a third of the size, clips of that size, clips at
-    full size, the last two with one image for ten clips (or as --clips.images says). Steps, batches
-    and rates are to each other as 210k : 185k : 74.5k, 9216 : 1536 : 512 and 1e-4 : 6e-5 : 6e-5
-    [MG table 3]; --train_dit.batch is that of the second, --train_dit.lr that of the first. (The
-    paper doubles the second batch on the way, and halves the last rate where the validation loss
-    stands still; here the first stays, and the rate falls as a cosine.)
-    """
-    c, t = cfg.clips, cfg.train_dit
-    if cfg.phases == "one":
-        return [Phase("", c.frames, c.size, t.steps, t.batch, t.lr, c.images)]
-    unit = math.lcm(*token_pixels(cfg))
-    small = max(1, round(c.size / 3 / unit)) * unit
-    cut, images = [round(t.steps * n / 469.5) for n in (210, 395)], c.images or 0.1
-    return [Phase("images", 1, small, cut[0], 6 * t.batch, t.lr, 0.0),
-            Phase("small", c.frames, small, cut[1] - cut[0], t.batch, 0.6 * t.lr, images),
-            Phase("full", c.frames, c.size, t.steps - cut[1], max(1, t.batch // 3), 0.6 * t.lr,
-                  images)]
-
-
-def at_phase(cfg: Config, phase: Phase) -> Config:
-    """The config of one phase: that of a run which has no other."""
-    cfg = copy.deepcopy(cfg)
-    cfg.phases = "one"
-    cfg.clips = replace(cfg.clips, frames=phase.frames, size=phase.size, images=phase.images,
-                        lengths=cfg.clips.lengths if phase.frames > 1 else ())
-    cfg.train_dit = replace(cfg.train_dit, steps=phase.steps, batch=phase.batch, lr=phase.lr)
-    return finish_config(cfg)
-
-
-# ---- 2. The toy world: captions and the judge ----------------------------------------------------
-
-
-def caption(world: autoencoder.World) -> str:
-    """`a red circle moving left fast`, `a white sign saying "CAT" moving up`; two objects are
-    joined by `and`."""
-
-    def one(t: autoencoder.Thing) -> str:
-        what = f'sign saying "{t.word}"' if t.shape == "sign" else t.shape
-        return f"a {t.color} {what} moving {t.direction}" + (" fast" if t.speed == "fast" else "")
-
-    return " and ".join(one(t) for t in world.things)
-
-
-_one_of = lambda words: "|".join(sorted(words, key=len, reverse=True))
-GRAMMAR = re.compile(
-    rf"an? (?P<color>{_one_of(autoencoder.COLORS)}) "
-    rf'(?:(?P<shape>{_one_of(autoencoder.SHAPES)})|sign saying "(?P<word>[^" ]+)")'
-    rf" moving (?P<direction>{_one_of(autoencoder.DIRECTIONS)})(?P<fast> fast)?"
-)
-
-
-def parse(prompt: str) -> list[dict[str, str]]:
-    """What a prompt of the toy grammar asks for, one dict per object; [] if it is not of that
-    grammar."""
-    parts = [GRAMMAR.fullmatch(p) for p in prompt.split(" and ")]
-    if not all(parts):
-        return []
-    return [
-        {
-            "color": m["color"],
-            "shape": m["shape"] or "sign",
-            "direction": m["direction"],
-            "speed": "fast" if m["fast"] else "slow",
-            "text": m["word"] or "",
-        }
-        for m in parts
-    ]
-
-
-def seen_colors(x: Tensor) -> Tensor:
-    """Index of the nearest palette colour of each pixel, by hue: x (3, ...) in [0, 1] -> (...).
-    Brightness is divided out, because blur mixes a colour with the dark background."""
-    palette = torch.tensor(list(autoencoder.COLORS.values()))
-    palette = palette / palette.amax(1, keepdim=True)
-    x = x / x.amax(0, keepdim=True).clamp_min(1e-3)
-    return (x[None] - palette.view(-1, 3, *[1] * (x.ndim - 1))).square().sum(1).argmin(0)
-
-
-def centred_sprite(alpha: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
-    """The object with its motion taken out: each frame of alpha (T, H, W) is shifted so that (cx,
-    cy) (T,) comes to the centre, then frames are averaged -> (H, W)."""
-    T, H, W = alpha.shape
-    theta = torch.zeros(T, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1
-    theta[:, 0, 2], theta[:, 1, 2] = (2 * cx + 1) / W - 1, (2 * cy + 1) / H - 1
-    grid = nn.functional.affine_grid(theta, (T, 1, H, W), align_corners=False)
-    return nn.functional.grid_sample(alpha[:, None], grid, align_corners=False).mean((0, 1))
-
-
-@cache
-def templates(H: int, script: str) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Sprites of every shape, and of every word of a script, made by the same measurement from
-    rendered clips: (K, H*H) unit rows, labels."""
-    shape = autoencoder.Thing("white", "circle", "right", "slow", x=0.4)
-    things = [replace(shape, shape=s, radius=r / 200)
-              for s in autoencoder.SHAPES for r in range(26, 42, 2)]
-    sign = replace(shape, shape="sign", x=0.38)
-    things += [replace(sign, word=w) for words in autoencoder.SCRIPTS[script] for w in words]
-    rows = []
-    for thing in things:
-        (clip,) = autoencoder.render([autoencoder.World((thing,))], H=H)
-        alpha, cx, cy = track((clip[0] + 1) / 2)
-        rows.append(centred_sprite(alpha, cx, cy).flatten())
-    labels = [(t.shape, t.word) for t in things]
-    return nn.functional.normalize(torch.stack(rows), dim=1), labels
-
-
-def track(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha (T, H, W), faint pixels removed, and its centre of mass in each frame (T,), (T,)."""
-    T, H, W = alpha.shape
-    alpha = torch.where(alpha > 0.2, alpha, 0)
-    mass = alpha.sum((1, 2)).clamp_min(1e-6)
-    cx = (alpha.sum(1) * torch.arange(W)).sum(1) / mass
-    cy = (alpha.sum(2) * torch.arange(H)).sum(1) / mass
-    return alpha, cx, cy
-
-
-def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[str, str]]:
-    """What a clip (3, T, H, W) in [-1, 1] shows, from its pixels alone: colour, shape, direction,
-    speed and text of `things` objects. Background = the median pixel of the rim; an object = what
-    differs from it; direction and speed = a straight line through the centres of mass; shape and
-    text = the best matching template. "none" where nothing is to be seen.
-    """
-    x = ((clip.float() + 1) / 2).clamp(0, 1)
-    T, H, W = x.shape[1:]
-    rim = torch.ones(H, W, dtype=torch.bool)
-    rim[2:-2, 2:-2] = False
-    background = x[:, :, rim].flatten(1).median(1).values.view(3, 1, 1, 1)
-    strength = (x - background).abs().amax(0)  # (T, H, W)
-    alpha = (strength / 0.7).clamp(0, 1)
-    solid = alpha > 0.75
-    colors = seen_colors(x)  # (T, H, W)
-    areas = torch.bincount(colors[solid], minlength=len(autoencoder.COLORS))
-    bank, labels = templates(H, script)
-    seen = []
-    for color in areas.topk(things).indices.tolist():
-        own = alpha if things == 1 else torch.where(colors == color, alpha, 0)
-        own, cx, cy = track(own)
-        if own.sum((1, 2)).median() < 0.015 * H * W:  # the smallest object covers 3 %
-            seen.append(dict.fromkeys(("color", "shape", "direction", "speed", "text"), "none"))
-            continue
-        t = torch.arange(T) - (T - 1) / 2
-        vx, vy = (
-            (c * t).sum() / t.square().sum().clamp_min(1) * 32 / H for c in (cx, cy)
-        )  # pixels a frame at H = 32
-        speed, octant = math.hypot(vx, vy), round(math.atan2(vy, vx) / (math.pi / 4)) % 8
-        score = bank @ nn.functional.normalize(centred_sprite(own, cx, cy).flatten(), dim=0)
-        shape, word = labels[score.argmax()] if score.max() > 0.6 else ("none", "")
-        seen.append(
-            {
-                "color": list(autoencoder.COLORS)[color],
-                "shape": shape,
-                "text": word,
-                "direction": list(autoencoder.DIRECTIONS)[octant] if speed > 0.2 else "none",
-                "speed": "fast" if speed > 0.8 else "slow" if speed > 0.2 else "none",
-            }
-        )
-    return seen
-
-
-def judge(clip: Tensor, prompt: str) -> dict[str, bool]:
-    """Whether a clip (3, T, H, W) shows what a toy prompt asks for: color, shape, direction,
-    speed, and text if the prompt has a sign. With several objects each verdict must hold for all
-    of them (matched by colour)."""
-    wanted = parse(prompt)
-    if not wanted:
-        raise ValueError(f"prompt {prompt!r}: not of the toy grammar")
-    latin = all(w["text"].isascii() for w in wanted)
-    seen = perceive(clip, len(wanted), "latin" if latin else "chinese")
-    if len(wanted) > 1:
-        by_color = {s["color"]: s for s in seen}
-        seen = [by_color.get(w["color"], dict.fromkeys(w, "none")) for w in wanted]
-    verdict = {k: all(s[k] == w[k] for s, w in zip(seen, wanted))
-               for k in ("color", "shape", "direction", "speed")}
-    if any(w["text"] for w in wanted):
-        verdict["text"] = all(s["text"] == w["text"] for s, w in zip(seen, wanted))
-    return verdict
-
-
-def accuracy(verdicts: list[dict[str, bool]],
-             keys=("color", "shape", "direction", "speed", "text")) -> dict[str, float]:
-    """Share of the verdicts that hold, per key, over those that have the key."""
+def from_dict(kind, value: dict):
+    """Make a config dataclass from JSON: lists become tuples, nested objects nested configs."""
+    default = kind()
+    if unknown := set(value) - {f.name for f in fields(kind)}:
+        raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
     out = {}
-    for key in keys:
-        votes = [v[key] for v in verdicts if key in v]
-        if votes:
-            out[key] = sum(votes) / len(votes)
-    return out
+    for name, v in value.items():
+        d = getattr(default, name)
+        v = from_dict(type(d), v) if is_dataclass(d) else tuple(v) if isinstance(v, list) else v
+        if not isinstance(v, (int, float) if type(d) is float else type(d)):
+            raise ValueError(f"{name} {v!r}: not of the type of {d!r}")
+        out[name] = v
+    return kind(**out)
 
 
-def check_judge(cfg: Config, n: int = 500) -> dict[str, float]:
-    """Agreement of the judge with the truth on n rendered clips; fewer, where they are large."""
-    n = max(20, min(n, 2**25 // math.prod(whole_clip(cfg))))
-    rng = random.Random(f"judge/{cfg.seed}")
-    c = cfg.clips
-    worlds = [autoencoder.sample_world(rng, c.things, heldout=None, frames=c.frames,
-                                       script=c.script) for _ in range(n)]
-    verdicts = []
-    for world in worlds:
-        (clip,) = autoencoder.render([world], c.frames, c.size)
-        verdicts.append(judge(clip, caption(world)))
-    return accuracy(verdicts)
+def read_config(folder: Path | str) -> Config:
+    """Read the config.json of a run; fields that are newer than the file have their defaults."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no run there; train first: torchrun train.py --workdir "
+                        f"{folder}")
+    try:
+        return from_dict(Config, json.loads(read_text(path)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); choose another --workdir") from None
 
 
-def test_prompts(cfg: Config) -> list[tuple[str, str]]:
-    """(category, prompt) with fixed seeds: `trained` (3/5 shapes, 2/5 one-letter signs), `heldout`
-    combinations of shapes, `words` of two and three letters, `words_heldout`. A letter is so large
-    that it has hardly room beside another thing: of several things one or more are signs of any
-    length where one thing would be."""
-    rng = random.Random(f"prompts/{cfg.seed}")
-    n, c = cfg.sample.prompts, cfg.clips
-    want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
-    out: list[tuple[str, str]] = []
-    signs = 2 * n // 5
-    for kind, count in want.items():
-        got = 0
-        while got < count:
-            word = kind.startswith("words") or (kind == "trained" and got < signs)
-            share = float(word) if c.things == 1 else 0.4 * word
-            world = autoencoder.sample_world(rng, c.things, share, frames=c.frames,
-                                             heldout=kind.endswith("heldout"), script=c.script)
-            lengths = [len(t.word) for t in world.things if t.word]
-            if word and not lengths:
-                continue
-            if word and c.things == 1 and (kind == "trained") != (lengths == [1]):
-                continue
-            out.append((kind, caption(world)))
-            got += 1
-    return out
+# ---- 2. Clips: the toy world, and folders of videos ----------------------------------------------
+# Clip i of a split is a pure function of (seed, split, i), so any rank or thread can make it.
+# Splits: `tae` (the autoencoder's training), `train` (the DiT's), `heldout`.
 
 
-# ---- 3. Data: toy worlds and folders of videos ---------------------------------------------------
+def read_ahead(fn: Callable, items: Iterable, workers: int = 0) -> Iterator:
+    """Give fn(item) of each item, in order, computed ahead by `workers` threads; with 0, just
+    before it is needed. Threads are enough: PyAV releases Python's lock while it decodes."""
+    if not workers:
+        yield from map(fn, items)
+        return
+    ahead: collections.deque = collections.deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            ahead.append(pool.submit(fn, item))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class ToyClips:
-    """Captioned clips of the toy world. Clip i of a split is drawn from (seed, split, i): any rank
-    or worker can make it."""
+    """Captioned clips of the toy world."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.shapes = cfg, shapes_of(cfg)
-
-    def at(self, cfg: Config) -> "ToyClips":
-        """The clips of one phase of the run."""
-        return ToyClips(cfg)
+        self.cfg = cfg
 
     def shape(self, i: int) -> tuple[int, int, int]:
         """(T, H, W) of clip i of the dit stage."""
-        return drawn_shape(self.shapes, self.cfg, i)
+        return self.cfg.clips.drawn_shape(f"shape/{self.cfg.seed}/{i}")
 
-    def clip(self, split: str, i: int, done: float | None = None,
-             shape: tuple[int, int, int] | None = None) -> tuple[Tensor, str]:
-        """(3, T, H, W) in [-1, 1] and its caption. Splits: `tae` (crowded), `train`, `heldout`.
-        done: share of the training that is past, for the motion curriculum; None leaves it out.
-        shape: another (T, H, W), the middle of a larger square."""
-        c, most = self.cfg.clips, self.cfg.train_tae.motion
+    def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
+             ) -> tuple[Tensor, str]:
+        """(3, T, H, W) in [-1, 1], a window of a longer clip where T is shorter, and its caption.
+        In split `tae`, done is the share of the training that is past: the motion curriculum."""
+        c, t, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
-        things = max(c.things, self.cfg.train_tae.crowd) if split == "tae" else c.things
-        world = autoencoder.sample_world(rng, things, frames=c.frames, overlap=split == "tae",
-                                         script=c.script)
-        faster = done is not None and most > 1
-        interval = autoencoder.motion_interval(rng, done, most) if faster else 1.0
-        T, H, W = shape or whole_clip(self.cfg)
-        (x,) = autoencoder.render([world], c.frames, max(H, W), interval=interval)
-        T0, H0, W0 = x.shape[1:]
-        top, left, start = (H0 - H) // 2, (W0 - W) // 2, (T0 - T) // 2
-        return x[:, start : start + T, top : top + H, left : left + W], caption(world)
+        training, length = split == "tae", max(c.frames, t.window)
+        scene = world.sample_world(rng, max(c.things, t.crowd) if training else c.things,
+                                   frames=length, overlap=training, script=c.script)
+        fast = training and t.motion > 1
+        interval = world.motion_interval(rng, done, t.motion) if fast else 1.0
+        side, start = max(H, W), rng.randint(0, max(0, length - T))
+        (x,) = world.render([scene], T, side, interval=interval, start=start)
+        top, left = (side - H) // 2, (side - W) // 2                # the middle of a larger square
+        return x[:, :, top : top + H, left : left + W], world.caption(scene)
 
 
-CROPS = 4
+CROPS = 4           # consecutive clips are crops of one window: decoding is what costs
+NO_VIDEOS = {".txt", ".csv", ".json", ".jsonl", ".md", ".srt", ".vtt", ".py", ".html"}
 
 
-def drawn_shape(shapes: list[tuple[int, int, int]], cfg: Config, i: int,
-                aspect: float | None = None) -> tuple[int, int, int]:
-    """(T, H, W) of clip i of the dit stage, from (seed, i): an image or a clip, then a length; the
-    nearest to an aspect H / W, or any. Clips of one window have one shape."""
-    c = cfg.clips
-    if len(shapes) == 1:
-        return shapes[0]
-    rng = random.Random(f"shape/{cfg.seed}/{i // CROPS}")
-    image = rng.random() < c.images / (1 + c.images)
-    T = 1 if image else rng.choice((c.frames, *c.lengths))
-    sides = [s for s in shapes if s[0] == T]
-    if aspect is None:
-        return rng.choice(sides)
-    return min(sides, key=lambda s: abs(math.log(s[1] / s[2] / aspect)))
+class VideoFolder:
+    """Clips of captioned videos (`find_videos`). A clip is a random window: T frames at a random
+    start and frame interval, shrunk so that the short side is 1 to 1.5 times the size of a clip,
+    and cropped at random. The last fifth of each video, one clip at least, is held out of training.
+
+    Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not grow
+    with the number, the length or the resolution of the videos.
+    """
+
+    def __init__(self, cfg: Config, videos: list[list]):
+        self.cfg, self.root, self.videos = cfg, Path(cfg.data), videos
+        self.lost: set[str] = set()
+        self.longest = max(T for T, _, _ in cfg.clips.shapes)
+        self.last = threading.local()               # the window that this thread decoded last
+
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """(T, H, W) of clip i of the dit stage: the shape nearest to its video's aspect ratio."""
+        aspect = self.videos[i // CROPS % len(self.videos)][4]
+        return self.cfg.clips.drawn_shape(f"shape/{self.cfg.seed}/{i // CROPS}", aspect)
+
+    def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
+             ) -> tuple[Tensor, str]:
+        """(3, T, H, W) in [-1, 1] and its caption, as in ToyClips."""
+        key = (split, i // CROPS, shape, done)
+        if getattr(self.last, "key", None) != key:
+            self.last.key, self.last.window = key, self.window(*key)
+        x, rate, caption = self.last.window                                         # (T, h, w, 3)
+        rng = random.Random(f"{split}/{self.cfg.seed}/{i}/crop")
+        _, H, W = shape
+        top, left = (rng.randint(0, n - m) for n, m in zip(x.shape[1:3], (H, W)))
+        x = rearrange(x[:, top : top + H, left : left + W], "T H W C -> C T H W")
+        told = f"FPS-{rate:.3g} " if self.cfg.clips.tell_fps else ""                # [MG s3.1.4]
+        return x.float() / 127.5 - 1, told + caption
+
+    def window(self, split: str, w: int, shape: tuple[int, int, int], done: float
+               ) -> tuple[Tensor, float, str]:
+        """Window w: (T, h, w, 3) uint8, its frame rate, its caption. A video that cannot be read
+        any more is named once, and the next one takes its place."""
+        for k in range(len(self.videos)):
+            video = self.videos[(w + k) % len(self.videos)]
+            try:
+                return self.read(video, split, random.Random(f"{split}/{self.cfg.seed}/{w}"),
+                                 shape, done)
+            except Exception as error:      # whatever PyAV raises for what it could read before
+                if video[0] not in self.lost:
+                    say(f"{self.root / video[0]}: cannot be read any more ({reason(error)}); the "
+                        "next video takes its place")
+                self.lost.add(video[0])
+        raise UserError(f"--data {self.root}: none of its videos can be read any more")
+
+    def read(self, video: list, split: str, rng: random.Random, shape: tuple[int, int, int],
+             done: float) -> tuple[Tensor, float, str]:
+        """A random window of one video."""
+        name, caption, frames, rate, aspect = video
+        (T, H, W), fastest = shape, self.cfg.clips.max_interval
+        if split == "tae" and self.cfg.train_tae.motion > 1:
+            fastest = int(world.motion_interval(rng, done, self.cfg.train_tae.motion))
+        cut = held_out(max(self.longest, T), frames)
+        low, high = (cut, frames) if split == "heldout" else (0, cut or frames)
+        interval = rng.randint(1, max(1, min(fastest, (high - low) // T)))
+        start = rng.randint(low, max(low, high - interval * (T - 1) - 1))
+        covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # its short side
+        size = max(round(covering * rng.uniform(1.0, 1.5)), math.ceil(covering))
+        return (read_window(self.root / name, start, interval, T, size, rate), rate / interval,
+                caption)
 
 
 def held_out(T: int, frames: int) -> int:
-    """The first frame of a video that training does not see: of its last fifth, or of its last clip
-    of T frames if that is longer; 0 where two clips do not fit, and all of it is for both."""
+    """The first frame that training does not see: of the last fifth, or of the last clip of T
+    frames if that is longer. 0 where two clips do not fit: then all of it is for both."""
     cut = min(int(0.8 * frames), frames - T)
     return cut if cut >= T else 0
 
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".gif")
+def find_videos(cfg: Config) -> list[list]:
+    """Look through --data -> [name, caption, frames, rate, height / width] of each video.
+
+    A video is what PyAV can open, in subfolders too, but for still pictures and hidden files. Its
+    caption stands in NAME.txt beside it, or in a metadata.csv (`file_name,text`) of its folder or
+    of one above. Every rank looks at some files; what is passed over is named. UserError where
+    nothing is left."""
+    root = Path(cfg.data)
+    if not root.is_dir():
+        raise UserError(f"--data {cfg.data}: no such folder")
+    there = sorted(path for path in root.rglob("*") if path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(root).parts))
+    captions = read_captions(root, [p for p in there if p.name == "metadata.csv"])
+    files = [p for p in there if p.suffix.lower() not in NO_VIDEOS]
+
+    def look(path: Path) -> list | str:
+        name = path.relative_to(root).as_posix()
+        try:
+            frames, rate, aspect = probe(path)
+        except Exception as error:          # whatever PyAV raises for what is no video
+            return f"{name}: not a video that can be read ({reason(error)})"
+        caption = caption_of(path, captions.get(same_name(name)))
+        return [name, caption, frames, rate, aspect] if caption else f"{name}: no caption"
+
+    mine = files[rank() :: world_size()]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(tqdm(pool.map(look, mine), desc="videos", total=len(mine), unit="file",
+                          leave=False, delay=3, disable=rank() != 0))
+    every = from_all(found)
+    rows = [every[i % world_size()][i // world_size()] for i in range(len(files))]
+    videos = [row for row in rows if isinstance(row, list)]
+    if rank() == 0:
+        tell_of_videos(cfg, videos, [row for row in rows if isinstance(row, str)],
+                       captions.keys() - {same_name(p.relative_to(root).as_posix()) for p in files})
+    if not videos:
+        raise UserError(f"--data {cfg.data}: no video in it that can be read and has a caption, in "
+                        "NAME.txt beside it or in metadata.csv (file_name,text)")
+    return videos
 
 
-class VideoFolder:
-    """Captioned videos: .mp4 .avi .mkv .webm .gif, in subfolders too, each with a caption in a .txt
-    beside it or in the folder's metadata.csv (`file_name,text`, as sub/name.mp4). A clip is a
-    random window: T frames at a random start and frame interval, shrunk so that the short side is
-    1 to 1.5 times the size of a clip, cropped at random. The last fifth of each video, one clip at
-    least, is held out of training.
-
-    Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not
-    grow with the number, the length or the resolution of the videos. Unreadable files are named
-    and skipped. A run keeps to the videos that it began with, in `table`: one that vanishes, or is
-    damaged, later is named, and the next one stands in for it; one that is added is not used.
-    """
-
-    def __init__(self, cfg: Config, quiet: bool = False, table: Path | None = None):
-        self.cfg, self.root, self.window = cfg, Path(cfg.data), ("", None)
-        self.lost: set[Path] = set()
-        self.shapes = shapes_of(cfg)
-        self.longest = max((cfg.clips.frames, *cfg.clips.lengths))      # of all phases
-        if not self.root.is_dir():
-            raise UserError(f"--data {cfg.data}: no such folder")
-        there = self.root.rglob("*") if rank() == 0 else ()
-        files = from_rank0(sorted(name_in(self.root, p) for p in there
-                                  if p.suffix.lower() in VIDEO_SUFFIXES))
-        known = from_rank0(read_videos(table) if table and rank() == 0 else None)
-        if isinstance(known, str):
-            raise UserError(known)
-        # file, caption, frames, frames per second, height / width
-        self.videos: list[tuple[Path, str, int, float, float]]
-        say = (lambda *_: None) if quiet else (lambda line: print(line, file=sys.stderr))
-        if known:
-            self.videos = [(self.root / name, *row) for name, *row in known]
-            old, new = {name for name, *_ in known}, set(files)
-            if old - new:
-                say(f"--data {cfg.data}: gone since this run began, others stand in: "
-                    + some_of(old - new))
-            if new - old:
-                say(f"--data {cfg.data}: not seen when this run began, not used: "
-                    + some_of(new - old))
-        else:
-            self.videos = self._look([self.root / name for name in files], quiet, say)
-
-    def at(self, cfg: Config) -> "VideoFolder":
-        """The clips of one phase of the run. What no phase may train on is the same in all."""
-        other = copy.copy(self)
-        other.cfg, other.shapes, other.window = cfg, shapes_of(cfg), ("", None)
-        return other
-
-    def table(self) -> list:
-        """What a run keeps of its videos."""
-        return [(name_in(self.root, path), *row) for path, *row in self.videos]
-
-    def _look(self, files: list[Path], quiet: bool, say: Callable[[str], None]):
-        data, T = self.cfg.data, self.cfg.clips.frames
-        if not files:
-            raise UserError(f"--data {data}: no video in it ({' '.join(VIDEO_SUFFIXES)})")
-        captions = read_captions(self.root, files, quiet)
-        if not any(captions):
-            raise UserError(f"--data {data}: no captions; put one in NAME.txt beside each video, "
-                            "or in metadata.csv")
-        for path, caption in zip(files, captions):
-            if not caption:
-                say(f"{path}: no caption, skipped")
-        told = [row for row in zip(files, captions) if row[1]]
-        found = shared_out("videos", try_probe, [path for path, _ in told], quiet)
-        for (path, _), what in zip(told, found):
-            if isinstance(what, str):
-                say(f"{path}: unreadable, skipped ({what})")
-        videos = [(*row, *what) for row, what in zip(told, found) if not isinstance(what, str)]
-        if not videos:
-            raise UserError(f"--data {data}: none of its {len(files)} videos can be read and has a "
-                            "caption")
-        short = [path.name for path, _, frames, *_ in videos if frames < T]
-        whole = [path.name for path, _, frames, *_ in videos
-                 if frames >= T and not held_out(self.longest, frames)]
-        if short:
-            say(f"shorter than {T} frames, the last frame is repeated: " + some_of(short))
-        if whole:
-            say("too short for two clips, so that nothing of it is held out of training: "
-                + some_of(whole))
-        seen = -(-self.cfg.clips.count // CROPS)
-        if seen < len(videos):
-            say(f"--clips.count {self.cfg.clips.count}: the dit stage sees {seen} of the "
-                f"{len(videos)} videos, {CROPS} crops of each; {CROPS * len(videos)} to see all")
-        return videos
-
-    def shape(self, i: int) -> tuple[int, int, int]:
-        """(T, H, W) of clip i of the dit stage: the aspect nearest to its video's."""
-        return drawn_shape(self.shapes, self.cfg, i,
-                           self.videos[i // CROPS % len(self.videos)][4])
-
-    def clip(self, split: str, i: int, done: float | None = None,
-             shape: tuple[int, int, int] | None = None) -> tuple[Tensor, str]:
-        """(3, T, H, W) in [-1, 1] and its caption, drawn from (seed, split, i). CROPS consecutive
-        clips are crops of one window, because decoding is what costs. done, shape: as in ToyClips.
-        """
-        x, told = self.frames(split, i, done, shape)
-        return in_range(x), told
-
-    def frames(self, split: str, i: int, done: float | None = None,
-               shape: tuple[int, int, int] | None = None) -> tuple[Tensor, str]:
-        """`clip` in bytes, uint8 of 0 to 255: a quarter of the memory."""
-        key = f"{split}/{self.cfg.seed}/{i // CROPS}"
-        T, H, W = shape or whole_clip(self.cfg)
-        if self.window[0] != (key, T, H, W):
-            window = self._window(split, i // CROPS, random.Random(key), done, (T, H, W))
-            self.window = (key, T, H, W), window
-        x, fps, caption = self.window[1]                                            # (T, h, w, 3)
-        rng = random.Random(f"{split}/{self.cfg.seed}/{i}/crop")
-        top, left = (rng.randint(0, n - m) for n, m in zip(x.shape[1:3], (H, W)))
-        x = x[:, top : top + H, left : left + W]
-        told = f"FPS-{fps:.3g} " if self.cfg.clips.tell_fps else ""                 # [MG s3.1.4]
-        return rearrange(x, "t h w c -> c t h w"), told + caption
-
-    def _window(self, split: str, w: int, rng: random.Random, done: float | None,
-                shape: tuple[int, int, int]) -> tuple[Tensor, float, str]:
-        for k in range(len(self.videos)):
-            video = self.videos[(w + k) % len(self.videos)]
-            try:
-                return self._read(video, split, rng, done, shape)
-            except Exception as error:  # whatever PyAV raises for what was readable at the start
-                if video[0] not in self.lost:
-                    print(f"{video[0]}: cannot be read any more ({_reason(error)}); the next "
-                          "video stands in", file=sys.stderr, flush=True)
-                self.lost.add(video[0])
-        raise UserError(f"--data {self.root}: none of its {len(self.videos)} videos can be read "
-                        "any more")
-
-    def _read(self, video: tuple[Path, str, int, float, float], split: str, rng: random.Random,
-              done: float | None, shape: tuple[int, int, int]) -> tuple[Tensor, float, str]:
-        (T, H, W), most = shape, self.cfg.clips.max_interval
-        if done is not None and self.cfg.train_tae.motion > 1:
-            most = int(autoencoder.motion_interval(rng, done, self.cfg.train_tae.motion))
-        path, caption, frames, rate, aspect = video
-        cut = held_out(self.longest, frames)
-        lo, hi = (cut, frames) if split == "heldout" else (0, cut or frames)
-        interval = rng.randint(1, max(1, min(most, (hi - lo) // T)))
-        start = rng.randint(lo, max(lo, hi - interval * (T - 1) - 1))
-        covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # its short side
-        short_side = max(round(covering * rng.uniform(1.0, 1.5)), math.ceil(covering))
-        x = read_window(path, start, interval, T, short_side, rate)
-        return x, rate / interval, caption
+def tell_of_videos(cfg: Config, videos: list[list], passed: list[str], absent: set[str]) -> None:
+    """Say what of --data is used in part, or not at all."""
+    c = cfg.clips
+    for line in passed[:20]:
+        say(f"--data: passed over {line}")
+    if len(passed) > 20:
+        say(f"--data: passed over {len(passed) - 20} more files")
+    if absent:
+        say(f"--data: metadata.csv names {some_of(absent)}: no such file here")
+    if short := [name for name, _, frames, *_ in videos if frames < c.frames]:
+        say(f"--data: shorter than {c.frames} frames, the last is repeated: {some_of(short)}")
+    longest = max(T for T, _, _ in c.shapes)
+    if whole := [name for name, _, frames, *_ in videos
+                 if frames >= c.frames and not held_out(longest, frames)]:
+        say("--data: too short to hold out a clip for validation, the whole video is used for "
+            f"training: {some_of(whole)}")
+    seen = -(-c.count // CROPS)
+    if 0 < seen < len(videos):
+        say(f"--clips.count {c.count}: the dit stage sees {seen} of the {len(videos)} videos, "
+            f"{CROPS} crops of each; {CROPS * len(videos)} to see all")
 
 
-def name_in(root: Path, path: Path) -> str:
-    """What a video of --data is called: sub/name.mp4."""
-    return path.relative_to(root).as_posix()
+def same_name(name: str) -> str:
+    """One spelling for a path inside --data: a/b.mp4 for ./a//b.mp4, a\\b.mp4 and other Unicode."""
+    return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
 
-def read_videos(table: Path) -> list | str | None:
-    """What VideoFolder.table gave, or what is wrong with it; None where there is nothing."""
-    if not table.exists():
-        return None
-    rows = read_json(table, [])
-    kinds = str, str, int, float, float
-    if rows and all(isinstance(row, list) and tuple(map(type, row)) == kinds for row in rows):
-        return rows
-    return (f"{table}: damaged; remove it, and --data is looked at again (with the videos that the "
-            "run began with, it goes on as before)")
+def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
+    """What each metadata.csv says: {file: caption}, files named from `root` on."""
+    captions: dict[str, str] = {}
+    for table in tables:
+        rows = csv.DictReader(read_text(table).split("\n"), strict=True)
+        try:
+            if not {"file_name", "text"} <= set(rows.fieldnames or ()):
+                raise UserError(f"{table}: its first line must be file_name,text")
+            for row in rows:
+                if None in row:
+                    raise UserError(f"{table}: line {rows.line_num}: more columns than the first "
+                                    'line has; a text with a comma stands in "..."')
+                there = table.parent / row["file_name"].strip().replace("\\", "/")
+                name = same_name(os.path.relpath(there.absolute(), root.absolute()))
+                text = (row["text"] or "").strip()
+                if captions.setdefault(name, text) != text:
+                    raise UserError(f"{table}: line {rows.line_num}: a second caption of {name}")
+        except csv.Error as error:
+            raise UserError(f"{table}: {error}; is a quotation mark not closed?") from None
+    return captions
 
 
-def some_of(names: Collection[str], most: int = 20) -> str:
+def caption_of(path: Path, listed: str | None) -> str:
+    """The caption of a video, in NAME.txt or as listed in metadata.csv; "" if there is none.
+    UserError for one that is empty, no text, or not the same in both places."""
+    beside = path.with_suffix(".txt")
+    told = read_text(beside).strip() if beside.exists() else None
+    if told and listed and told != listed:
+        raise UserError(f"{path}: one caption in {beside.name}, another in metadata.csv")
+    caption = listed if told is None else told
+    if caption == "":
+        raise UserError(f"{path}: its caption is empty")
+    with named(f"{path}: its caption is no text: "):
+        return caption and text_cond.clean(caption) and caption or ""
+
+
+def some_of(names: Iterable[str], most: int = 20) -> str:
     """Names for a line that somebody will read."""
+    names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(sorted(names)[:most]) + more
+    return ", ".join(names[:most]) + more
 
 
-def read_captions(root: Path, files: list[Path], quiet: bool = False) -> list[str]:
-    """The caption of each file, from metadata.csv or NAME.txt (which wins); "" where there is none.
-    UserError for an empty one, and for one that is no text."""
-    told: dict[str, str] = {}
-    table, name = root / "metadata.csv", partial(name_in, root)
-    if table.exists():
-        with table.open(newline="", encoding="utf-8-sig", errors="replace") as f:
-            rows = csv.DictReader(f, strict=True)
-            try:
-                if not {"file_name", "text"} <= set(rows.fieldnames or ()):
-                    raise UserError(f"{table}: its first line must be file_name,text")
-                for row in rows:
-                    if None in row:
-                        raise UserError(f"{table}: line {rows.line_num}: more columns than the "
-                                        'first line has; a text with a comma stands in "..."')
-                    told[row["file_name"]] = row["text"] or ""
-            except csv.Error as error:
-                raise UserError(f"{table}: {error}; is a quotation mark not closed?") from None
-        if not quiet and (unknown := told.keys() - set(map(name, files))):
-            print(f"{table}: no such video here, not used: {some_of(unknown)}", file=sys.stderr)
-
-    def look(path: Path) -> tuple[str, str]:
-        """Its caption, and what is wrong with it."""
-        beside = path.with_suffix(".txt")
-        try:
-            caption = beside.read_text(encoding="utf-8-sig", errors="replace")
-        except FileNotFoundError:
-            caption = told.get(name(path))
-        except OSError as error:
-            return "", str(error)
-        if caption is None:
-            return "", ""
-        caption = caption.strip()
-        if not caption:
-            return "", f"{path}: its caption is empty"
-        try:
-            text_cond.clean(caption)                        # rather than after the tae stage
-        except ValueError as error:
-            return "", f"{path}: its caption is no text: {error}"
-        return caption, ""
-
-    found = shared_out("captions", look, files, quiet)
-    wrong = next((line for _, line in found if line), "")
-    if wrong:
-        raise UserError(wrong)
-    odd = [name(path) for path, (caption, _) in zip(files, found) if "\ufffd" in caption]
-    if odd and not quiet:
-        print(f"{root}: captions that are not in UTF-8: {some_of(odd)}", file=sys.stderr)
-    return [caption for caption, _ in found]
+# What a player shows, not what a header says: frames that an edit list hides are not counted, time
+# stamps are those of the frames, pixels are made square, the picture is upright, and what is
+# transparent is black.
 
 
 def open_video(path: Path):
-    """A PyAV container whose metadata may be anything, and its first video stream."""
+    """Open a file with PyAV -> (container, its video stream). A cover picture is no video."""
     import av
 
     container = av.open(str(path.absolute()), metadata_errors="replace")    # no `protocol:name`
-    if not container.streams.video:
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
+    if not streams or container.format.name == "image2" or container.format.name.endswith("_pipe"):
         container.close()
-        raise ValueError("no video stream")
-    stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # frame threads would hold many decoded frames
+        raise ValueError("a still picture" if container.streams.video else "no video stream")
+    stream = streams[0]
+    stream.codec_context.thread_count = 1           # frame threads would hold many decoded frames
     return container, stream
 
 
+def decoded(container, stream) -> Iterator:
+    """The frames of a stream in the order in which they are shown, from where it stands."""
+    import av
+
+    if stream.metadata.get("alpha_mode") != "1":
+        yield from container.decode(stream)
+        return
+    codec = av.CodecContext.create(f"libvpx{'-vp9' * (stream.codec_context.name == 'vp9')}", "r")
+    for packet in container.demux(stream):          # only libvpx sees the transparency of WebM
+        yield from codec.decode(packet if packet.size else None)
+
+
 def probe(path: Path) -> tuple[int, float, float]:
-    """Number of frames, frames per second, height / width; raises if not even one frame decodes."""
+    """Measure a video -> (frames, frames a second, height / width as shown). Reads every packet,
+    and decodes one frame; raises whatever PyAV does where even that is not possible."""
     container, stream = open_video(path)
     with container:
-        turned = next(container.decode(stream)).rotation % 180 == 90
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        frames = stream.frames
-        if not frames:  # not in the header (GIF, WebM): the last packet tells, without decoding
-            container.seek(0, stream=stream)
-            times = [p.dts if p.pts is None else p.pts for p in container.demux(stream) if p.size]
-            last = max((t for t in times if t is not None), default=0) - (stream.start_time or 0)
-            frames = round(float(last * stream.time_base) * rate) + 1
-        aspect = stream.codec_context.height / stream.codec_context.width
-    return max(frames, 1), rate, 1 / aspect if turned else aspect
-
-
-def try_probe(path: Path) -> tuple[int, float, float] | str:
-    """What `probe` says, or why the file cannot be read."""
-    try:
-        return probe(path)
-    except Exception as error:  # whatever PyAV raises for a stream that it cannot read
-        return _reason(error)
-
-
-def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float) -> Tensor:
-    """T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
-    uint8, turned as the file says. Where the video ends early the last frame is repeated;
-    ValueError where it ends a second before `start`: it was longer once."""
+        w, h, (a, b, _, _) = shown_as(next(decoded(container, stream)), stream.sample_aspect_ratio)
+        aspect = h / w if abs(a) >= abs(b) else w / h
     container, stream = open_video(path)
     with container:
-        w, h = stream.codec_context.width, stream.codec_context.height
-        scale = size / min(w, h)
-        w, h = max(size, round(w * scale)), max(size, round(h * scale))
-        origin = stream.start_time or 0
-        if start > 0:
-            container.seek(
-                origin + int(start / rate / stream.time_base), stream=stream
-            )  # to the key frame before it
-        out: list[Tensor] = []
-        last, at = None, start
+        hidden = lambda p: p.is_discard or (            # VP8's reference frames that are not shown
+            stream.codec_context.name == "vp8" and not bytes(p)[0] & 16)
+        times = [p.pts for p in container.demux(stream) if p.size and not hidden(p)]
+        usual = float(stream.average_rate or stream.guessed_rate or 25)
+        unit = float(stream.time_base or 0)
+    if len(times) < 3 or counted(container) or None in times:
+        return max(1, len(times)), usual if usual < 1000 else 25.0, aspect
+    times = torch.tensor(sorted(times)).double() * unit
+    gaps, span = times.diff(), (times[-1] - times[0]).item()
+    mean, median = gaps.mean().item(), gaps.median().item()
+    gap = mean if median < 1.5 * mean < 3 * median else median      # not steady: the usual gap
+    return max(1, round(span / gap) + 1), 1 / gap, aspect
 
-        def pixels(frame) -> Tensor:
-            x = frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="AREA")
-            return torch.rot90(torch.from_numpy(x), round(frame.rotation / 90))  # counter-clockwise
 
-        for frame in container.decode(stream):
-            at = ((frame.pts - origin) * float(stream.time_base) * rate if frame.pts is not None
-                  else start)
+def counted(container) -> bool:
+    """Whether frames can only be counted: AVI has no presentation times, and where frames are
+    stored in another order its times are wrong."""
+    return container.format.name == "avi"
+
+
+def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
+    """Width and height of a frame with square pixels, before it is turned, and how that is done:
+    [a, b, c, d] of the display matrix, which maps (x, y) to (a x + c y, b x + d y)."""
+    turn = [1, 0, 0, 1]
+    for side in frame.side_data:
+        if "DISPLAYMATRIX" in str(side.type):
+            a, b, _, c, d = memoryview(bytes(side)).cast("i")[:5]
+            turn = [a, b, c, d]
+    return frame.width * float(pixel_aspect or 1), frame.height, turn
+
+
+def upright(frame, short_side: int, pixel_aspect) -> Tensor:
+    """A frame as a player shows it -> (h, w, 3) uint8, its short side shrunk to `short_side`."""
+    w, h, (a, b, c, d) = shown_as(frame, pixel_aspect)
+    scale = short_side / min(w, h)
+    w, h = max(short_side, round(w * scale)), max(short_side, round(h * scale))
+    clear = any(part.is_alpha for part in frame.format.components)
+    x = torch.from_numpy(frame.to_ndarray(format="rgba" if clear else "rgb24", width=w, height=h,
+                                          interpolation="AREA"))
+    if clear:
+        x = (x[..., :3].float() * x[..., 3:] / 255).round().byte()
+    if abs(b) > abs(a):                                     # turned by a quarter
+        x, a, d = x.transpose(0, 1), c, b
+    return x.flip([dim for dim, sign in ((1, a), (0, d)) if sign < 0])
+
+
+def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float,
+                count: bool = False) -> Tensor:
+    """Read T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
+    uint8. Frame k is shown at k / rate; where a picture is shown longer it is repeated, and so is
+    the last one where the video ends early. ValueError where it ends a second before `start`. With
+    `count`, or where times cannot be trusted, frames are counted from the beginning."""
+    container, stream = open_video(path)
+    out: list[Tensor] = []
+    wanted = lambda: start + len(out) * interval
+    with container:
+        count = count or counted(container)
+        origin, unit = stream.start_time or 0, float(stream.time_base)
+        shape = stream.sample_aspect_ratio
+        if start > 0 and not count:                         # to the key frame before it
+            container.seek(origin + int(start / rate / unit), stream=stream)
+        last, at, before = None, -1, None
+        for frame in decoded(container, stream):
+            if not count and (frame.pts is None or before is not None and frame.pts <= before):
+                return read_window(path, start, interval, T, size, rate, count=True)
+            if count:
+                at += 1
+            elif before is None:
+                at = round((frame.pts - origin) * unit * rate)
+            else:                       # times may be a little early or late: no frame is lost
+                at += max(1, round((frame.pts - before) * unit * rate))
+            before = frame.pts
+            while len(out) < T and wanted() < at:
+                out.append(upright(last or frame, size, shape))
+            if len(out) < T and wanted() == at:
+                out.append(upright(frame, size, shape))
             last = frame
-            while len(out) < T and at >= start + len(out) * interval - 0.5:
-                out.append(pixels(frame))
             if len(out) == T:
                 break
         if not out:
             if last is None or start - at > max(rate, 3):
-                raise ValueError(f"{path}: nothing decodes from frame {start} on")
-            out.append(pixels(last))
-    return torch.stack(out + [out[-1]] * (T - len(out)))
+                raise ValueError(f"nothing can be decoded from frame {start} on")
+            out.append(upright(last, size, shape))
+    return torch.stack(out + out[-1:] * (T - len(out)))
 
 
-def clips_of(cfg: Config, quiet: bool = False, table: Path | None = None) -> ToyClips | VideoFolder:
-    """The clips that a run is about; `quiet` on all ranks but one; table: as in VideoFolder."""
-    return VideoFolder(cfg, quiet, table) if cfg.data else ToyClips(cfg)
+def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -> None:
+    """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times.
 
-
-def in_range(x: Tensor) -> Tensor:
-    """Frames in bytes -> [-1, 1]; others are there already."""
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
-
-
-class _Split(torch.utils.data.Dataset):
-    def __init__(self, clips, split: str):
-        self.look, self.split = getattr(clips, "frames", clips.clip), split
-
-    def __getitem__(self, i: int | tuple):
-        return self.look(self.split, *(i if isinstance(i, tuple) else (i,)))
-
-
-_workers = weakref.WeakSet()                 # those alive: each holds two open files
-
-
-def _deaf(_) -> None:
-    """A worker goes on when all of a job are asked to stop: its trainer needs it for the step."""
-    for number in Stop.signals:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Before multiprocessing asks them by SIGTERM, to which they are deaf, and waits."""
-    if _workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would report it as a failure
-    for worker in _workers:
-        worker.kill()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
-            os.cpu_count() or 1)
-
-
-def _collate(rows: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
-    return torch.stack([r[0] for r in rows]), [r[1] for r in rows]
-
-
-def batches(clips, split: str, indices) -> Iterator[tuple[Tensor, list[str]]]:
-    """(B, 3, T, H, W) and captions for each list of clips, in order: a clip is its index, or the
-    arguments of `clip`. Videos are decoded by worker processes."""
-    workers = min(clips.cfg.clips.workers, cores()) if isinstance(clips, VideoFolder) else 0
-    before = set(multiprocessing.active_children())
-    loaded = iter(torch.utils.data.DataLoader(
-        _Split(clips, split), batch_sampler=indices, num_workers=workers, collate_fn=_collate,
-        worker_init_fn=_deaf))
-    _workers.update(set(multiprocessing.active_children()) - before)
-
-    def one_line():                             # what a worker raises comes with its traceback
-        nonlocal loaded
-        try:
-            yield from ((in_range(x), captions) for x, captions in loaded)
-        except UserError as error:
-            error.__traceback__ = loaded = None         # whoever keeps the error keeps no workers
-            raise UserError(_reason(error).split("UserError: ")[-1]) from None
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise UserError(f"--clips.workers {workers}: one that reads videos was killed "
-                            f"({_reason(error)}), for want of memory? Fewer take less") from None
-    return one_line()
-
-
-def write_video(path: str | Path, clip: Tensor, fps: int = 8, zoom: int = 1) -> None:
-    """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times."""
-    frames = ((clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    frames = rearrange(frames, "c t h w -> t h w c").numpy()
+    A GIF counts hundredths of a second, and browsers show delays below two of them at a tenth of a
+    second: its delays alternate, so that the rate is right on average, and above 50 frames a second
+    frames are left out."""
     path = Path(path)
-    if path.suffix == ".gif":
-        from PIL import Image
+    frames = ((clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    frames = rearrange(frames, "C T H W -> T H W C").numpy()
+    with naming(path):
+        if path.suffix == ".gif":
+            from PIL import Image
 
-        images = [Image.fromarray(f).quantize(255) for f in frames]     # before they are large
-        images = [i.resize((zoom * i.width, zoom * i.height), Image.Resampling.NEAREST)
-                  for i in images]
-        images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps),
-                       loop=0)
-    elif path.suffix == ".mp4":
-        import av
+            shown = range(len(frames)) if fps <= 50 else [
+                int(k * fps / 50) for k in range(math.ceil(len(frames) * 50 / fps))]
+            ends = [round(100 * (k + 1) / min(fps, 50)) for k in range(len(shown))]
+            images = [Image.fromarray(frames[k]).quantize(255) for k in shown]
+            images = [i.resize((zoom * i.width, zoom * i.height), Image.Resampling.NEAREST)
+                      for i in images]
+            images[0].save(path, save_all=True, append_images=images[1:], loop=0,
+                           duration=[10 * (b - a) for a, b in zip([0, *ends], ends)])
+        elif path.suffix == ".mp4":
+            import av
 
-        frames = frames.repeat(zoom, 1).repeat(zoom, 2)
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
-            stream.height, stream.width = (
-                n - n % 2 for n in frames.shape[1:3]
-            )  # 4:2:0 needs even sides
-            stream.pix_fmt = "yuv420p"
-            for f in frames:
-                frame = av.VideoFrame.from_ndarray(
-                    f[: stream.height, : stream.width].copy(), format="rgb24"
-                )
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-    else:
-        raise ValueError(f"{path}: not .mp4 or .gif")
+            frames = frames.repeat(zoom, 1).repeat(zoom, 2)
+            h, w = (n - n % 2 for n in frames.shape[1:3])           # 4:2:0 needs even sides
+            with av.open(str(path), "w") as container:
+                stream = container.add_stream("libx264", rate=round(fps), options={"crf": "12"})
+                stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
+                for f in frames:
+                    frame = av.VideoFrame.from_ndarray(f[:h, :w].copy(), format="rgb24")
+                    container.mux(stream.encode(frame))
+                container.mux(stream.encode())
+        else:
+            raise ValueError(f"{path}: not .mp4 or .gif")
 
 
-# ---- 4. Engine: ranks, randomness, checkpoints, metrics ------------------------------------------
+# ---- 3. Ranks ------------------------------------------------------------------------------------
 
 
 def rank() -> int:
-    """0 without torch.distributed."""
+    """This process's number; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """1 without torch.distributed."""
+    """The number of processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    """Wait for all ranks, if there are several."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def from_all(mine, group: dist.ProcessGroup | None = None) -> list:
+def from_all(mine) -> list:
     """What each rank brings, in their order."""
-    if not dist.is_initialized():
-        return [mine]
-    said = [None] * world_size()
-    dist.all_gather_object(said, mine, group=group)
-    return said
+    box = [mine] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(box, mine)
+    return box
 
 
 def from_rank0(mine):
@@ -1154,106 +882,62 @@ def from_rank0(mine):
     return box[0]
 
 
-def wait_for_rank0(what: str) -> None:
-    """Until rank 0 has done what it does alone, however long that takes: a barrier would call it
-    silent. `what` names the place, which a process comes to once."""
-    sample_parallel.after_rank0(f"train/{what}", True)
-    barrier()
-
-
-def pulse() -> None:
-    """Tell the ranks that are in `wait_for_all` that this one is at work."""
-    if dist.is_initialized():
-        dist.distributed_c10d._get_default_store().add("train/pulse", 1)
-
-
-@contextlib.contextmanager
-def pulsing():
-    """A pulse every second, around what tells of no progress itself, as the load of an encoder: a
-    rank that dies there is noticed, one that hangs there is not."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(1):
-            pulse()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def wait_for_all(what: str) -> None:
-    """Until every rank has done a share that no other has to do with, however long that takes: a
-    barrier would call the slowest silent. LostRank when for the time-out of the ranks none has
-    finished, and none told of work (`pulse`). `what` as in `wait_for_rank0`."""
-    if dist.is_initialized():
-        store, place, seen = dist.distributed_c10d._get_default_store(), f"train/{what}/done", None
-        there = store.add(place, 1)
-        while there < world_size():
-            if (now := (there, store.add("train/pulse", 0))) != seen:
-                seen, since = now, time.monotonic()
-            elif time.monotonic() - since > sample_parallel.patience().total_seconds():
-                raise sample_parallel.LostRank(f"{what}: {there} of {world_size()} ranks are done")
-            sample_parallel.between_looks()
-            there = store.add(place, 0)
-    barrier()
-
-
-def shared_out(what: str, look: Callable, items: list, quiet: bool = False) -> list:
-    """look(item) of each: every rank does some, eight at once because it is the disk that takes the
-    time, and all hear of all. `what` as in `wait_for_rank0`."""
-    mine, found = items[rank() :: world_size()], []
-    with ThreadPool(8) as pool:
-        for x in tqdm(pool.imap(look, mine), desc=what, total=len(mine), unit="file", leave=False,
-                      delay=3, disable=quiet):
-            found.append(x)
-            pulse()
-    wait_for_all(what)
-    said = from_all(found)
-    return [said[i % world_size()][i // world_size()] for i in range(len(items))]
+def share(n: int, index: int | None = None, of: int | None = None) -> range:
+    """This rank's part of n things that are shared out; or part `index` of `of`."""
+    i, ranks = (rank(), world_size()) if of is None else (index, of)
+    return range(i * n // ranks, (i + 1) * n // ranks)
 
 
 @dataclass
 class Mesh:
-    """replicate x dp x sp ranks, outermost to innermost: FSDP2 shards the parameters over the dp x
+    """replicate x dp x sp ranks, outermost to innermost. FSDP2 shards the parameters over the dp x
     sp ranks of one replica; the clips of a step are shared out to replicate x dp; the sp ranks of a
     clip share its tokens (Ulysses). Only the dit stage knows sp: to the others all ranks are alike.
-    A replica of one rank is not sharded: `optimize` leaves its gradients to DDP.
-    """
+    A replica of one rank is not sharded: DDP averages its gradients."""
 
     replicate: int = 1
     dp: int = 1
     sp: int = 1
-    reshard: bool = True  # free a block's parameters after its forward; else after its backward
-    weights: DeviceMesh | None = None  # of FSDP2; None where each rank has the whole model
-    tokens: sample_parallel.Axis | None = None  # the ranks of this rank's clips; None: sp is 1
+    reshard: bool = True                        # free a block's parameters after its forward pass
+    weights: DeviceMesh | None = None           # of FSDP2; None: each rank has the whole model
+    tokens: sample_parallel.Axis | None = None  # the ranks that share this rank's clips
+    meeting: dist.ProcessGroup | None = None    # gloo, on GPUs too: `meet`
+    files: dist.ProcessGroup | None = None      # gloo, for the thread that writes checkpoints: its
+                                                # messages must not meet the main thread's
 
     @property
     def data(self) -> tuple[int, int]:
-        """This rank's part of the clips of a step: which one, of how many."""
+        """Which part of the clips of a step is this rank's, of how many."""
         return rank() // self.sp, self.replicate * self.dp
 
-    @cached_property
-    def files(self) -> dist.ProcessGroup | None:
-        """All ranks, for the thread that writes checkpoints alone: its messages must not meet the
-        main thread's."""
-        return (dist.new_group(backend="gloo", timeout=sample_parallel.patience())
-                if dist.is_initialized() else None)
-
-    @cached_property
-    def pulse(self) -> dist.ProcessGroup | None:
-        """All ranks, for the main thread where it gathers on GPUs: NCCL's time-out ends the process
-        without a word; gloo's, half as long, names the silent rank. On CPUs the default group does
-        all that."""
-        return (dist.new_group(backend="gloo", timeout=sample_parallel.patience() / 2)
-                if dist.is_initialized() and dist.get_backend() == "nccl" else None)
+    def meet(self, what: str) -> None:
+        """Wait for all ranks, up to a day, where one of them works alone; names who is missing."""
+        if self.meeting is not None:
+            try:
+                dist.monitored_barrier(self.meeting, timedelta(days=1), wait_all_ranks=True)
+            except RuntimeError as error:
+                raise RuntimeError(f"{what}: {error}") from None
 
 
-def dp_of(ranks: int, dp: int, sp: int, replicate: int, known: str = "there are") -> int:
+def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True,
+              device: str = "cpu") -> Mesh:
+    """Arrange the ranks that there are; dp 0: as many as are left. UserError where they do not fit.
+    """
+    dp = dp_of(world_size(), dp, sp, replicate)
+    mesh = Mesh(replicate, dp, sp, reshard)
+    if dist.is_initialized():
+        mesh.meeting, mesh.files = (dist.new_group(backend="gloo") for _ in range(2))
+        ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
+        if dp * sp > 1:
+            mesh.weights = ranks if replicate > 1 else ranks["dp"]
+        if sp > 1:
+            groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
+            group = groups.get_group("sp")
+            mesh.tokens = sample_parallel.Axis(sp, dist.get_rank(group), group)
+    return mesh
+
+
+def dp_of(ranks: int, dp: int, sp: int, replicate: int) -> int:
     """dp, or if 0 what is left of the ranks. UserError where these cannot be shared out."""
     for flag, n in (("--sp", sp), ("--replicate", replicate)):
         if n < 1 or ranks % n:
@@ -1261,177 +945,175 @@ def dp_of(ranks: int, dp: int, sp: int, replicate: int, known: str = "there are"
     dp = dp or ranks // (sp * replicate)
     if replicate * dp * sp != ranks:
         raise UserError(f"--replicate {replicate} --dp {dp} --sp {sp}: {replicate * dp * sp} ranks "
-                        f"in all, but {known} {ranks}")
+                        f"in all, but there are {ranks}")
     return dp
 
 
-def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True,
-              device: str = "cpu") -> Mesh:
-    """The ranks that there are as a Mesh; dp 0: as many as are left. UserError where the product is
-    another number."""
-    dp = dp_of(world_size(), dp, sp, replicate)
-    mesh = Mesh(replicate, dp, sp, reshard)
-    if dist.is_initialized():
-        ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
-        if dp * sp > 1:
-            mesh.weights = ranks if replicate > 1 else ranks["dp"]
-        groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
-        for name, m in (("replicate", ranks), ("dp", ranks), ("data", groups), ("sp", groups)):
-            dist.distributed_c10d._set_pg_timeout(sample_parallel.patience(), m.get_group(name))
-        if sp > 1:
-            group = groups.get_group("sp")
-            mesh.tokens = sample_parallel.Axis(sp, dist.get_rank(group), group)
-    return mesh
+def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", fresh: bool = True
+          ) -> nn.Module:
+    """Make a model on this rank's device: whole on one rank and in copies, else sharded (FSDP2, a
+    block of the DiT by itself, in bf16 if asked; gradients are summed in fp32 all the same).
 
-
-def copy_whole(p: Tensor, whole: Tensor) -> Tensor:
-    """p, filled with a whole tensor that every rank has: with this rank's rows, where p is sharded,
-    without messages."""
-    whole = whole.to(p.device, p.dtype)
-    if isinstance(p, DTensor):
-        whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-    return p.copy_(whole)
-
-
-class WholeDraws(TorchFunctionMode):
-    """Random values of sharded parameters as if they were whole, so that a model starts the same on
-    any number of ranks: each rank draws a whole tensor, keeps its rows, and forgets it before the
-    next one. No rank ever holds a whole model. none: nothing is drawn, for a model that is filled
-    otherwise."""
-
-    def __init__(self, none: bool = False):
-        super().__init__()
-        self.none = none
-
-    draws = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        x = args[0] if args else kwargs.get("tensor")
-        if func in self.draws and isinstance(x, Tensor):    # on the CPU, the same for every device
-            if self.none:
-                return x
-            whole = torch.empty(x.shape, dtype=x.dtype)
-            kwargs.pop("tensor", None)
-            func(whole, *args[1:], **kwargs)
-            return copy_whole(x, whole)
-        return func(*args, **kwargs)
-
-
-def place(run: "Run", model: nn.Module, precision: str = "fp32", fresh: bool = True) -> nn.Module:
-    """The model on this rank's device: whole on one rank and in copies, else sharded (FSDP2, a
-    backbone block by block, in bf16 if asked: then gradients are still summed in fp32). A backbone
-    on the meta device comes to life here, in shards; not fresh: a checkpoint will fill it."""
-    model = model.double() if precision == "fp64" else model
-    dit = getattr(model, "dit", None)
-    for p in model.parameters():  # channels_last weights are not contiguous, which FSDP asks for
+    Rank 0 initialises the whole model in its host's memory and sends each rank its shards, so the
+    model starts the same on any number of ranks, and no device ever holds all of it. Not fresh: a
+    checkpoint will fill it."""
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    torch.manual_seed(run.cfg.seed + 1)
+    if run.mesh.weights is None:
+        return build().to(run.device, dtype)
+    whole = build().to(dtype).state_dict() if fresh and rank() == 0 else {}
+    with torch.device("meta"):
+        model = build().to(dtype)
+    for p in model.parameters():            # FSDP asks for contiguous weights, not channels_last
         p.data = p.data.contiguous()
-    for part in model.children() if dit is not None else [model]:
-        if part is not dit:
-            part.to(run.device)
-    if run.mesh.weights is not None:
-        rule = {"mesh": run.mesh.weights, "reshard_after_forward": run.mesh.reshard}
-        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for block in dit.blocks if dit is not None else ():
-            fully_shard(block, **rule, **({"mp_policy": half} if precision == "bf16" else {}))
-        fully_shard(model, **rule)
-    if dit is not None:
-        dit.to_empty(device=run.device)
-        model.to(run.device)        # moves nothing: FSDP's outermost group finds the new shards
-        torch.manual_seed(run.cfg.seed + 1)
-        with WholeDraws(none=not fresh):
-            dit.init_weights()
+    rule = {"mesh": run.mesh.weights, "reshard_after_forward": run.mesh.reshard}
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in model.dit.blocks if hasattr(model, "dit") else ():
+        fully_shard(block, **rule, **({"mp_policy": half} if precision == "bf16" else {}))
+    fully_shard(model, **rule)
+    model.to_empty(device=run.device)
+    model.to(run.device)        # moves nothing; FSDP's outermost group looks at its shards anew
+    if fresh:
+        how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, whole, options=how)
     return model
 
 
-def generator(*key) -> torch.Generator:
-    """A CPU generator that depends on the key alone, e.g. (seed, "dit", step): not on ranks,
-    restarts or devices."""
-    g = torch.Generator()
-    return g.manual_seed(
-        zlib.crc32(repr(key).encode()) | zlib.crc32(repr(key[::-1]).encode()) << 32
-    )
+def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
+    """Sequence parallelism (--sp): from here on this rank carries its share of the tokens of a clip
+    through the blocks; attention trades tokens for heads (the sampler's Ulysses); every rank gets
+    the whole velocity. The model's code is unchanged: replacing patchify, positions, unpatchify and
+    block.attend is enough."""
+    sizes: list[int] = []                               # tokens of each rank; may be uneven
+    patchify, positions, unpatchify = dit.patchify, dit.positions, dit.unpatchify
+
+    def mine(tokens: Tensor) -> Tensor:
+        sizes[:] = sample_parallel.split(tokens.shape[-2], axis.size)
+        return tokens.split(sizes, -2)[axis.index]
+
+    dit.patchify = lambda x: mine(patchify(x))
+    dit.positions = lambda shape: mine(positions(shape))
+    # All sp ranks compute the same loss, and gradients are averaged over the ranks: `gather` sums
+    # the gradients that they have for one rank's tokens.
+    dit.unpatchify = lambda tokens, shape: unpatchify(
+        sample_parallel.gather(tokens, list(sizes), 1, axis), shape)
+    for block in dit.blocks:
+        block.attend = sample_parallel.Ulysses(axis, tokens=sizes)
+
+
+# ---- 4. Files: text, tensors, checkpoints, the log -----------------------------------------------
+# Whatever is written is written beside its place and renamed, so that it is there whole or not at
+# all. Text is read as utf-8 with or without a byte order mark, and written as utf-8.
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; lines end with \\n. Bytes that are not utf-8 are named by a UserError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start})"
+                        ) from None
+
+
+def say(line: str) -> None:
+    """Tell the user on stderr, above the progress bars. A closed stderr ends nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def reason(error: BaseException) -> str:
+    """The line of an error that says something, without what torch wraps it in."""
+    causes = [e for e, _ in getattr(error, "failures", {}).values()] or [error]
+    text = str(causes[0]).strip().splitlines() or [type(causes[0]).__name__]
+    return text[-1][:200]
+
+
+@contextlib.contextmanager
+def naming(path: Path):
+    """Turn what a library says when it cannot write into a UserError that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: could not be written ({reason(error)}); mend that, or free some "
+                        "space, and start again") from None
+
+
+@contextlib.contextmanager
+def beside(path: Path):
+    """Give a path to write to, which takes the place of `path` when all went well."""
+    part = path.with_name(path.name + ".part")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            with part.open("rb") as f:
+                os.fsync(f.fileno())        # else a power cut can leave the name without content
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with beside(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value) -> None:
-    """Whole or not at all: written beside, then renamed."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with tmp.open("w") as f:
-            f.write(json.dumps(value, indent=1))
-            f.flush()
-            os.fsync(f.fileno())    # else a power cut can leave the new name and no content
-    except OSError:
-        tmp.unlink(missing_ok=True)
-        raise
-    os.replace(tmp, path)
-
-
-def read_json(path: Path, default):
-    """What write_json wrote; default where nothing of its kind is there."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        if isinstance(value := json.loads(path.read_text()), type(default)):
-            return value
-    return default
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """safetensors, whole or not at all; UserError if there is no space for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
-                  metadata=metadata or None)
-        tmp.chmod(0o666 & ~text_cond.UMASK)     # like other files, not its owner's alone
-        with tmp.open("rb") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (SafetensorError, OSError) as error:
-        tmp.unlink(missing_ok=True)
-        other = re.search("ermission denied|s a directory", str(error))
-        full = "" if other else "; free some space and start again"
-        raise UserError(f"{path}: could not be written ({error}){full}") from None
+    """Write a safetensors file, whole or not at all."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with beside(path) as part:
+        save_file(tensors, part, metadata=metadata or None)
+        part.chmod(0o666 & ~UMASK)          # safetensors gives files to their owner alone
 
 
-def load_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """A safetensors file, or those of its tensors that have these names; UserError that names it
-    if it is damaged."""
-    with opened(path) as f:
-        return {k: f.get_tensor(k) for k in f.keys() if names is None or k in names}  # noqa: SIM118
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 @contextlib.contextmanager
 def opened(path: Path):
-    """A safetensors file; UserError that names it if it is damaged."""
-    if path.exists() and not os.access(path, os.R_OK):
-        raise PermissionError(f"{path}: this user may not read it")
+    """Open a safetensors file; a UserError names one that is damaged."""
     try:
         with safe_open(path, "pt") as f:
             yield f
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: damaged or missing ({error}); remove it and start the run again"
-        ) from None
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path}: damaged or missing ({error}); remove it and start the run again"
+                        ) from None
+
+
+def load_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Map a safetensors file into memory, or those of its tensors that have these names."""
+    with opened(path) as f:
+        return {k: f.get_tensor(k) for k in f.keys() if names is None or k in names}  # noqa: SIM118
 
 
 def readable(path: Path) -> bool:
-    """Whether a safetensors file is there and whole."""
-    with contextlib.suppress(UserError):
-        load_tensors(path)
+    """Whether a safetensors file is there and as long as its header says."""
+    with contextlib.suppress(UserError), opened(path):
         return True
     return False
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """DCP keeps its table of contents as a pickle: let it name the classes of such a table, and
-    nothing else. Dotted names are refused too: they would reach any module through an allowed one.
-    """
+def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Read the pickled table of contents of a DCP checkpoint: it may name the classes of such a
+    table and nothing else. Dotted names are refused too: they reach any module through those."""
 
     allowed = {
         "torch.distributed.checkpoint.metadata": {
             "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
-            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
-        },
+            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"},
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "StorageInfo"},
         "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "bool"},
         "torch.serialization": {"_get_layout"},
@@ -1445,25 +1127,42 @@ class _SafeUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Reads tensors only, so that a checkpoint from a stranger cannot run code."""
+    """DCP's reader, with that unpickler."""
 
     def read_metadata(self, *_, **__):
         with (Path(self.path) / ".metadata").open("rb") as f:
-            metadata = _SafeUnpickler(f).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
+            metadata = SafeUnpickler(f).load()
+        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
 class SafePlanner(dcp.DefaultLoadPlanner):
-    """Refuses entries that DCP would unpickle."""
+    """DCP's planner, which refuses entries that DCP would unpickle."""
 
     def load_bytes(self, read_item, value) -> None:
-        raise UserError(f"checkpoint entry {read_item.storage_index.fqn}: not a tensor")
+        raise ValueError(f"entry {read_item.storage_index.fqn} is not a tensor")
 
 
-def crc(path: Path) -> str:
+class SummedWriter(dcp.FileSystemWriter):
+    """DCP's writer, and a checksum of each file: DCP notices a file that is cut, but not one bit
+    that is flipped."""
+
+    def write_data(self, plan, planner):
+        written = super().write_data(plan, planner)
+        self.sum(f"__{rank()}_*")
+        return written
+
+    def finish(self, metadata, results) -> None:
+        super().finish(metadata, results)       # .metadata, the mark of a whole checkpoint
+        self.sum(".metadata")
+
+    def sum(self, pattern: str) -> None:
+        for path in Path(self.path).glob(pattern):
+            path.with_name(path.name + ".crc32").write_text(crc32(path))
+
+
+def crc32(path: Path) -> str:
     """CRC-32 of a file in hexadecimal: finds damage, not malice."""
     value = 0
     with path.open("rb") as f:
@@ -1472,598 +1171,379 @@ def crc(path: Path) -> str:
     return f"{value:08x}"
 
 
-# DCP says at every call that there is one process only.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-class SavePlanner(dcp.DefaultSavePlanner):
-    """Without torch's proof that no two shards of a tensor overlap, whose cost is quadratic in the
-    ranks: FSDP's do not."""
-
-    def create_global_plan(self, all_plans):
-        plans, table = default_planner.create_default_global_save_plan(
-            self._dedup_save_plans(all_plans))
-        names = {k: v for plan in plans for k, v in plan.planner_data.items()}
-        self.global_plan, self.metadata = plans, replace(table, planner_data=names)
-        return self.global_plan, self.metadata
-
-
-LATE = 10       # seconds after which a network's file system may still show another node's files
-
-
-class WholeWriter(dcp.FileSystemWriter):
-    """Writes a checkpoint beside its final place, each rank with the checksums of its own files.
-    When all ranks have written, rank 0 renames it: a folder step_0000200 is whole. The last two
-    are kept."""
-
-    def __init__(self, final: Path, done: Callable[[], None], damaged: set[Path]):
-        super().__init__(final.with_name(f".{final.name}.tmp"))
-        self.final, self.done, self.damaged = final, done, damaged
-
-    def write_data(self, plan, planner):
-        tmp = Path(self.path)
-        try:
-            written = super().write_data(plan, planner)
-        except RuntimeError as error:  # torch's zip writer, in the way of what the disk said
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-        write_json(tmp / f"sums_{rank()}.json",
-                   {p.name: crc(p) for p in sorted(tmp.glob(f"__{rank()}_*"))})
-        return written
-
-    def finish(self, metadata, results) -> None:
-        super().finish(metadata, results)
-        tmp = Path(self.path)
-        sums = {".metadata": crc(tmp / ".metadata")}
-        files = {x.relative_path for x in metadata.storage_data.values()}
-        until = time.monotonic() + LATE
-        while True:
-            for part in tmp.glob("sums_*.json"):
-                sums |= json.loads(part.read_text())
-                part.unlink()
-            if files <= sums.keys():
-                break
-            if time.monotonic() > until:
-                raise OSError(f"{some_of(files - sums.keys())}: not there; do all nodes share "
-                              f"{self.final.parent}?")
-            time.sleep(0.5)
-        write_json(tmp / "sums.json", sums)
-        shutil.rmtree(self.final, ignore_errors=True)
-        os.replace(tmp, self.final)
-        self.damaged.discard(self.final)
-        there = sorted(self.final.parent.glob("step_*"), reverse=True)
-        whole = [p for p in there if p < self.final and p not in self.damaged]
-        for old in set(there) - {self.final, *whole[:1]}:  # later ones were damaged, too
-            shutil.rmtree(old, ignore_errors=True)
-        self.done()
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # DCP, on one rank
 
 
 class Checkpoints:
-    """DCP checkpoints in a folder, written behind the training: the state is copied, and a thread
-    writes the copy. done(step), on rank 0, once it is in its place. group: of several ranks, for
-    the messages of that thread, which must not meet those of the training."""
+    """DCP checkpoints step_N of one model, written by a thread behind the training (async_save);
+    the last two are kept. One is whole if it has a .metadata, which DCP writes last, when all ranks
+    have written their files."""
 
-    def __init__(self, folder: Path, done: Callable[[int], None] = lambda step: None,
-                 group: dist.ProcessGroup | None = None):
-        self.folder, self.done, self.writing, self.group = folder, done, None, group
+    def __init__(self, folder: Path, state: dict, mesh: Mesh):
+        self.folder, self.state, self.mesh = folder, state, mesh
+        self.writing = None                     # step, future of the one that is being written
         self.damaged: set[Path] = set()
-        self.clear()
-        barrier()
+        if rank() == 0:                         # what a kill or a full disk left half written
+            for path in set(folder.glob("step_*")) - set(self.whole()):
+                shutil.rmtree(path, ignore_errors=True)
+        mesh.meet(f"{folder}")
 
-    def clear(self) -> None:
-        """Away with what a run that was killed, or had no space, left half written."""
-        for left in self.folder.glob(".step_*.tmp") if rank() == 0 else ():
-            shutil.rmtree(left, ignore_errors=True)
+    def whole(self) -> list[Path]:
+        """The checkpoints that are there, newest first."""
+        return sorted((p.parent for p in self.folder.glob("step_*/.metadata")), reverse=True)
 
-    def steps(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*"), reverse=True)
-
-    def save(self, step: int, state: dict) -> None:
-        """Begin to write; UserError if this one, or the one before, cannot be written."""
+    def save(self, step: int) -> None:
+        """Begin to write; UserError if the one before could not be written."""
         self.wait()
-        final = self.folder / f"step_{step:07d}"
+        path = self.folder / f"step_{step:07d}"
         if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        barrier()
-        writer = WholeWriter(final, partial(self.done, step), self.damaged)
-        self.writing = final, dcp.async_save(state, storage_writer=writer, planner=SavePlanner(),
-                                             no_dist=not self.group, process_group=self.group)
+            shutil.rmtree(path, ignore_errors=True)                 # a damaged one of this step
+        plan = dcp.DefaultSavePlanner(enable_plan_caching=True)     # a slow proof, once a start
+        self.writing = path, dcp.async_save(
+            self.state, storage_writer=SummedWriter(path), planner=plan,
+            process_group=self.mesh.files, no_dist=self.mesh.files is None)
 
     def wait(self) -> None:
-        """Until what is being written is in its place; UserError if it cannot be."""
+        """Wait until what is being written is there; UserError if it cannot be."""
         if self.writing is None:
             return
-        (final, future), self.writing = self.writing, None
+        (path, future), self.writing = self.writing, None
         try:
             future.result()
-        except (Exception, CheckpointException) as error:  # what the file system says, wrapped
-            self.clear()
-            if tells_of_loss(error):
-                raise sample_parallel.LostRank(_reason(error)) from None
-            kept = self.steps()
-            raise UserError(
-                f"{final}: could not be written ({_reason(error)}); "
-                + (f"{kept[0].name} is kept, " if kept else "")
-                + "free some space and start again"
-            ) from None
+        except (Exception, CheckpointException) as error:   # what the file system says, wrapped
+            raise UserError(f"{path}: could not be written ({reason(error)}); the one before it is "
+                            "kept; mend that, or free some space, and start again") from None
+        if rank() == 0:
+            self.damaged.discard(path)
+            sound = [p for p in self.whole() if p not in self.damaged]
+            for old in set(self.whole()) - set(sound[:2]):
+                shutil.rmtree(old, ignore_errors=True)
 
-    def check(self, path: Path) -> None:
-        """ValueError, on every rank, if a file is not what was written; each looks at some."""
-        wrong = ""
-        try:
-            sums = sorted(json.loads((path / "sums.json").read_text()).items())
-            for name, value in sums[rank() :: world_size()]:
-                if crc(path / name) != value:
-                    wrong = f"{name} is not what was written"
-        except (OSError, ValueError) as error:
-            wrong = _reason(error)
-        wrong = next(filter(None, from_all(wrong, self.group)), "")
-        if wrong:
-            raise ValueError(wrong)
-
-    def load(self, state: dict) -> int:
-        """Fill `state` from the newest checkpoint that is whole -> its step; 0 if there is none,
-        UserError if there are some, none of them whole."""
-        self.wait()
-        barrier()
-        for path in from_rank0(self.steps()):
+    def load(self) -> int:
+        """Fill the state from the newest checkpoint that is sound -> its step; 0 if there is none,
+        UserError if there are some and none is sound."""
+        for path in from_rank0(self.whole()):
             try:
                 self.check(path)
-                reader, alone = SafeReader(path), not dist.is_initialized()
-                dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=alone)
+                dcp.load(self.state, storage_reader=SafeReader(path), planner=SafePlanner(),
+                         no_dist=not dist.is_initialized())
                 return int(path.name.removeprefix("step_"))
-            except UserError:
-                raise
-            except (Exception, CheckpointException) as error:
-                if tells_of_loss(error):
-                    raise sample_parallel.LostRank(_reason(error)) from None
+            except (CheckpointException, ValueError, OSError) as error:
                 self.damaged.add(path)
                 if rank() == 0:
-                    print(f"{path}: damaged ({_reason(error)}), using the one before it",
-                          file=sys.stderr)
+                    say(f"{path}: damaged ({reason(error)}), using the one before it")
         if self.damaged:
             raise UserError(f"{self.folder}: none of its checkpoints can be read; move them away "
                             "to begin again")
         return 0
 
-
-def tells_of_loss(error: BaseException) -> bool:
-    """Whether a rank is gone that wrote or read a checkpoint, too; not if a file is at fault, whose
-    path may say anything, such as "timeout"."""
-    causes = _causes(error)
-    return (world_size() > 1 and any(map(sample_parallel.is_loss, causes))
-            and not any(isinstance(e, OSError | ValueError) for e in causes))
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """What the ranks met, of a CheckpointException; else the error itself."""
-    return [e for e, _ in getattr(error, "failures", {}).values()] or [error]
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of an error that says something, without its wrapping."""
-    text = str(_causes(error)[0])
-    return (text.strip().splitlines() or [type(error).__name__])[-1][:200]
+    def check(self, path: Path) -> None:
+        """Raise ValueError, on all ranks, if a file is not what was written; each rank looks at
+        some."""
+        sums, wrong = sorted(path.glob("*.crc32")), ""
+        try:
+            for file in sums[rank() :: world_size()]:
+                if crc32(file.with_suffix("")) != file.read_text():
+                    wrong = f"{file.stem} is not what was written"
+        except OSError as error:
+            wrong = reason(error)
+        if wrong := next(filter(None, from_all(wrong)), ""):
+            raise ValueError(wrong)
 
 
 class Run:
-    """A run folder and the ranks that work on it."""
+    """A run folder, its config, and the ranks that work on it."""
 
-    def __init__(self, folder: Path, cfg: Config, device: torch.device, mesh: Mesh | None = None):
-        self.folder, self.cfg, self.device, self.mesh = folder, cfg, device, mesh or Mesh()
-        self.lock = None  # of rank 0 of a run that is at work
-        self.peak = 0.0  # FLOPs a second of a device, as the maker says; 0: measured
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, cfg: Config, device: torch.device | str = "cpu",
+                 mesh: Mesh | None = None):
+        self.folder, self.cfg = folder, cfg
+        self.device, self.mesh = torch.device(device), mesh or Mesh()
+        self.lock = None                        # of rank 0 of a run that is at work
 
-    @property
-    def latents(self) -> Path:
-        """Where the latents of this run lie, or those of its last phase."""
-        return self.folder / "latents" / phases(self.cfg)[-1].name
-
-    def spent(self, stage: str, seconds: float) -> None:
-        """Add to the seconds of a stage, which count over all restarts."""
+    def log(self, stage: str, step: int, **figures) -> None:
+        """Append a row to log.jsonl. After a kill some steps are in it twice: the last one counts.
+        """
         if rank() == 0:
-            path = self.folder / "seconds.json"
-            table = read_json(path, {})
-            table[stage] = round(table.get(stage, 0) + seconds, 2)
-            write_json(path, table)
-
-    def event(self, stage: str, step: int, what: str, detail: str = "") -> None:
-        """A line of events.jsonl; what is not routine is also said."""
-        if rank() == 0:
-            row = {"time": round(time.time(), 2), "ranks": world_size(), "stage": stage,
-                   "step": step, "event": what, "detail": detail}
-            with (self.folder / "events.jsonl").open("a") as f:
+            path = self.folder / "log.jsonl"
+            row = {"time": round(time.time(), 3), "stage": stage, "step": step, **figures}
+            with naming(path), path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
-            if what not in ("start", "checkpoint", "end"):
-                print(f"{stage} step {step}: {what}{detail and ', ' + detail}", file=sys.stderr)
 
-    def log_from(self, stage: str, step: int) -> "Metrics":
-        return Metrics(self.folder / "metrics.csv", stage, step)
+    def rows(self) -> list[dict]:
+        """The rows of log.jsonl; a half-written one is left out."""
+        path, rows = self.folder / "log.jsonl", []
+        for line in read_text(path).split("\n") if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
 
+    def losses(self) -> dict[str, dict[int, float]]:
+        """{stage: {step: loss}} of all steps that were made."""
+        out: dict[str, dict[int, float]] = {}
+        for row in self.rows():
+            if "loss" in row:
+                out.setdefault(row["stage"], {})[row["step"]] = row["loss"]
+        return out
 
-class Metrics:
-    """metrics.csv: stage, step, loss (mean over elements and ranks), lr, grad_norm (before
-    clipping). Rows of this stage at or after `step`, left by a run that was killed, are
-    dropped."""
-
-    columns = ("stage", "step", "loss", "lr", "grad_norm")
-
-    def __init__(self, path: Path, stage: str, step: int):
-        self.path, self.stage, self.rows = path, stage, []
-        if rank() != 0:
-            return
-        kept = [r for r in read_metrics(path) if r["stage"] != stage or r["step"] < step]
-        tmp = path.with_name(path.name + ".tmp")
-        with tmp.open("w", newline="") as f:
-            out = csv.writer(f)
-            out.writerow(self.columns)
-            out.writerows([r["stage"], r["step"], *(repr(r[c]) for c in self.columns[2:])]
-                          for r in kept)
-        os.replace(tmp, path)
-
-    def add(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
-        self.rows.append((self.stage, step, repr(loss), repr(lr), repr(grad_norm)))
-
-    def flush(self) -> None:
-        if rank() == 0:
-            with self.path.open("a", newline="") as f:
-                csv.writer(f).writerows(self.rows)
-        self.rows = []
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, over all starts: the time between one row and the next."""
+        out: dict[str, float] = {}
+        for a, b in zip(rows := self.rows(), rows[1:]):
+            if b.get("event") != "start":           # not the time between two starts
+                stage = b["stage"].split("/")[0]
+                out[stage] = out.get(stage, 0.0) + b["time"] - a["time"]
+        return {stage: round(s, 1) for stage, s in out.items()}
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Rows of metrics.csv; a half-written last line is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    with path.open(newline="") as f:
-        for r in csv.DictReader(f):
-            with contextlib.suppress(TypeError, ValueError):
-                numbers = {c: float(r[c]) for c in Metrics.columns[2:]}
-                rows.append({"stage": r["stage"], "step": int(r["step"]), **numbers})
-    return rows
+def generator(*key) -> torch.Generator:
+    """A CPU generator that depends on the key alone, e.g. (seed, "dit", step): not on ranks,
+    restarts or devices."""
+    g, text = torch.Generator(), repr(key).encode()
+    return g.manual_seed(zlib.crc32(text) | zlib.crc32(text[::-1]) << 32)
 
 
-def read_events(path: Path) -> list[dict]:
-    """Rows of events.jsonl; a half-written last line is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+# ---- 5. The loop ---------------------------------------------------------------------------------
+
+STOP, TRAINING = threading.Event(), threading.Event()
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
-class Stopped(BaseException):
-    """The run was asked to end, and can go on where it is. No Exception: nobody may take it for
-    a damaged file."""
+def listen() -> None:
+    """Hear Ctrl-C, SIGTERM and SIGUSR1, which SLURM sends before it takes the machine, in a thread
+    of its own. While a model trains, the first one lets the step end and writes a checkpoint;
+    elsewhere, and at the second one, the process ends at once: nothing is ever half written. A
+    handler in the main thread would have to wait for whatever that waits for."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
+    def hear() -> None:
+        name = signal.Signals(signal.sigwait(SIGNALS)).name
+        if TRAINING.is_set():
+            STOP.set()
+            heard = time.monotonic()
+            while time.monotonic() < heard + 3:     # torchrun passes on what a terminal sent to all
+                name = signal.Signals(signal.sigwait(SIGNALS)).name
+        say(f"train.py: ended by {name}; start again to continue")
+        os._exit(0 if world_size() == 1 and not STOP.is_set() else 1)
 
-class Stop:
-    """Ctrl-C, SIGTERM, and SIGUSR1, which SLURM can send before it takes the machine, ask for an
-    end: within a training loop after the step and a checkpoint, elsewhere at once (whatever is
-    written there is written whole or not at all)."""
-
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-    asked, patient, before = "", False, {}
-
-    @classmethod
-    def listen(cls) -> None:
-        for number in cls.signals:
-            cls.before[number] = signal.signal(number, cls._hear)
-
-    @classmethod
-    def forget(cls) -> None:
-        """As it was before `listen`."""
-        cls.asked, cls.patient = "", False
-        while cls.before:
-            signal.signal(*cls.before.popitem())
-
-    @classmethod
-    def _hear(cls, number: int, _) -> None:
-        cls.asked = signal.Signals(number).name
-        if not cls.patient:
-            cls.patient = True      # a second signal must not meet what the first one ends
-            raise Stopped(f"stopped by {cls.asked}; start again to continue")
-
-
-def silent_ranks(seconds: float = 3.0) -> list[int]:
-    """After a collective failed: the ranks that do not say within `seconds` that it failed for
-    them, too. They hang, or are gone."""
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        store.set(f"alive/{rank()}", "1")
-        time.sleep(seconds)
-        return [r for r in range(world_size()) if not store.check([f"alive/{r}"])]
-    except dist.DistError:  # the store is gone, and with it the rank that kept it
-        return [0]
+    threading.Thread(target=hear, daemon=True).start()
 
 
 def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
     """Linear warm-up, flat, then a cosine down to 0 over the last `decay` of the steps."""
     up = min(1.0, (step + 1) / max(1, t.warmup))
-    f = max(0.0, (step / max(1, steps) - (1 - t.decay)) / max(t.decay, 1e-9))
-    return t.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, f)))
+    past = max(0.0, (step / max(1, steps) - (1 - t.decay)) / max(t.decay, 1e-9))
+    return t.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
 
 
-def optimize(run: Run, stage: str, folder: Path, model: nn.Module, t: TrainConfig, steps: int,
-             losses: Callable[[int], Iterator[list[Callable[[nn.Module], Tensor]]]]
-             ) -> dict[str, Tensor]:
-    """Train `model` for `steps` and return its full state, or that of its moving average.
+def adamw(weights: dict[str, nn.Parameter], t: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; matrices and kernels decay, biases do not, nor do tables and embeddings, whose seldom
+    used rows would only shrink. Its state is laid out at once, for a checkpoint to be read into."""
+    table = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
+    decay = [p for k, p in weights.items() if p.ndim >= 2 and not table(k)]
+    rest = [p for k, p in weights.items() if p.ndim < 2 or table(k)]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], t.lr,
+                                  (0.9, t.beta2), weight_decay=t.weight_decay, fused=True)
+    for p in weights.values():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
-    losses(first) yields, from step `first` on, a list of closures a step: closure(model) -> scalar
-    loss of one part of this rank's part of the batch (`closure.keys`: its rows of the data, for the
-    log). Checkpoints go to `folder`; the run resumes at the last one, whatever number of ranks
-    wrote it. The model comes from `place`; gradients are averaged over the ranks. The state is
-    complete on rank 0, and empty on the others.
 
-    A step whose loss or gradient is not finite changes nothing. After three in a row the state of
-    the last checkpoint is taken again, and training goes on with the steps that follow: to repeat
-    the ones between would end the same way. Stopped after one of `Stop.signals`.
-    """
-    Stop.patient = True     # from here on a signal is heard after the next step
-    # Norm, optimizer and average need this rank's numbers alone, so they get its shards as tensors:
-    # DTensor took a seventh of a toy's step to find, one by one, that there was nothing to do.
-    local = lambda x: x.to_local() if isinstance(x, DTensor) else x
-    names = dict(model.named_parameters())
-    own = {k: nn.Parameter(local(p)) if isinstance(p, DTensor) else p for k, p in names.items()}
-    lookup = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
-    decays = {k: p.ndim >= 2 and not lookup(k) for k, p in own.items()}     # not lookups and biases
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for k, p in own.items() if decays[k]]},
-         {"params": [p for k, p in own.items() if not decays[k]], "weight_decay": 0.0}],
-        t.lr, (0.9, t.beta2), weight_decay=t.weight_decay, fused=True)
-    state = {"model": {k: p.data for k, p in names.items()},    # what a checkpoint is read into
-             "optimizer": {k: {"step": torch.zeros((), device=p.device),
-                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                           for k, p in names.items()}}
-    for k, p in own.items():
-        optimizer.state[p] = {name: local(x) for name, x in state["optimizer"][k].items()}
-    if t.ema:
-        state["ema"] = {k: p.detach().clone() for k, p in names.items()}
-    average, weights = [local(x) for x in state.get("ema", {}).values()], list(own.values())
+def mean_over_ranks(*values: Tensor) -> list[float]:
+    """The means of scalars over all ranks."""
+    told = torch.stack([v.detach().double() for v in values])
+    if dist.is_initialized():
+        dist.all_reduce(told)
+    return (told / world_size()).tolist()
 
-    checkpoints = Checkpoints(folder, lambda step: run.event(stage, step, "checkpoint"),
-                              run.mesh.files)
-    first = checkpoints.load(state)
-    metrics, began = run.log_from(stage, first), time.monotonic()
-    run.event(stage, first, "start")
-    # A bucket leaves while backward still fills the next; with unused parameters looked for, their
-    # order stays the first one, so that a restart adds up the same numbers in the same order.
-    copies = (DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=4,
+
+def optimize(run: Run, stage: str, model: nn.Module, t: TrainConfig, steps: int,
+             batch: Callable[[int], list[tuple]], workers: int = 0) -> dict[str, Tensor]:
+    """Train a model from `place` for `steps` -> its averaged weights, whole, on rank 0.
+
+    batch(step) gives the arguments of model.forward, which returns a scalar loss: one tuple for
+    each part of this rank's clips. It is a pure function of the step, so to resume is to begin at
+    another number. Checkpoints go to the run's folder `stage`/step_*.
+
+    A step whose loss or gradient is not finite changes nothing; three in a row are a UserError."""
+    weights = dict(model.named_parameters())
+    optimizer = adamw(weights, t)
+    average = {k: p.detach().clone() for k, p in weights.items()} if t.ema else {}
+    checkpoints = Checkpoints(run.folder / stage, {
+        "model": {k: p.data for k, p in weights.items()}, "average": average,
+        "optimizer": {k: optimizer.state[p] for k, p in weights.items()}}, run.mesh)
+    first, bad = checkpoints.load(), 0
+    net = model
+    if run.mesh.weights is None and world_size() > 1:
+        # find_unused_parameters keeps DDP from sorting its buckets anew after the first step: a
+        # resumed run would add up gradients in another order.
+        net = DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=4,
                                       find_unused_parameters=True, gradient_as_bucket_view=True)
-              if run.mesh.weights is None and world_size() > 1 else None)
-
-    # A kill may come before the newest checkpoint is in its place, and costs the steps since the
-    # one before it: two distances at most, as the next one waits for it.
-    apart, saved = max(1, t.every // 2), first
-
-    def save(step: int) -> None:
-        nonlocal began, saved
-        checkpoints.wait()  # before the small files: without space, it is named, and not they
-        metrics.flush()
-        run.spent(stage.split("/")[0], time.monotonic() - began)
-        began = time.monotonic()
-        checkpoints.save(step, state)
-        if t.every == 1:
-            checkpoints.wait()
-        saved = step
-
+    run.log(stage, first, event="resume" if first else "begin", ranks=world_size())
+    TRAINING.set()
+    todo = range(first, steps)
     bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=rank() != 0,
                mininterval=1.0, dynamic_ncols=True)
-    source = losses(first)
-    bad, rewound, recent = 0, 0, []
-    for step in range(first, steps):
-        lr = learning_rate(step, t, steps)
+    for step, parts in zip(todo, read_ahead(batch, todo, workers)):
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        parts, loss = next(source), 0.0
-        for k, part in enumerate(parts):    # what adds up is shards: whole gradients do not fit
-            alone = copies is not None and k + 1 < len(parts)
+            group["lr"] = lr = learning_rate(step, t, steps)
+
+        # Forward and backward, one part of this rank's clips after the other.
+        loss = torch.zeros((), device=run.device)
+        for k, part in enumerate(parts):
+            last = k + 1 == len(parts)          # DDP sends gradients behind the last part
             with (torch.autocast(run.device.type, torch.bfloat16, enabled=t.precision == "bf16"),
-                  copies.no_sync() if alone else contextlib.nullcontext()):
-                part_loss = part(copies or model) / len(parts)
+                  net.no_sync() if net is not model and not last else contextlib.nullcontext()):
+                part_loss = net(*part) / len(parts)
             part_loss.backward()
             loss = loss + part_loss.detach()
-        for k, p in names.items():
-            own[k].grad = None if p.grad is None else local(p.grad)
-        total = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-        if run.mesh.weights is not None:
-            total = total.square()
-            dist.all_reduce(total, group=run.mesh.weights.get_group("dp"))
-            total = total.sqrt()
-        asked = torch.full_like(loss, bool(Stop.asked))
-        if dist.is_initialized():                   # one rank that was asked to stop, stops all
-            told = torch.stack([loss, asked])
-            dist.all_reduce(told, dist.ReduceOp.AVG if told.is_cuda else dist.ReduceOp.SUM)
-            loss, asked = told if told.is_cuda else told / world_size()
-        if run.mesh.pulse is not None:
-            dist.barrier(group=run.mesh.pulse)
-        value, norm = loss.item(), total.item()
-        if math.isfinite(value) and math.isfinite(norm):
+        norm = nn.utils.clip_grad_norm_(weights.values(), t.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+        # A checkpoint is written behind one forward and backward pass, and is there before the next
+        # step counts: so a kill never loses more than `every` steps.
+        checkpoints.wait()
+
+        # All ranks agree on the loss, and whether any of them was asked to stop.
+        loss, norm, stop = mean_over_ranks(loss, norm, torch.full_like(loss, STOP.is_set()))
+        if math.isfinite(loss) and math.isfinite(norm):
             bad = 0
-            if norm + 1e-6 > t.clip:                # else torch multiplies all gradients by 1
-                nn.utils.clip_grads_with_norm_(weights, t.clip, total)
             optimizer.step()
-            if t.ema:
-                with torch.no_grad():
-                    torch._foreach_lerp_(average, weights, 1 - min(t.ema, (step + 1) / (step + 10)))
+            if average:
+                torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()],
+                                     1 - min(t.ema, (step + 1) / (step + 10)))
+            run.log(stage, step, loss=loss, lr=lr, grad_norm=norm)
         else:
             bad += 1
-            run.event(stage, step, "skipped", f"loss {value:g}, gradient norm {norm:g}"
-                      + keys_of(parts, run.mesh.pulse))
-        for p in (*names.values(), *weights):       # a shard and its tensor hold a gradient each
-            p.grad = None
-        metrics.add(step, value, lr, norm)
-        if len(recent) == 50:
-            mean = sum(recent) / 50
-            if value > mean + 6 * math.sqrt(sum((r - mean) ** 2 for r in recent) / 50):
-                run.event(stage, step, "spike", f"loss {value:.4g} after {mean:.4g}"
-                          + keys_of(parts, run.mesh.pulse))
-        recent = [*recent[-49:], value] if math.isfinite(value) else recent
-        bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            run.log(stage, step, event="skipped", detail=f"loss {loss}, gradient norm {norm}")
+            if rank() == 0:
+                say(f"{stage} step {step}: skipped, loss {loss}, gradient norm {norm}")
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         bar.update()
         if bad == 3:
-            back = checkpoints.load(state) if rewound < 3 else 0
-            if not back:
-                raise UserError(f"{stage}: the loss is {value} at step {step}, for the third step "
-                                "in a row; lower the learning rate")
-            bad, rewound = 0, rewound + 1
-            run.event(stage, step, "rewound", f"to the weights of step {back}")
-        elif (step + 1) // apart > saved // apart and step + 1 < steps:
-            if bad == 0:
-                save(step + 1)
-                rewound = 0
-            else:
-                checkpoints.wait()
-        if asked.item() and step + 1 < steps:
-            if saved < step + 1:
-                save(step + 1)
+            raise UserError(f"{stage}: loss {loss}, gradient norm {norm} at step {step}, the third "
+                            f"in a row that is not finite; lower the learning rate {t.lr:g}")
+
+        if stop or (step + 1) % t.every == 0 and step + 1 < steps:
+            checkpoints.save(step + 1)
+        if stop:
             checkpoints.wait()
             bar.close()
-            run.event(stage, step + 1, "stopped", f"by {Stop.asked or 'another rank'}")
-            raise Stopped(f"{stage}: stopped after {step + 1} steps, checkpoint written; start "
+            run.log(stage, step + 1, event="stopped")
+            raise Stopped(f"{stage}: stopped after step {step + 1}, checkpoint written; start "
                           "again to continue")
     bar.close()
     checkpoints.wait()
-    metrics.flush()
-    run.event(stage, steps, "end")
-    run.spent(stage.split("/")[0], time.monotonic() - began)
-    best = {}
-    for k, v in state["ema" if t.ema else "model"].items():     # one whole tensor at a time
+    TRAINING.clear()
+    run.log(stage, steps, event="end")
+    return gathered(average or checkpoints.state["model"])
+
+
+class Stopped(Exception):
+    """The run was asked to end, and can be continued: exit status 0."""
+
+
+def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors in fp32 on the CPU of rank 0, one after the other; {} on other ranks."""
+    out = {}
+    for k, v in state.items():
         whole = v.full_tensor() if isinstance(v, DTensor) else v.detach()
         if rank() == 0:
-            best[k] = whole.to("cpu", torch.float32, copy=True)
-    Stop.patient = False        # not before: on a GPU a rank cannot leave others in a collective
-    return best
+            out[k] = whole.to("cpu", torch.float32, copy=True)
+    return out
 
 
-def keys_of(parts: list, group: dist.ProcessGroup | None = None) -> str:
-    """The rows of the data that a step was made of on all ranks, for the log; else nothing."""
-    mine = [k for part in parts for k in getattr(part, "keys", ())]
-    keys = dict.fromkeys(k for keys in from_all(mine, group) for k in keys)     # sp ranks share
-    return f", clips {' '.join(map(str, keys))}" if keys else ""
-
-
-def shard(rows: int, index: int | None = None, of: int | None = None) -> slice:
-    """Part `index` of a batch that is cut into `of`: this rank's, of all, where it is not said."""
-    i, n = (rank(), world_size()) if of is None else (index, of)
-    return slice(i * rows // n, (i + 1) * rows // n)
-
-
-# ---- 5. The stages -------------------------------------------------------------------------------
+# ---- 6. The stages -------------------------------------------------------------------------------
 
 
 def train_tae(run: Run, clips) -> None:
-    """tae/tae.safetensors: image training, inflation, video training, latent statistics."""
+    """Make tae/tae.safetensors: image training, inflation, video training, latent statistics. An
+    image is a clip with T = 1. With --base or --init the autoencoder is taken over."""
     cfg, t, folder = run.cfg, run.cfg.train_tae, run.folder / "tae"
     final, image_file = folder / "tae.safetensors", folder / "image.safetensors"
     if final.exists():
         return
-    folder.mkdir(exist_ok=True)
-    if not cfg.data and rank() == 0:  # before a minute is spent: can the judge be trusted?
-        agreement = check_judge(cfg)
-        write_json(run.folder / "judge.json", agreement)
-        print(
-            "judge agrees with the truth: "
-            + ", ".join(f"{k} {v:.3f}" for k, v in agreement.items())
-        )
-    wait_for_rank0("judge")
-    torch.manual_seed(cfg.seed)
-    try:
+    if cfg.base or cfg.init:
+        if rank() == 0:
+            save_tensors(final, tae_of(Path(cfg.base or cfg.init)))
+        run.mesh.meet(f"{final}")
+        return
+    if not cfg.data and rank() == 0:            # before hours are spent: can the judge be trusted?
+        c = cfg.clips
+        said = world.check_judge(cfg.seed, max(20, min(500, 2**25 // math.prod(c.shape))), c.things,
+                                 c.frames, c.size, c.script)
+        write_json(run.folder / "judge.json", said)
+        say("judge agrees with the truth: " + ", ".join(f"{k} {v:.3f}" for k, v in said.items()))
+    with named("--loss."):
         perceptual = autoencoder.vgg_perceptual() if cfg.loss.perceptual else None
-    except ValueError as error:
-        raise UserError(f"--loss.perceptual {cfg.loss.perceptual:g}: {error}") from None
-
-    def losses(video: bool, batch: int):
-        mine, steps = shard(batch), t.steps if video else t.image_steps
-        finish = round(steps * (1 - t.finish)) if video else steps  # from here on: whole clips
-        # an image batch takes 4 frames of each clip
-        per_step = batch if video else -(-batch // min(4, cfg.clips.frames))
-
-        def images(step: int) -> Tensor:
-            """This rank's frames of an image batch, counted through all frames of its clips."""
-            g = generator(cfg.seed, "tae", False, step)
-            return torch.randperm(per_step * cfg.clips.frames, generator=g)[:batch][mine]
-
-        def rows(step: int) -> list[int]:
-            return (list(range(batch)[mine]) if video else
-                    (images(step) // cfg.clips.frames).unique().tolist())
-
-        def clips_from(first: int):
-            for split, low, high in (("tae", 0, finish), ("train", finish, steps)):
-                todo = ([s * per_step + i for i in rows(s)] for s in range(max(first, low), high))
-                if split == "tae":          # crops of one window share its place in the curriculum
-                    todo = ([(i, i // CROPS * CROPS // per_step / steps) for i in batch]
-                            for batch in todo)
-                if first < high:
-                    yield from batches(clips, split, todo)
-
-        def source(first: int):
-            for step, (x, _) in enumerate(clips_from(first), first):
-                g = generator(cfg.seed, "tae", video, step)
-                image = autoencoder.is_image_step(step) and cfg.variant != "vidtwin"
-                T = 1 if image else t.window
-                T = x.shape[2] if step >= finish else T
-                if not video:
-                    frames = images(step)
-                    _, clip = (frames // x.shape[2]).unique(return_inverse=True)
-                    x = x.transpose(1, 2)[clip, frames % x.shape[2]][:, :, None]    # (b c 1 h w)
-                else:
-                    at = torch.randint(x.shape[2] - T + 1, (), generator=g).item()
-                    x = x[:, :, at : at + T]
-                g = generator(cfg.seed, "tae", video, step, rank())
-                x = x.to(run.device)
-
-                part = lambda model, x=x, g=g, step=step: model(x, step, g)
-                part.keys = [step * per_step + i for i in rows(step)]
-                yield [part]
-
-        return source
+    objective = partial(autoencoder.Objective, perceptual=perceptual)
 
     if cfg.variant == "vidtwin":
-        torch.manual_seed(cfg.seed + 1)
-        tae = autoencoder.VidTwin(cfg.vidtwin)
+        build = lambda: objective(autoencoder.VidTwin(cfg.vidtwin), cfg.loss)
     else:
-        image = autoencoder.TAE(replace(cfg.tae, variant="2d"))
+        image = lambda: autoencoder.TAE(replace(cfg.tae, variant="2d"))
         if not image_file.exists():
-            plain = replace(cfg.loss, opl=0.0, gan=0.0)  # what refines comes when time is learnt
-            model = place(run, autoencoder.Objective(image, plain, perceptual), t.precision)
-            source = losses(False, t.image_batch)
-            state = optimize(run, "tae/image", folder / "image", model, t, t.image_steps, source)
+            plain = replace(cfg.loss, opl=0.0, gan=0.0)     # what refines comes when time is learnt
+            model = place(run, lambda: objective(image(), plain), t.precision)
+            state = optimize(run, "tae/image", model, t, t.image_steps,
+                             tae_batches(run, clips, False), cfg.workers)
             if rank() == 0:
                 save_tensors(image_file, only(state, "tae."))
-            wait_for_rank0(f"{image_file}")
-            image = autoencoder.TAE(replace(cfg.tae, variant="2d"))
-        image.load_state_dict(load_tensors(image_file), strict=False)
-        torch.manual_seed(cfg.seed + 1)  # the same start, were images trained just now or not
-        tae = autoencoder.inflate(image, cfg.tae.variant)
-    model = place(run, autoencoder.Objective(tae, cfg.loss, perceptual), t.precision)
-    state = optimize(run, "tae/video", folder, model, t, t.steps, losses(True, t.batch))
+            run.mesh.meet(f"{image_file}")
+        trained = load_tensors(image_file)
+
+        def build() -> nn.Module:
+            flat = image()
+            if not next(flat.parameters()).is_meta:
+                flat.load_state_dict(trained, strict=False)
+            return objective(autoencoder.inflate(flat, cfg.tae.variant), cfg.loss)
+    model = place(run, build, t.precision)
+    state = optimize(run, "tae/video", model, t, t.steps, tae_batches(run, clips, True),
+                     cfg.workers)
     if rank() == 0:
         tae = autoencoder.autoencoder(cfg.autoencoder_config).eval()
         tae.load_state_dict(only(state, "tae."), strict=False)
         tae, stats = tae.to(run.device), autoencoder.LatentStats(tae)
-        for _, _, posterior in encoded(run, tae, clips, "train", range(256), whole_clip(cfg)):
+        for _, _, posterior in encoded(run, tae, clips, "train", range(256), cfg.clips.shape):
             stats.update(posterior)
         tae.lat_mean[:], tae.lat_std[:] = stats.result()
         save_tensors(final, tae.state_dict())
-    wait_for_rank0("statistics")
+    run.mesh.meet(f"{final}")
 
 
-def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
+    """The `batch` of the autoencoder: frames; or windows, among them images [MG s3.1.1], and at the
+    end whole clips as the DiT will see them."""
+    cfg, t = run.cfg, run.cfg.train_tae
+    steps, n = (t.steps, t.batch) if video else (t.image_steps, t.image_batch)
+
+    def batch(step: int) -> list[tuple]:
+        finishing = video and step >= round(steps * (1 - t.finish))
+        image = autoencoder.is_image_step(step) and cfg.variant != "vidtwin"
+        T = (max(cfg.clips.frames, t.window) if finishing else
+             1 if image or not video else t.window)
+        shape = T, cfg.clips.size, cfg.clips.size
+        x = torch.stack([clips.clip("train" if finishing else "tae", step * n + i, shape,
+                                    step / steps)[0] for i in share(n)])
+        return [(x.to(run.device), step, generator(cfg.seed, "tae", video, step, rank()))]
+
+    return batch
 
 
-def load_tae(run: Run) -> autoencoder.Autoencoder:
-    """The trained autoencoder, frozen."""
-    tae = autoencoder.autoencoder(run.cfg.autoencoder_config)
-    tae.load_state_dict(load_tensors(run.folder / "tae" / "tae.safetensors"))
-    return tae.to(run.device).eval().requires_grad_(False)
+def tae_of(path: Path) -> dict[str, Tensor]:
+    """The autoencoder of another run: of its folder, or of its model.safetensors."""
+    if path.is_file():
+        return only(load_tensors(path), "tae.")
+    file = path / "tae/tae.safetensors"
+    if not file.exists():
+        raise UserError(f"{path}: no run with an autoencoder there; train first: torchrun train.py "
+                        f"--workdir {path}")
+    return load_tensors(file)
 
 
-SHARD = 256  # clips in one file of latents
-LARGE = 2**23  # pixels of a clip from which on the autoencoder sees one frame at a time
+SHARD = 256         # clips in one file of latents
+LARGE = 2**23       # pixels of a clip from which on the autoencoder sees one frame at a time
 
 
 def streamed(cfg: Config, shape: tuple[int, int, int]) -> dict[str, bool]:
@@ -2072,419 +1552,345 @@ def streamed(cfg: Config, shape: tuple[int, int, int]) -> dict[str, bool]:
 
 
 @torch.no_grad()
-def encoded(run: Run, tae: autoencoder.Autoencoder, clips, split: str, rows: list[int],
+def encoded(run: Run, tae: autoencoder.Autoencoder, clips, split: str, rows: Iterable[int],
             shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, list[str], object]]:
-    """(clips, captions, posterior) of these rows, as many at once as memory takes."""
-    n, how = max(1, min(32, LARGE // math.prod(shape))), streamed(run.cfg, shape)
-    whole = max(n // CROPS, 1) * CROPS  # a worker decodes a window once, and cuts all its crops
-    parts = [[(i, None, shape) for i in rows[k : k + whole]] for k in range(0, len(rows), whole)]
-    for clips_, captions in batches(clips, split, parts):
-        for k, x in enumerate(clips_.split(n)):
-            yield x, captions[k * n : (k + 1) * n], tae.encode(x.to(run.device), **how)
-            pulse()
+    """Give (clips, captions, posterior) of these rows, as many at once as memory takes."""
+    rows, n = list(rows), max(1, min(32, LARGE // math.prod(shape)))
+    whole = max(n // CROPS, 1) * CROPS          # a window is decoded once for all of its crops
+
+    def read(part: list[int]) -> tuple[Tensor, list[str]]:
+        x, captions = zip(*(clips.clip(split, i, shape) for i in part))
+        return torch.stack(x), list(captions)
+
+    parts = [rows[k : k + whole] for k in range(0, len(rows), whole)]
+    for xs, captions in read_ahead(read, parts, run.cfg.workers):
+        for k, x in enumerate(xs.split(n)):
+            yield (x, captions[k * n : (k + 1) * n],
+                   tae.encode(x.to(run.device), **streamed(run.cfg, shape)))
 
 
-def shards_of(clips, count: int) -> list[tuple[tuple[int, int, int], list[int]]]:
-    """(shape, clips) of each shard: the clips of one shape in their order, SHARD to a shard."""
+def load_tae(run: Run) -> autoencoder.Autoencoder:
+    """The trained autoencoder, frozen."""
+    tae = autoencoder.autoencoder(run.cfg.autoencoder_config)
+    tae.load_state_dict(load_tensors(run.folder / "tae/tae.safetensors"))
+    return tae.to(run.device).eval().requires_grad_(False)
+
+
+def shards_of(clips, count: int) -> dict[str, tuple[tuple[int, int, int], list[int]]]:
+    """{file name: (shape, clips)}: the clips of one shape in their order, SHARD to a file."""
     rows: dict[tuple[int, int, int], list[int]] = {}
     for i in range(count):
         rows.setdefault(clips.shape(i), []).append(i)
-    return [(shape, mine[i : i + SHARD]) for shape, mine in sorted(rows.items())
-            for i in range(0, len(mine), SHARD)]
+    parts = [(shape, mine[i : i + SHARD]) for shape, mine in sorted(rows.items())
+             for i in range(0, len(mine), SHARD)]
+    return {f"shard_{s:05d}.safetensors": part for s, part in enumerate(parts)}
 
 
 def encode_latents(run: Run, clips) -> None:
-    """latents/: mean and logvar of each clip in shards, captions, and the frozen part of the text
-    encoders' work; for each phase, if there are several."""
-    for phase in phases(run.cfg):
-        if phase.name:
-            cfg = at_phase(run.cfg, phase)
-            encode_phase(run, run.folder / "latents" / phase.name, clips.at(cfg))
-        else:
-            encode_phase(run, run.latents, clips)
-
-
-def encode_phase(run: Run, folder: Path, clips) -> None:
-    """The latents of one phase. What is there and whole is kept."""
-    every, todo, index = slice(rank(), None, world_size()), set(), folder / "index.json"
-    sums = from_rank0(read_json(index, {}).get("shards", {}) if rank() == 0 else {})
-    if text_file(0) in sums:
-        def intact(name: str) -> bool:
-            with contextlib.suppress(OSError):
-                return crc(folder / name) == sums[name]
-            return False
-
-        found = shared_out(f"{folder}", intact, list(sums), quiet=rank() != 0)
-        todo = {name for name, good in zip(sums, found) if not good}
-        if not todo:
-            return
+    """Make latents/: shards with mean and logvar of each clip, its caption, and what the frozen
+    part of the text encoders makes of that. A shard that is there is kept; a damaged one is named
+    and encoded again."""
+    folder, text = run.folder / "latents", run.cfg.text
+    index = folder / "index.json"
+    if run.cfg.base and not index.exists() and same_latents(run.cfg):
         if rank() == 0:
-            print(f"{folder}: damaged or missing, encoded again: {some_of(todo)}", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    began, M = time.monotonic(), run.cfg.clips.count
-    shards = {shard_file(s): shard for s, shard in enumerate(shards_of(clips, M))}
-
-    names = [n for n in shards if n in todo] if todo else list(shards)
-    names = [n for n in names[every] if todo or not readable(folder / n)]   # by an earlier start
-    tae = load_tae(run) if names else None
-    bar = tqdm(total=sum(len(shards[n][1]) for n in names), desc="latents", unit="clip",
+            link(Path(run.cfg.base) / "latents", folder)
+        run.mesh.meet(f"{folder}")
+    shards = shards_of(clips, run.cfg.clips.count)
+    mine = list(shards)[rank() :: world_size()]
+    todo = [name for name in mine if not readable(folder / name)]
+    again = index.exists()
+    for name in todo if again else ():
+        say(f"{folder / name}: damaged or missing, encoded again")
+    if not any(from_all(bool(todo))) and again:
+        return
+    tae = load_tae(run) if todo else None
+    text = text_cond.TextConditioner(text).to(run.device)
+    bar = tqdm(total=sum(len(shards[n][1]) for n in todo), desc="latents", unit="clip",
                disable=rank() != 0)
-    for name in names:
+    for name in todo:
         shape, rows = shards[name]
-        mean, logvar, texts = [], [], []
-        for _, captions, posterior in encoded(run, tae, clips, "train", rows, shape):
+        mean, logvar, captions = [], [], []
+        for _, told, posterior in encoded(run, tae, clips, "train", rows, shape):
             mean.append(posterior.mean.cpu())
             logvar.append(posterior.logvar.cpu())
-            texts += captions
-            bar.update(len(captions))
-        save_tensors(folder / name, {"mean": torch.cat(mean), "logvar": torch.cat(logvar)},
-                     captions=json.dumps(texts))
+            captions += told
+            bar.update(len(told))
+        unique = list(dict.fromkeys(captions))          # crops of one window share their caption
+        features = {f"text.{k}": v for k, v in text.encode(unique).items()}
+        save_tensors(folder / name, {
+            "mean": torch.cat(mean), "logvar": torch.cat(logvar), **features,
+            "caption": torch.tensor([unique.index(c) for c in captions])},
+            captions=json.dumps(captions))
     bar.close()
-    wait_for_all(f"shards of {folder}")
+    run.mesh.meet(f"{folder}")
     if rank() == 0:
-        captions, shapes = [""] * M, []
-        for name, (_, rows) in shards.items():
+        rows = []
+        for name in shards:
             with opened(folder / name) as f:
-                shapes.append(f.get_slice("mean").get_shape()[1:])
-                for i, text in zip(rows, json.loads(f.metadata()["captions"])):
-                    captions[i] = text
-        unique = {c: i for i, c in enumerate(dict.fromkeys(captions))}
-        write_json(folder / "captions.json",
-                   {"captions": list(unique), "of": [unique[c] for c in captions],
-                    "rows": [rows for _, rows in shards.values()], "shapes": shapes})
-    wait_for_rank0(f"captions of {folder}")
-    captions = json.loads((folder / "captions.json").read_text())["captions"]
-    texts = {text_file(s): captions[i : i + SHARD]
-             for s, i in enumerate(range(0, len(captions), SHARD))}
-
-    text = text_cond.TextConditioner(run.cfg.text).to(run.device)
-    for name in list(texts)[every]:
-        there = name not in todo and readable(folder / name)
-        if there:                       # of an earlier start: of these captions?
-            with opened(folder / name) as f:
-                there = json.loads(f.metadata()["captions"]) == texts[name]
-        if not there:
-            with pulsing():
-                features = text.encode(texts[name])
-            save_tensors(folder / name, features, captions=json.dumps(texts[name]))
-    wait_for_all(f"text of {folder}")
-    files = [*shards, *texts, "captions.json"]
-    found = shared_out(f"sums of {folder}", lambda n: crc(folder / n), files, quiet=rank() != 0)
-    if rank() == 0:
-        other = [n for n, s in zip(files, found) if sums.get(n, s) != s]
-        if other and list(run.folder.glob("coupling.p*")):
-            print(f"{folder}: other numbers than before, so the coupling is solved again: "
-                  + some_of(other), file=sys.stderr)
-            for name in ("coupling.pt", "coupling.partial"):
-                (run.folder / name).unlink(missing_ok=True)
-        write_json(index, {"shards": dict(zip(files, found))})
-    run.spent("latents", time.monotonic() - began)
-    barrier()
+                rows.append([name, *f.get_slice("mean").get_shape()])
+        if again:                                       # other numbers, perhaps: solve it again
+            (run.folder / "coupling.pt").unlink(missing_ok=True)
+        write_json(index, rows)
+    run.mesh.meet(f"{index}")
 
 
-def shard_file(s: int) -> str:
-    """Name of the s-th file of latents."""
-    return f"shard_{s:05d}.safetensors"
+def same_latents(cfg: Config) -> bool:
+    """Whether the latents of --base are those that this run would make."""
+    other, mine = (json.loads(json.dumps(asdict(c))) for c in (read_config(cfg.base), cfg))
+    decides = lambda c: [{k: v for k, v in c["clips"].items() if k not in ("fps", "workers")},
+                         {k: v for k, v in c["text"].items() if k not in ("without", "offload")},
+                         c["data"]]
+    return decides(other) == decides(mine)
 
 
-def text_file(s: int) -> str:
-    """Name of the s-th file of the text encoders' work, on SHARD captions."""
-    return f"text_{s:05d}.safetensors"
+def link(source: Path, folder: Path) -> None:
+    """Share the files of a folder with another, whole or not at all; copy them where the file
+    system has no hard links."""
+    if not (source / "index.json").exists():
+        raise UserError(f"{source}: no latents there; first: torchrun train.py --workdir "
+                        f"{source.parent} --stage latents")
+
+    def share_file(a: str, b: str) -> None:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copyfile(a, b)
+
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    with naming(folder):
+        shutil.copytree(source, part, copy_function=share_file)
+        os.replace(part, folder)
 
 
-def text_config(cfg: Config, folder: Path) -> text_cond.TextConfig:
-    """cfg.text, with a place where the features of frozen encoders are kept: the run folder."""
-    return replace(cfg.text, cache=cfg.text.cache or str(folder / "text"))
-
-
-@dataclass
 class Latents:
-    """The data set that the DiT is trained on. Its files are mapped into memory when they are asked
-    for, a thousand at a time, and not read: what is not asked for stays on the disk."""
+    """The data set that the DiT is trained on: what `encode_latents` wrote. Files are mapped into
+    memory when they are asked for, a thousand at a time: what is not asked for stays on the disk.
+    Clips are numbered through the shards; those of one shape follow each other."""
 
-    folder: Path  # its files hold mean, logvar (m, C, T', H', W'), not normalised; text features
-    shapes: list[torch.Size]  # of a latent, (C, T', H', W'), in each shard
-    where: Tensor  # (M, 2) int64: shard of each clip, and its row there
-    of: Tensor  # (M,) int64: caption of each clip
-    captions: list[str]  # unique
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        table = json.loads(read_text(self.folder / "index.json"))
+        self.names = [name for name, *_ in table]
+        self.starts = torch.tensor([0] + [n for _, n, *_ in table]).cumsum(0)       # (shards + 1,)
+        self.shapes = [torch.Size(shape) for _, _, *shape in table]         # (C, T', H', W') each
+        self.file = lru_cache(1000)(lambda s: load_tensors(self.folder / self.names[s]))
 
-    def __post_init__(self):
-        self.file = lru_cache(1000)(lambda name: load_tensors(self.folder / name))
+    def __len__(self) -> int:
+        return int(self.starts[-1])
 
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        """`mean` or `logvar` of these clips, which have one shape: (B, C, T', H', W')."""
-        return torch.stack([self.file(shard_file(s))[name][row]
-                            for s, row in self.where[index].tolist()])
+    def find(self, index: Tensor) -> list[tuple[dict[str, Tensor], int]]:
+        """The shard of each clip, and its row there."""
+        s = torch.searchsorted(self.starts, index, right=True) - 1
+        rows = (index - self.starts[s]).tolist()
+        return [(self.file(i), row) for i, row in zip(s.tolist(), rows)]
 
-    def features(self, captions: Tensor) -> dict[str, Tensor]:
-        """What the text encoders made of these captions, each padded to the longest, (B, L, ..)."""
-        there = [(self.file(text_file(i // SHARD)), i % SHARD) for i in captions.tolist()]
-        return {k: nn.utils.rnn.pad_sequence([file[k][row] for file, row in there], True)
-                for k in there[0][0]}
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """mean and logvar of these clips, which have one shape: (B, C, T', H', W') each."""
+        there = self.find(index)
+        return tuple(torch.stack([f[k][row] for f, row in there]) for k in ("mean", "logvar"))
 
-    def buckets(self) -> list[tuple[torch.Size, Tensor]]:
+    def text(self, index: Tensor) -> dict[str, Tensor]:
+        """What the text encoders made of their captions, padded to the longest, (B, L, ...)."""
+        there = [(f, f["caption"][row]) for f, row in self.find(index)]
+        keys = [k for k in there[0][0] if k.startswith("text.")]
+        return {k.removeprefix("text."): nn.utils.rnn.pad_sequence([f[k][row] for f, row in there],
+                                                                   True) for k in keys}
+
+    def buckets(self) -> list[tuple[torch.Size, range]]:
         """(shape of a latent, the clips that have it)."""
-        kinds = list(dict.fromkeys(self.shapes))
-        kind = torch.tensor([kinds.index(s) for s in self.shapes])[self.where[:, 0]]
-        return [(shape, (kind == k).nonzero().flatten()) for k, shape in enumerate(kinds)]
+        ranges: dict[torch.Size, range] = {}
+        for shape, a, b in zip(self.shapes, self.starts.tolist(), self.starts[1:].tolist()):
+            ranges[shape] = range(ranges[shape].start if shape in ranges else a, b)
+        return list(ranges.items())
+
+    @functools.cached_property
+    def captions(self) -> list[str]:
+        """The caption of each clip. Reads all of them."""
+        out: list[str] = []
+        for name in self.names:
+            with opened(self.folder / name) as f:
+                out += json.loads(f.metadata()["captions"])
+        return out
 
     @property
     def mean(self) -> Tensor:
         """(M, C, T', H', W'): all of them, read into memory. Only where all have one shape."""
-        return torch.cat([self.file(shard_file(s))["mean"] for s in range(len(self.shapes))])
+        return torch.cat([self.file(s)["mean"] for s in range(len(self.names))])
 
-
-def load_latents(run: Run, folder: Path | None = None) -> Latents:
-    """Those of a folder; of latents/, or of the last phase, where none is given."""
-    folder = folder or run.latents
-    table = json.loads((folder / "captions.json").read_text())
-    where = torch.zeros(len(table["of"]), 2, dtype=torch.int64)
-    for s, rows in enumerate(table["rows"]):
-        where[rows, 0], where[rows, 1] = s, torch.arange(len(rows))
-    return Latents(folder, [torch.Size(s) for s in table["shapes"]], where,
-                   torch.tensor(table["of"]), table["captions"])
+    def concepts(self) -> Tensor | None:
+        """(M, D) an embedding of each caption, the mean of MetaCLIP's features; None where the text
+        encoders are toys."""
+        rows = []
+        for s in range(len(self.names)):
+            file = self.file(s)
+            if "text.concepts_mask" not in file:
+                return None
+            x, there = file["text.concepts"].float(), file["text.concepts_mask"]
+            x = (x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1)
+            rows.append(F.normalize(x, dim=1)[file["caption"]])
+        return torch.cat(rows)
 
 
 def statistics_of(run: Run) -> autoencoder.Autoencoder:
     """The autoencoder without its weights: it can normalise latents, and takes no memory."""
     with torch.device("meta"):
         tae = autoencoder.autoencoder(run.cfg.autoencoder_config)
-    there = load_tensors(run.folder / "tae" / "tae.safetensors", ("lat_mean", "lat_std"))
+    there = load_tensors(run.folder / "tae/tae.safetensors", ("lat_mean", "lat_std"))
     tae.load_state_dict(there, strict=False, assign=True)
     return tae
 
 
-def caption_groups(latents: Latents, size: int = 32) -> Tensor:
-    """(M,) int64 groups within which SDOT couples: clips of the same caption; where captions are
-    unique, clusters of `size` clips or more of similar captions, by the mean of MetaCLIP's
-    features, or by bags of hashed words where the encoders are toys."""
-    if len(latents.captions) <= len(latents.of) / 2:
-        return latents.of
-    parts = torch.arange(len(latents.captions)).split(SHARD)
-    if "concepts_mask" in latents.features(parts[0][:1]):
-        bags = []
-        for features in map(latents.features, parts):
-            x, there = features["concepts"].float(), features["concepts_mask"]
-            bags.append((x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1))
-        bags = torch.cat(bags)
-    else:
-        bags = torch.zeros(len(latents.captions), 256)
-        for row, text in zip(bags, latents.captions):
-            for word in text.lower().split():
-                row[zlib.crc32(word.encode()) % 256] += 1
-    bags = nn.functional.normalize(bags, dim=1)
-    return sdot.cluster(bags[latents.of], size, seed=0)
-
-
 def couple_latents(run: Run) -> None:
-    """coupling.pt: the dual weights of the semi-discrete coupling of N(0, I) with the normalised
-    latents."""
-    path, partial = run.folder / "coupling.pt", run.folder / "coupling.partial"
-    if not run.cfg.coupling.startswith("sdot") or path.exists():
-        if rank() == 0:
-            partial.unlink(missing_ok=True)    # left by a kill between the two
+    """Make coupling.pt: the dual weights of the semi-discrete coupling of N(0, I) with the
+    normalised latents, solved within groups of one caption, or of similar ones."""
+    cfg, path = run.cfg, run.folder / "coupling.pt"
+    if not cfg.coupling.startswith("sdot") or path.exists():
         return
-    began = time.monotonic()
-    latents, tae, size = load_latents(run), statistics_of(run), run.cfg.sdot.cluster
-    if run.cfg.coupling == "sdot-global" and rank() == 0:
-        print("--coupling sdot-global ignores captions: unguided samples then do so too",
-              file=sys.stderr)
-    groups = caption_groups(latents, size) if run.cfg.coupling == "sdot" else None
-    z = tae.normalize(latents.mean)
+    latents, groups = Latents(run.folder / "latents"), None
+    if cfg.coupling == "sdot":
+        groups = sdot.caption_groups(latents.captions, latents.concepts(), cfg.sdot.cluster)
+    elif rank() == 0:
+        say("--coupling sdot-global ignores captions: unguided samples then do so too")
     coupling = sdot.Coupling.fit(
-        z, groups, cfg=run.cfg.sdot, progress=True, ranks=dist.is_initialized(),
-        device=run.device, checkpoint=partial)
+        statistics_of(run).normalize(latents.mean), groups, cfg=cfg.sdot, progress=True,
+        ranks=dist.is_initialized(), device=run.device)
     if rank() == 0:
-        print(coupling.report())
-        coupling.save(path)
-    run.spent("coupling", time.monotonic() - began)
-    barrier()
+        say(coupling.report())
+        with naming(path):
+            coupling.save(path)
+    run.mesh.meet(f"{path}")
 
 
 class TextToVideo(nn.Module):
-    """What the dit stage trains: text projections (and toy encoders) and the backbone, with the
-    loss as its forward. The backbone begins on the meta device: `place` or load_run fill it.
-    widths: features a token of each pretrained encoder, so that none of them has to be there."""
+    """What the dit stage trains: text projections (and toy encoders) and the DiT; its forward is
+    the loss. widths: features a token of each pretrained encoder, so that none has to be there."""
 
     def __init__(self, cfg: Config, widths: dict[str, int] | None = None):
         super().__init__()
         self.text = text_cond.TextConditioner(cfg.text, widths)
-        with torch.device("meta"):
-            self.dit = backbone.DiT(cfg.dit)
+        self.dit = backbone.DiT(cfg.dit)
         self.flow, self.align = cfg.flow, cfg.train_dit.align if cfg.text.mode == "toy" else 0.0
 
-    def forward(self, features: dict[str, Tensor], drop: Tensor, x1: Tensor, x0: Tensor,
-                t: Tensor) -> Tensor:
+    def forward(self, features: dict[str, Tensor], drop: Tensor, x1: Tensor, x0: Tensor, t: Tensor
+                ) -> Tensor:
         P, mask = self.text(features, drop)
         loss = flow.loss(lambda x, t: self.dit(x, t, P, mask), x1, x0, t, self.flow)
         return loss + self.align * self.text.align(features, x1) if self.align else loss
 
 
-class GatherTokens(torch.autograd.Function):
-    """My tokens (B, n, P) -> everybody's (B, N, P). All ranks compute one and the same loss of
-    them, and gradients are averaged over ranks: so backwards each takes its own rows, `size` times.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, sizes: list[int], axis: sample_parallel.Axis) -> Tensor:
-        ctx.sizes, ctx.axis = sizes, axis
-        works, parts = sample_parallel.post_all_gather(x, sizes, 1, axis)
-        for work in works:
-            work.wait()
-        return torch.cat(parts, 1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.axis.size * grad.split(ctx.sizes, 1)[ctx.axis.index], None, None
-
-
-def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
-    """Sequence parallelism: from here on this rank carries its share of the tokens of a clip
-    through the blocks. Attention trades tokens for heads (Ulysses, the sampler's), and every rank
-    gets the whole velocity. The model is told nothing: its seams are enough."""
-    sizes: list[int] = []
-    patchify, positions, unpatchify = dit.patchify, dit.positions, dit.unpatchify
-
-    def mine(tokens: Tensor) -> Tensor:
-        sizes[:] = sample_parallel.split(tokens.shape[-2], axis.size)
-        return tokens.split(sizes, -2)[axis.index]
-
-    dit.patchify = lambda x: mine(patchify(x))
-    dit.positions = lambda shape: mine(positions(shape))
-    dit.unpatchify = lambda tokens, shape: unpatchify(
-        GatherTokens.apply(tokens, list(sizes), axis), shape)
-    ulysses = sample_parallel.Ulysses(axis, [sample_parallel.attention], lambda: sizes,
-                                      sample_parallel.Wire())
-    for block in dit.blocks:
-        block.attend = ulysses
-
-
-WHOLE = 2**22  # numbers of noise in a step, up to which every rank draws all of them
-
-
-def draw_noise(key: tuple, batch: int, shape: torch.Size, rows: slice) -> Tensor:
-    """These rows of a batch of noise (batch, *shape): each clip has a generator of its own."""
-    return torch.stack([torch.randn(shape, generator=generator(*key, i))
-                        for i in range(batch)[rows]])
-
-
-def draw_bucket(counts: list[int], g: torch.Generator) -> int:
-    """Which shape the clips of a step have, as often as there are clips of it."""
-    if len(counts) == 1:
-        return 0
-    at = torch.randint(sum(counts), (), generator=g).item()
-    return next(i for i in range(len(counts)) if at < sum(counts[: i + 1]))
-
-
-@torch.no_grad()
-def start_from(model: TextToVideo, path: Path, before: backbone.DiTConfig) -> None:
-    """Fill the model with the weights that another phase ended with, its position tables stretched
-    to the sizes of this one. One tensor at a time; each rank keeps its part."""
-    with torch.device("meta"):
-        grown = backbone.DiT(before)
-    tables = load_tensors(path, {f"dit.{k}" for k in grown.state_dict() if k.startswith("tables.")})
-    grown.load_state_dict(only(tables, "dit."), strict=False, assign=True)
-    grown.expand_positions(*(s.size for s in model.dit.cfg.streams))
-    tables = {f"dit.tables.{k}": v for k, v in grown.tables.state_dict().items()}
-    for name, p in model.named_parameters():
-        value = tables.get(name)
-        copy_whole(p, load_tensors(path, {name})[name] if value is None else value)
+def noise(key: tuple, rows: Iterable[int], shape: torch.Size) -> Tensor:
+    """These rows of a batch of noise: each has a generator of its own, so that no rank draws
+    another's."""
+    return torch.stack([torch.randn(shape, generator=generator(*key, i)) for i in rows])
 
 
 def train_dit(run: Run) -> None:
-    """dit/model.safetensors: the averaged weights of TextToVideo, phase after phase."""
-    folder = run.folder / "dit"
-    if (folder / "model.safetensors").exists():
+    """Make model.safetensors, the result of a run: the autoencoder, the averaged weights of
+    TextToVideo trained on the latents, and the config."""
+    final, cfg, t = run.folder / "model.safetensors", run.cfg, run.cfg.train_dit
+    if final.exists():
         return
-    before = None
-    for phase in phases(run.cfg):
-        if not phase.name:
-            train_phase(run, "dit", run.latents, folder, folder / "model.safetensors")
-            return
-        here = Run(run.folder, at_phase(run.cfg, phase), run.device, run.mesh)
-        final = folder / f"{phase.name}.safetensors"
-        if not final.exists():
-            train_phase(here, f"dit/{phase.name}", run.folder / "latents" / phase.name,
-                        folder / phase.name, final, before)
-        before = final, here.cfg.dit
+    latents, widths = Latents(run.folder / "latents"), {}
+    if cfg.text.mode == "pretrained":
+        first = latents.text(torch.tensor([0]))
+        widths = {k: first[k].shape[2] for k in text_cond.ENCODERS}
+    fresh = from_rank0(not any((run.folder / "dit").glob("step_*/.metadata")))
+
+    def build() -> nn.Module:
+        model = TextToVideo(cfg, widths)
+        if cfg.init and fresh and not next(model.parameters()).is_meta:
+            model.load_state_dict(start_from(Path(cfg.init), cfg))
+        return model
+
+    model = place(run, build, t.precision, fresh)
+    if run.mesh.tokens is not None:
+        split_tokens(model.dit, run.mesh.tokens)
+    state = optimize(run, "dit", model, t, t.steps, dit_batches(run, latents, model.text))
     if rank() == 0:
-        save_tensors(folder / "model.safetensors", load_tensors(final))
-    wait_for_rank0(f"{folder}")
+        tae = load_tensors(run.folder / "tae/tae.safetensors")
+        save_tensors(final, {f"tae.{k}": v for k, v in tae.items()} | state,
+                     config=json.dumps(asdict(cfg)))
+    run.mesh.meet(f"{final}")
 
 
-def train_phase(run: Run, stage: str, source: Path, folder: Path, final: Path,
-                before: tuple[Path, backbone.DiTConfig] | None = None) -> None:
-    """`final`: TextToVideo trained on the latents in `source`, from the start or from where the
-    phase `before` (its weights, its config) ended."""
-    cfg, t = run.cfg, run.cfg.train_dit
-    latents, tae = load_latents(run, source), statistics_of(run)
-    coupling, mine = None, shard(t.batch, *run.mesh.data)
+def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
+                ) -> Callable[[int], list[tuple]]:
+    """The `batch` of the dit stage. Everything random comes from the step's number, for the whole
+    batch of all ranks; each rank takes its rows, in --train_dit.accumulate parts."""
+    cfg, t, tae = run.cfg, run.cfg.train_dit, statistics_of(run)
+    mine, buckets, coupling = share(t.batch, *run.mesh.data), latents.buckets(), None
+    dtype = torch.promote_types(PRECISIONS[t.precision], torch.float32)  # bf16: products alone
     if cfg.coupling.startswith("sdot"):
         path = run.folder / "coupling.pt"
         try:
             coupling = sdot.Coupling.load(path, tae.normalize(latents.mean))
         except ValueError as error:
-            raise UserError(f"{error}; remove it and start again, and it is solved again") from None
-    torch.manual_seed(cfg.seed)
-    widths = {}
-    if cfg.text.mode == "pretrained":
-        with opened(source / text_file(0)) as f:
-            widths = {k: f.get_slice(k).get_shape()[2] for k in text_cond.ENCODERS}
-    fresh = from_rank0(not any(folder.glob("step_*")))      # else `optimize` loads one of them
-    model = place(run, TextToVideo(cfg, widths), t.precision, fresh)
-    if before and fresh:
-        start_from(model, *before)
-    if run.mesh.tokens is not None:
-        split_tokens(model.dit, run.mesh.tokens)
-    buckets = latents.buckets()
-    dtype = torch.promote_types(PRECISIONS[t.precision], torch.float32)  # bf16: products alone
+            raise UserError(f"{error}; remove it, and the next start solves it again") from None
+    number = {c: i for i, c in enumerate(latents.captions)} if cfg.coupling == "minibatch" else {}
 
-    def batch(step: int):
-        """Everything random of a step comes from its number, for the whole batch; each rank takes
-        its rows. Where that is much noise, no rank draws another's."""
+    def batch(step: int) -> list[tuple]:
         g = generator(cfg.seed, "dit", step)
-        shape, there = buckets[draw_bucket([len(clips) for _, clips in buckets], g)]
-        little = t.batch * math.prod(shape) <= WHOLE or cfg.coupling == "minibatch"
-        own = slice(None) if little else mine  # the rows that are drawn here
+        # The clips of a step have one shape: each as often as there are clips of it.
+        at = int(torch.randint(len(latents), (), generator=g))
+        shape, clips = next(b for b in buckets if at in b[1])
+        times = flow.sample_t(t.batch, cfg.flow, g)[mine]
+        drop = text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)[mine]
+        rows = clips.start + torch.randint(len(clips), (t.batch,), generator=g)
+        draw = lambda what, rows=mine: noise((cfg.seed, what, step), rows, shape)
 
-        def noise(what: str) -> Tensor:
-            if little:
-                return torch.randn(t.batch, *shape, generator=g)
-            return draw_noise((cfg.seed, what, step), t.batch, shape, own)
-
-        x0 = noise("x0")
-        if coupling is None:
-            rows = there[torch.randint(len(there), (t.batch,), generator=g)][own]
-        else:  # the noise picks the clip, inside a group that is drawn independently of it
-            groups = coupling.draw_group(t.batch, g)[own] if cfg.coupling == "sdot" else None
+        # Which noise meets which clip.
+        if coupling is not None:    # the group by its frequency, then the noise picks the clip
+            x0 = draw("x0")
+            groups = coupling.draw_group(t.batch, g)[mine] if cfg.coupling == "sdot" else None
             rows = coupling.couple(x0, groups)
-        if cfg.coupling == "minibatch":
-            x0 = flow.minibatch_pairing(x0, tae.normalize(latents.rows("mean", rows)),
-                                        latents.of[rows])
-        posterior = noise("posterior")
-        times = flow.sample_t(t.batch, cfg.flow, g)[own]
-        drop = model.text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)[own]
-        if little:
-            rows, drop, x0, times, posterior = (v[mine] for v in (rows, drop, x0, times, posterior))
-        spread = (0.5 * latents.rows("logvar", rows)).exp()
-        x1 = tae.normalize(latents.rows("mean", rows) + spread * posterior)
+        elif cfg.coupling == "minibatch":       # within captions, over the batch of all ranks
+            x0 = flow.minibatch_pairing(
+                draw("x0", range(t.batch)), tae.normalize(latents.rows(rows)[0]),
+                torch.tensor([number[latents.captions[i]] for i in rows.tolist()]))[mine]
+            rows = rows[mine]
+        else:
+            x0, rows = draw("x0"), rows[mine]
+
+        mean, logvar = latents.rows(rows)
+        x1 = tae.normalize(mean + (0.5 * logvar).exp() * draw("posterior"))
         parts = []
-        for clips, dropped, *args in zip(*(v.chunk(t.accumulate)
-                                           for v in (rows, drop, x1, x0, times))):
-            features = {k: v.to(run.device)
-                        for k, v in latents.features(latents.of[clips]).items()}
-            args = features, dropped.to(run.device), *(v.to(run.device, dtype) for v in args)
-            parts.append(partial(lambda args, model: model(*args), args))
-            parts[-1].keys = clips.tolist()
+        for part in zip(*(v.chunk(t.accumulate) for v in (rows, drop, x1, x0, times))):
+            features = {k: v.to(run.device) for k, v in latents.text(part[0]).items()}
+            parts.append((features, part[1].to(run.device),
+                          *(v.to(run.device, dtype) for v in part[2:])))
         return parts
 
-    def losses(first: int):
-        return map(batch, range(first, t.steps))
+    return batch
 
-    state = optimize(run, stage, folder, model, t, t.steps, losses)
-    if rank() == 0:
-        save_tensors(final, state)
-    wait_for_rank0(f"{final}")
+
+def start_from(path: Path, cfg: Config) -> dict[str, Tensor]:
+    """The weights of TextToVideo that another run ended with, its position tables stretched to the
+    sizes of this one, as Movie Gen does between its stages."""
+    file, before = result_of(path)
+    state = {k: v for k, v in load_tensors(file).items() if not k.startswith("tae.")}
+    with torch.device("meta"):
+        grown = backbone.DiT(before.dit)
+    grown.load_state_dict({k: v for k, v in only(state, "dit.").items() if k.startswith("tables.")},
+                          strict=False, assign=True)
+    grown.expand_positions(*(s.size for s in cfg.dit.streams))
+    return state | {f"dit.tables.{k}": v for k, v in grown.tables.state_dict().items()}
+
+
+def result_of(path: Path) -> tuple[Path, Config]:
+    """The model.safetensors of a finished run, given its folder or that file, and its config."""
+    file = path if path.is_file() else path / "model.safetensors"
+    if not file.exists():
+        there = (path / "config.json").exists()
+        raise UserError(f"{path}: " + (
+            "not finished; continue it with the command that began it" if there else
+            f"no run there; train first: torchrun train.py --workdir {path}"))
+    with opened(file) as f:
+        config = (f.metadata() or {}).get("config")
+    if not config:
+        raise UserError(f"{file}: not a model.safetensors of train.py")
+    return file, from_dict(Config, json.loads(config))
 
 
 @dataclass
@@ -2498,10 +1904,6 @@ class Loaded:
     device: torch.device
 
     @property
-    def config(self) -> dict:
-        return asdict(self.cfg)
-
-    @property
     def fps(self) -> int:
         return self.cfg.clips.fps
 
@@ -2512,24 +1914,33 @@ class Loaded:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        return self.tae.latent_shape(*whole_clip(self.cfg))
+        return self.tae.latent_shape(*self.cfg.clips.shape)
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What the text encoders make of prompts. ValueError for what is no list of texts."""
+        if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompts {prompts!r}: must be a list of one or more texts")
+        if self.cfg.clips.tell_fps and self.cfg.data:
+            prompts = [p if p.startswith("FPS-") else f"FPS-{self.fps} {p}" for p in prompts]
+        return self.text.encode(prompts)
 
     def prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """P (B, L, D), mask (B, L) of the prompts, and P, mask of as many null prompts."""
-        if self.cfg.clips.tell_fps and self.cfg.data:
-            prompts = [p if p.startswith("FPS-") else f"FPS-{self.fps} {p}" for p in prompts]
-        features = {k: v.to(self.device) for k, v in self.text.encode(prompts).items()}
-        return *self.text(features), *self.text.null_tokens(len(prompts))
+        return self.conditions(self.encode(prompts))
+
+    def conditions(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same from what `encode` gave."""
+        P, mask = self.text({k: v.to(self.device) for k, v in features.items()})
+        return P, mask, *self.text.null_tokens(len(P))
 
     def noise(self, seeds: list[int]) -> Tensor:
         """x0 (B, C, T', H', W'): the same seed gives the same noise on every device."""
-        return torch.stack(
-            [torch.randn(self.latent_shape, generator=generator("sample", s)) for s in seeds]
-        ).to(self.device)
+        return torch.stack([torch.randn(self.latent_shape, generator=generator("sample", int(s)))
+                            for s in seeds]).to(self.device)
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents (B, C, T', H', W') -> clips (B, 3, T, H, W) in [-1, 1]."""
-        T, H, W = whole_clip(self.cfg)
+        T, H, W = self.cfg.clips.shape
         x = self.tae.decode(self.tae.denormalize(z), T, (H, W), **streamed(self.cfg, (T, H, W)))
         return x.clamp(-1, 1)
 
@@ -2539,187 +1950,148 @@ class Loaded:
         return flow.schedule(name or s.schedule, steps or s.steps, shift=self.cfg.flow.shift)
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], seeds: list[int] | None = None) -> Tensor:
+    def generate(self, prompts: list[str], seeds: list[int] | None = None,
+                 features: dict[str, Tensor] | None = None) -> Tensor:
         """New clips (B, 3, T, H, W) in [-1, 1] for prompts, with classifier-free guidance; steps,
-        solver and scale as configured."""
-        s = self.cfg.sample
-        P, mask, P0, mask0 = self.prompts(prompts)
+        solver and scale as configured. seeds: one for each, 0 to B - 1 if not given. features: what
+        `encode` gave for the prompts. ValueError where they do not match."""
+        s, seeds = self.cfg.sample, list(range(len(prompts)) if seeds is None else seeds)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds {seeds}: must be one for each of {len(prompts)} prompts")
+        P, mask, P0, mask0 = self.conditions(features or self.encode(prompts))
         v_fn = flow.guided(lambda x, t: self.dit(x, t, P, mask),
                            lambda x, t: self.dit(x, t, P0, mask0), s.guidance)
-        x0 = self.noise(seeds if seeds is not None else list(range(len(prompts))))
-        z = flow.sample(v_fn, x0, self.schedule(), solver=s.solver, cfg=self.cfg.flow)
+        z = flow.sample(v_fn, self.noise(seeds), self.schedule(), solver=s.solver,
+                        cfg=self.cfg.flow)
         return self.decode(z)
 
 
-def load_run(folder: str | Path, device: str | torch.device = "cpu",
+def load_run(path: str | Path, device: str | torch.device = "cpu",
              prepare: Callable[[nn.Module], object] = lambda dit: None) -> Loaded:
-    """The trained stages of a run folder, or of a file that --export wrote. Reads safetensors and
+    """Load a finished run: its folder, or a copy of its model.safetensors. Reads safetensors and
     JSON only; on device "meta" no weights at all, for what only asks for shapes. prepare(dit) may
-    take blocks out of the backbone first: what is not there is not read, and takes no memory."""
-    folder, device = Path(folder), torch.device(device)
-    if folder.is_file():
-        tae_file = dit_file = folder
-        of_tae, of_model = "tae.", "model."
-        with opened(folder) as f:
-            config = json.loads((f.metadata() or {}).get("config", "{}"))
-        if not config:
-            raise UserError(f"{folder}: not written by train.py --export")
-        cfg = from_dict(Config, config)
-    else:
-        tae_file, dit_file = folder / "tae/tae.safetensors", folder / "dit/model.safetensors"
-        of_tae = of_model = ""
-        if not (folder / "config.json").exists():
-            raise UserError(f"--workdir {folder}: no run there; train first: torchrun train.py "
-                            f"--workdir {folder}")
-        if not dit_file.exists():
-            raise UserError(f"--workdir {folder}: not finished; continue it with the command that "
-                            "began it")
-        cfg = read_config(folder / "config.json")
+    take blocks out of the DiT first: what is not there is not read, and takes no memory."""
+    device = torch.device(device)
+    file, cfg = result_of(Path(path))
     widths = {}
-    if cfg.text.mode == "pretrained":                       # whose encoders may be elsewhere
-        with opened(dit_file) as f:
-            widths = {k: f.get_slice(f"{of_model}text.null.{k}").get_shape()[0]
-                      for k in text_cond.ENCODERS}
-    with torch.device("meta"):                              # neither memory nor random numbers
+    if cfg.text.mode == "pretrained":           # the encoders themselves may be elsewhere
+        with opened(file) as f:
+            widths = {k: f.get_slice(f"text.null.{k}").get_shape()[0] for k in text_cond.ENCODERS}
+    with torch.device("meta"):                  # neither memory nor random numbers
         model = TextToVideo(cfg, widths)
-    tae = autoencoder.autoencoder(cfg.autoencoder_config)   # has tables that no file holds
+        tae = autoencoder.autoencoder(cfg.autoencoder_config)
     prepare(model.dit)
-    model.text.cfg = text_config(cfg, folder) if folder.is_dir() else cfg.text
     if device.type != "meta":
-        for part, path, prefix in ((model, dit_file, of_model), (tae, tae_file, of_tae)):
-            names = [prefix + k for k in part.state_dict()]
+        for part, prefix in ((model, ""), (tae, "tae.")):
+            names = {prefix + k for k in part.state_dict()}
             part.load_state_dict({k.removeprefix(prefix): v
-                                  for k, v in load_tensors(path, names).items()},
-                                 assign=part is model)
+                                  for k, v in load_tensors(file, names).items()}, assign=True)
     for part in (model, tae):
         part.to(device).eval().requires_grad_(False)
     return Loaded(cfg, tae, model.text, model.dit, device)
 
 
-def export(folder: Path, path: Path) -> None:
-    """A finished run as one safetensors file, with its config as metadata: load_run reads it."""
-    load_run(folder, "meta")                                # a run, and finished
-    if folder.resolve() in path.resolve().parent.parents:   # its weights, latents, checkpoints
-        raise UserError(f"--export {path}: among the run's own files; choose another")
-    config = json.dumps(json.loads((folder / "config.json").read_text()))
-    tensors = {f"{prefix}.{k}": v
-               for prefix, name in (("tae", "tae/tae"), ("model", "dit/model"))
-               for k, v in load_tensors(folder / f"{name}.safetensors").items()}
-    save_tensors(path, tensors, config=config)
-
-
 def make_samples(run: Run) -> None:
-    """samples/: a GIF and an MP4 for each prompt, and index.json. Each rank makes some; what is
-    there is kept."""
-    folder, cfg, began = run.folder / "samples", run.cfg, time.monotonic()
+    """Make samples/: a GIF (toy world) or an MP4 for each prompt, the clips as tensors, and
+    index.json. Each rank makes some batches; files are written by a thread while the next batch is
+    sampled, and what is there is kept."""
+    folder, cfg, n = run.folder / "samples", run.cfg, run.cfg.sample.batch
     if cfg.data:
-        captions = json.loads((run.latents / "captions.json").read_text())["captions"]
+        captions = list(dict.fromkeys(Latents(run.folder / "latents").captions))
         todo = [("trained", captions[i % len(captions)])
                 for i in range(min(cfg.sample.prompts, 2 * len(captions)))]
     else:
-        todo = test_prompts(cfg)
-    folder.mkdir(exist_ok=True)
-    part_file = lambda i: folder / f"clips_{i:04d}.safetensors"
-    mine = [i for i in range(0, len(todo), cfg.sample.batch)[rank() :: world_size()]
-            if not readable(part_file(i))]
-    parts = [todo[i : i + cfg.sample.batch] for i in mine]
-    bar = tqdm(total=sum(map(len, parts)), desc="sample", unit="clip", dynamic_ncols=True,
-               disable=rank() != 0 or not mine)
-    with pulsing():         # a batch may take minutes, and ranks that have none wait
-        loaded = load_run(run.folder, run.device) if mine else None
-        if mine and cfg.text.mode == "pretrained":      # no encoder is read twice
-            loaded.prompts([p for part in parts for _, p in part])
-        for i, part in zip(mine, parts):
-            clips = loaded.generate([p for _, p in part], list(range(i, i + len(part)))).cpu()
-            for j, clip in enumerate(clips, i):
-                for suffix in ("gif", "mp4"):
-                    write_video(folder / f"{j:04d}.{suffix}", clip, loaded.fps_of(todo[j][1]),
-                                zoom=max(1, 128 // cfg.clips.size))
-            save_tensors(part_file(i), {"clips": clips})
-            bar.update(len(part))
-    bar.close()
-    wait_for_all("samples")
+        todo = world.test_prompts(cfg.seed, cfg.sample.prompts, cfg.clips.things, cfg.clips.frames,
+                                  cfg.clips.script)
+    suffix = "mp4" if cfg.data else "gif"
+    prompts = [prompt for _, prompt in todo]
+    file = lambda i: folder / f"clips_{i:04d}.safetensors"
+    mine = [i for i in range(0, len(todo), n)[rank() :: world_size()] if not readable(file(i))]
+
+    def write(i: int, clips: Tensor, fps: list[int]) -> None:
+        for j, clip in enumerate(clips):
+            write_video(folder / f"{i + j:04d}.{suffix}", clip, fps[j])
+        save_tensors(file(i), {"clips": clips})             # the mark that all of them are there
+
+    if mine:
+        with naming(folder):
+            folder.mkdir(exist_ok=True)
+        loaded = load_run(run.folder, run.device)
+        features = loaded.encode(prompts)                   # no encoder is loaded twice
+        with ThreadPoolExecutor(1) as pool, tqdm(total=len(mine) * n, desc="sample", unit="clip",
+                                                 disable=rank() != 0) as bar:
+            writing = []
+            for i in mine:
+                clips = loaded.generate(prompts[i : i + n], range(i, min(i + n, len(todo))),
+                                        {k: v[i : i + n] for k, v in features.items()}).cpu()
+                fps = [loaded.fps_of(p) for p in prompts[i : i + n]]
+                writing.append(pool.submit(write, i, clips, fps))
+                bar.update(len(clips))
+            for future in writing:
+                future.result()
+    run.mesh.meet(f"{folder}")
     if rank() == 0:
-        write_json(folder / "index.json",
-                   [{"file": f"{j:04d}", "kind": kind, "prompt": prompt, "seed": j}
-                    for j, (kind, prompt) in enumerate(todo)])
-        if mine:
-            run.spent("sample", time.monotonic() - began)
+        write_json(folder / "index.json", [
+            {"file": f"{j:04d}.{suffix}", "kind": kind, "prompt": prompt, "seed": j}
+            for j, (kind, prompt) in enumerate(todo)])
+
+
+# ---- 7. The report -------------------------------------------------------------------------------
 
 
 def make_report(run: Run, clips) -> dict:
-    """report.json (every figure by name), index.html (a page to look at), samples.gif (the contact
-    sheet)."""
+    """Make report.json (every figure by name), samples.gif, curves.png and index.html."""
     if rank() != 0:
         return {}
-    began, cfg, folder = time.monotonic(), run.cfg, run.folder
+    cfg, folder = run.cfg, run.folder
     loaded = load_run(folder, run.device)
-    tae = loaded.tae
     report: dict = {"scale": cfg.scale, "seed": cfg.seed, "data": cfg.data or "toy world",
                     "coupling": cfg.coupling}
-
-    shape = whole_clip(cfg)
-    (folder / "reconstructions").mkdir(exist_ok=True)
-    psnr, latents, captions = [], [], []
-    for x, texts, posterior in encoded(run, tae, clips, "heldout", range(64), shape):
-        with torch.no_grad():
-            recon = tae.decode(posterior.mean, shape[0], shape[1:], **streamed(cfg, shape)).cpu()
-        psnr.append(autoencoder.psnr(recon, x))
-        for i, (a, b) in enumerate(zip(x[: max(0, 12 - len(captions))], recon), len(captions)):
-            pair = torch.cat([a, torch.full_like(a[..., :2], -1), b], dim=-1)
-            write_video(folder / "reconstructions" / f"{i:02d}.gif", pair, cfg.clips.fps,
-                        zoom=max(1, 128 // cfg.clips.size))
-        latents.append(tae.normalize(posterior.mean))
-        captions += texts
-    report["tae_psnr_db"] = round(torch.cat(psnr).mean().item(), 2)
-    report["tae_rate_percent"] = round(100 * tae.compression_rate(*shape), 3)
-    report["dit_val_loss"] = round(validation_loss(loaded, torch.cat(latents), captions), 4)
-    report["parameters"] = {
-        name: sum(p.numel() for p in m.parameters())
-        for name, m in (("tae", tae), ("text", loaded.text), ("dit", loaded.dit))
-    }
-
-    rows = json.loads((folder / "samples" / "index.json").read_text())
-    made = torch.cat(
-        [load_tensors(folder / "samples" / f"clips_{i:04d}.safetensors")["clips"]
-         for i in range(0, len(rows), cfg.sample.batch)]
-    )
+    report["tae_psnr_db"], z, captions = reconstruct(run, loaded.tae, clips)
+    report["dit_val_loss"] = validation_loss(loaded, z, captions)
+    report["parameters"] = {name: sum(p.numel() for p in m.parameters()) for name, m in (
+        ("tae", loaded.tae), ("text", loaded.text), ("dit", loaded.dit))}
+    rows = json.loads(read_text(folder / "samples/index.json"))
+    made = torch.cat([load_tensors(folder / f"samples/clips_{i:04d}.safetensors")["clips"]
+                      for i in range(0, len(rows), cfg.sample.batch)])
     if not cfg.data:
-        report["judge"] = json.loads((folder / "judge.json").read_text())
-        for row, clip in zip(rows, made):
-            row["verdict"] = judge(clip, row["prompt"])
-        by = lambda kind: [r["verdict"] for r in rows if r["kind"] == kind]
-        figures = accuracy(by("trained"))
-        figures["heldout"] = sum(v["color"] and v["shape"] and v["direction"]
-                                 for v in by("heldout")) / max(1, len(by("heldout")))
-        figures["words"] = accuracy(by("words")).get("text", 0.0)
-        figures["words_heldout"] = accuracy(by("words_heldout")).get("text", 0.0)
-        report["prompt_accuracy"] = figures
-        # The judge must be seen to fail: the same clips against the prompts of others, in a fixed
-        # shuffle.
-        trained = [(r["prompt"], c) for r, c in zip(rows, made) if r["kind"] == "trained"]
-        order = list(range(len(trained)))
-        random.Random(f"shuffle/{cfg.seed}").shuffle(order)
-        report["gap"] = {
-            "random": accuracy([judge(trained[i][1], trained[j][0]) for i, j in enumerate(order)])
-        }
-    seconds = read_json(folder / "seconds.json", {})
-    seconds["report"] = round(time.monotonic() - began, 2)
-    seconds.pop("total", None)
-    report["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
+        if (folder / "judge.json").exists():
+            report["judge"] = json.loads(read_text(folder / "judge.json"))
+        report |= judged(rows, made, cfg.seed)
+    report["dit"] = speed(run)
+    report["seconds"] = run.seconds()
+    report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
     report["machine"] = {"threads": torch.get_num_threads(), "device": str(run.device),
                          "ranks": world_size(), "torch": torch.__version__}
-
-    report["dit"] = utilisation(run, read_events(folder / "events.jsonl"))
-    draw_curves(folder)
-    draw_timeline(folder, report["dit"])
-    shown = [i for kind in ("trained", "heldout", "words", "words_heldout")
-             for i, r in enumerate(rows) if r["kind"] == kind][:: max(1, len(rows) // 24)]
-    contact_sheet(folder / "samples.gif", [made[i] for i in shown[:24]],
-                  [rows[i]["prompt"] for i in shown[:24]], cfg.clips.fps)
+    draw_curves(folder / "curves.png", run.losses())
+    kinds = ("trained", "heldout", "words", "words_heldout")
+    shown = [i for kind in kinds for i, r in enumerate(rows) if r["kind"] == kind]
+    shown = shown[:: max(1, len(rows) // 24)][:24]
+    contact_sheet(folder / "samples.gif", [made[i] for i in shown],
+                  [rows[i]["prompt"] for i in shown], cfg.clips.fps)
     write_page(folder, report, rows)
     write_json(folder / "report.json", report)
     return report
+
+
+@torch.no_grad()
+def reconstruct(run: Run, tae: autoencoder.Autoencoder, clips
+                ) -> tuple[float, Tensor, list[str]]:
+    """PSNR over 64 held-out clips, their normalised latents and captions. The first twelve are
+    written to reconstructions/, each beside what the autoencoder makes of it."""
+    T, H, W = shape = run.cfg.clips.shape
+    folder, psnr, z, captions = run.folder / "reconstructions", [], [], []
+    with naming(folder):
+        folder.mkdir(exist_ok=True)
+    for x, told, posterior in encoded(run, tae, clips, "heldout", range(64), shape):
+        again = tae.decode(posterior.mean, T, (H, W), **streamed(run.cfg, shape)).cpu()
+        psnr.append(autoencoder.psnr(again, x))
+        for i, (a, b) in enumerate(zip(x[: max(0, 12 - len(captions))], again), len(captions)):
+            pair = torch.cat([a, torch.full_like(a[..., :2], -1), b], dim=-1)
+            write_video(folder / f"{i:02d}.gif", pair, run.cfg.clips.fps)
+        z.append(tae.normalize(posterior.mean))
+        captions += told
+    return round(torch.cat(psnr).mean().item(), 2), torch.cat(z), captions
 
 
 @torch.no_grad()
@@ -2729,123 +2101,76 @@ def validation_loss(loaded: Loaded, x1: Tensor, captions: list[str]) -> float:
     P, mask, _, _ = loaded.prompts(captions)
     v_fn = lambda *all: torch.cat([loaded.dit(*part) for part in zip(
         *(v.split(loaded.cfg.sample.batch) for v in (*all, P, mask)))])
-    return flow.validation_loss(v_fn, x1, loaded.cfg.flow, times=10)[0]
+    return round(flow.validation_loss(v_fn, x1, loaded.cfg.flow, times=10)[0], 4)
 
 
-def draw_curves(folder: Path) -> None:
-    """curves.png: the loss of each stage."""
-    plt = autoencoder.pyplot()
-    rows = read_metrics(folder / "metrics.csv")
-    stages = list(dict.fromkeys(r["stage"] for r in rows))
-    figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(4 * max(1, len(stages)), 3),
+def judged(rows: list[dict], made: Tensor, seed: int) -> dict:
+    """Let the judge look at all samples, and add its verdict to each row -> prompt_accuracy, and
+    gap.random, the same on prompts shuffled among the clips: a judge must be seen to fail."""
+    for row, clip in zip(rows, made):
+        row["verdict"] = world.judge(clip, row["prompt"])
+    by = lambda kind: [r["verdict"] for r in rows if r["kind"] == kind]
+    figures = world.accuracy(by("trained"))
+    figures["heldout"] = sum(v["color"] and v["shape"] and v["direction"]
+                             for v in by("heldout")) / max(1, len(by("heldout")))
+    for kind in ("words", "words_heldout"):
+        figures[kind] = world.accuracy(by(kind)).get("text", 0.0)
+    trained = [i for i, r in enumerate(rows) if r["kind"] == "trained"]
+    order = trained.copy()
+    random.Random(f"shuffle/{seed}").shuffle(order)
+    shuffled = [world.judge(made[i], rows[j]["prompt"]) for i, j in zip(trained, order)]
+    return {"prompt_accuracy": figures, "gap": {"random": world.accuracy(shuffled)}}
+
+
+def speed(run: Run) -> dict[str, float]:
+    """Clips a second of the dit stage, and model TFLOP a second of all ranks together: three
+    forward passes a step, whatever is computed twice. Divided by the maker's figure for the ranks
+    it is the model FLOPs utilisation."""
+    rows = [r for r in run.rows() if r["stage"] == "dit"]
+    made = [(a, b) for a, b in zip(rows, rows[1:]) if "loss" in b and a.get("event") != "stopped"
+            and b.get("event") != "resume"]
+    seconds = sum(b["time"] - a["time"] for a, b in made)
+    if not seconds:
+        return {}
+    latents, cfg = Latents(run.folder / "latents"), run.cfg
+    L = text_tokens(cfg)
+    work = sum(len(clips) * sum(backbone.flops(cfg.dit, tokens_of(cfg, shape), L))
+               for shape, clips in latents.buckets()) / len(latents)
+    rate = len(made) * cfg.train_dit.batch / seconds
+    return {"clips_per_second": float(f"{rate:.4g}"),
+            "tflop_per_second": float(f"{3 * work * rate / 1e12:.4g}")}
+
+
+def draw_curves(path: Path, losses: dict[str, dict[int, float]]) -> None:
+    """Draw the loss of each stage, every step and running means."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, max(1, len(losses)), figsize=(4 * max(1, len(losses)), 3),
                                 squeeze=False)
-    for ax, stage in zip(axes[0], stages):
-        points = [(r["step"], r["loss"]) for r in rows
-                  if r["stage"] == stage and math.isfinite(r["loss"])] or [(0, 1.0)]
-        ax.plot(*zip(*points), lw=0.4, alpha=0.4, color="C0")
-        k = max(1, len(points) // 50)
-        means = [sum(p[1] for p in points[i : i + k]) / len(points[i : i + k])
-                 for i in range(0, len(points), k)]
-        ax.plot([points[min(i + k // 2, len(points) - 1)][0] for i in range(0, len(points), k)],
-                means, color="C0")
+    for ax, (stage, points) in zip(axes[0], losses.items()):
+        steps, values = (torch.tensor(v).double() for v in zip(*sorted(points.items())))
+        ax.plot(steps, values, lw=0.4, alpha=0.4, color="C0")
+        k = max(1, len(steps) // 50)
+        ax.plot(*([part.mean() for part in v.split(k)] for v in (steps, values)), color="C0")
         ax.set(title=f"{stage}: loss", xlabel="step", yscale="log")
         ax.grid(alpha=0.3, which="both")
     figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=110)
+    with naming(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def stretches(rows: list[dict]) -> list[tuple[dict, dict]]:
-    """The pairs of events between which a stage made steps without an interruption."""
-    return [(a, b) for a, b in zip(rows, rows[1:]) if a["stage"] == b["stage"]
-            and b["event"] in ("checkpoint", "end", "stopped") and b["step"] > a["step"]]
+def pyplot():
+    """matplotlib.pyplot, without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
 
 
-def measured_peak(device: torch.device) -> float:
-    """FLOPs a second of this device in a matrix product, fp32 on a CPU (with all its threads), bf16
-    on a GPU; the best of five."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
-
-
-def utilisation(run: Run, rows: list[dict]) -> dict[str, float]:
-    """Model FLOPs utilisation of the dit stage: three forward passes a step (what is computed twice
-    counts once), by dit.py's formula, over what the ranks could do at --peak-tflops each, or as
-    measured here. Clips of each shape count as often as they are drawn. {} where it did not run."""
-    seconds = rank_seconds = steps = clips = flops = 0
-    for phase in phases(run.cfg):
-        stage, cfg, folder = "dit", run.cfg, run.latents
-        if phase.name:
-            stage, cfg = f"dit/{phase.name}", at_phase(run.cfg, phase)
-            folder = run.folder / "latents" / phase.name
-        pairs = [p for p in stretches(rows) if p[0]["stage"] == stage]
-        if not pairs:
-            continue
-        longest = dict.fromkeys(text_cond.ENCODERS, 0)
-        for path in folder.glob("text_*.safetensors"):
-            with opened(path) as f:
-                longest = {k: max(n, f.get_slice(k).get_shape()[1]) for k, n in longest.items()}
-        L = sum(cfg.text.tokens(k, n) for k, n in longest.items())
-        work, buckets = 0, load_latents(run, folder).buckets()
-        for shape, there in buckets:
-            N = tokens_of(cfg.dit, [shape[1:]] if len(cfg.dit.streams) == 1 else None)
-            work += len(there) * sum(backbone.flops(cfg.dit, N, L))
-        done = sum(b["step"] - a["step"] for a, b in pairs)
-        seconds += sum(b["time"] - a["time"] for a, b in pairs)
-        rank_seconds += sum((b["time"] - a["time"]) * b.get("ranks", 1) for a, b in pairs)
-        steps, clips = steps + done, clips + done * phase.batch
-        flops += 3 * done * phase.batch * work / cfg.clips.count
-    if not seconds:
-        return {}
-    peak = run.peak or measured_peak(run.device)
-    figures = {"clips_per_second": clips / seconds, "tflop_per_step": flops / steps / 1e12,
-               "peak_tflops": peak / 1e12,
-               "mfu_percent": 100 * flops / rank_seconds / peak}
-    return {k: float(f"{v:.4g}") for k, v in figures.items()}
-
-
-def draw_timeline(folder: Path, dit: dict[str, float]) -> None:
-    """timeline.png: steps a second between checkpoints, and what happened to the run, over time;
-    dit: what `utilisation` found."""
-    plt = autoencoder.pyplot()
-    rows = read_events(folder / "events.jsonl")
-    figure, ax = plt.subplots(figsize=(10, 2.6))
-    zero = rows[0]["time"] if rows else 0.0
-    colors = {stage: f"C{i}" for i, stage in enumerate(dict.fromkeys(r["stage"] for r in rows))}
-    marks = {"skipped": "x", "spike": "^", "rewound": "<", "stopped": "s"}
-    for a, b in stretches(rows):
-        rate = (b["step"] - a["step"]) / max(b["time"] - a["time"], 1e-3)
-        ax.plot([(a["time"] - zero) / 60, (b["time"] - zero) / 60], [rate, rate],
-                color=colors[b["stage"]], lw=3)
-    for row in rows:
-        at = (row["time"] - zero) / 60
-        if row["event"] == "start":
-            ax.axvline(at, color=colors[row["stage"]], lw=1, ls="-" if row["step"] == 0 else ":",
-                       label=f"{row['stage']} " + ("starts" if row["step"] == 0 else "resumes"))
-        elif row["event"] in marks:
-            ax.plot(at, 0, marks[row["event"]], color="C3", transform=ax.get_xaxis_transform(),
-                    clip_on=False, label=row["event"])
-    labels = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    if labels:
-        ax.legend(labels.values(), labels, fontsize=7, loc="upper right")
-    ax.set(xlabel="minutes since the start", ylabel="steps a second", ylim=(0, None))
-    if dit:
-        ax.set_title("dit: {clips_per_second:.3g} clips a second, {mfu_percent:.3g} % of "
-                     "{peak_tflops:.3g} TFLOPs a second and rank".format(**dit), fontsize=9)
-    ax.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "timeline.png", dpi=110)
-    plt.close(figure)
-
-
-def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int,
-                  columns: int = 6) -> None:
-    """One animated GIF of many clips with their prompts under them."""
+def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int, columns: int = 6
+                  ) -> None:
+    """Write one animated GIF of many clips, with their prompts under them."""
     import textwrap
 
     import matplotlib
@@ -2853,690 +2178,385 @@ def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int,
 
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"),
                               11)
-    side, margin, caption_height = 128, 8, 44
-    rows = -(-len(clips) // columns)
-    width, height = (columns * (side + margin) + margin,
-                     rows * (side + caption_height + margin) + margin)
-    sheets = []
+    side, margin, below = 128, 8, 44
+    sheets, rows = [], -(-len(clips) // columns)
+    size = columns * (side + margin) + margin, rows * (side + below + margin) + margin
     for t in range(clips[0].shape[1]):
-        sheet = Image.new("RGB", (width, height), "white")
+        sheet = Image.new("RGB", size, "white")
         draw = ImageDraw.Draw(sheet)
         for i, (clip, title) in enumerate(zip(clips, titles)):
-            x, y = (margin + i % columns * (side + margin),
-                    margin + i // columns * (side + caption_height + margin))
+            x, y = margin + i % columns * (side + margin), margin + i // columns * (
+                side + below + margin)
             frame = ((clip[:, t].clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST),
                         (x, y))
             draw.multiline_text((x, y + side + 2), "\n".join(textwrap.wrap(title, 22)[:3]), "black",
                                 font, spacing=1)
         sheets.append(sheet.quantize(255, dither=Image.Dither.NONE))
-    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=round(1000 / fps),
-                   loop=0)
+    with naming(path):
+        sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=round(1000 / fps),
+                       loop=0)
+
+
+KINDS = {"trained": "Prompts like those of training",
+         "heldout": "Combinations of colour, shape and direction that training never showed",
+         "words": "Words of two and three letters", "words_heldout": "Words never trained on"}
 
 
 def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
-    """index.html: figures, curves, reconstructions beside the originals, every sample with its
-    prompt and verdict."""
+    """Write index.html: every sample with its prompt and verdict, then reconstructions, curves, and
+    the figures in words."""
     from html import escape
 
-    def table(d: dict, prefix: str = "") -> str:
-        out = ""
-        for k, v in d.items():
-            shown = f"{v:.4g}" if isinstance(v, float) else escape(str(v))
-            row = f"<div>{escape(prefix + k)} <b>{shown}</b></div>"
-            out += table(v, f"{prefix}{k}.") if isinstance(v, dict) else row
-        return out
-
     def card(row: dict) -> str:
+        file, prompt = f"samples/{row['file']}", escape(row["prompt"])
         verdict = " ".join(f'<span class="{"yes" if ok else "no"}">{k}</span>'
                            for k, ok in row.get("verdict", {}).items())
-        file, prompt = f"samples/{row['file']}", escape(row["prompt"])
-        image = f'<img src="{file}.gif" width="128" height="128" loading="lazy">'
-        return (
-            f'<figure><a href="{file}.mp4">{image}</a>'
-            f"<figcaption>{prompt}<br>{verdict}</figcaption></figure>"
-        )
+        look = (f'<video src="{file}" autoplay loop muted playsinline></video>'
+                if file.endswith("mp4") else f'<img src="{file}" loading="lazy">')
+        return f"<figure>{look}<figcaption>{prompt}<br>{verdict}</figcaption></figure>"
 
-    names = {"trained": "Prompts of the training grammar",
-             "heldout": "Combinations never trained on", "words": "Words of two and three letters",
-             "words_heldout": "Words never trained on"}
-    sections = ""
-    for kind, title in names.items():
-        cards = "".join(card(r) for r in rows if r["kind"] == kind)
-        sections += f"<h2>{title}</h2><div class=grid>{cards}</div>" if cards else ""
+    parts = []
+    for kind, title in KINDS.items():
+        if cards := "".join(card(r) for r in rows if r["kind"] == kind):
+            parts.append(f"<h2>{title}</h2><div class=grid>{cards}</div>")
     pairs = "".join(f'<img src="reconstructions/{i:02d}.gif">' for i in range(12))
+    figures = "".join(f"<li>{escape(line)}" for line in in_words(report))
     title = escape(f"filmstrip: {folder.name}")
-    (folder / "index.html").write_text(f"""<!doctype html><meta charset="utf-8">
-<title>{title}</title><style>{STYLE}</style>
-<h1>{title}</h1><div class=figures>{table(report)}</div>
-<h2>Loss</h2><img class=curves src="curves.png">
-<h2>What happened when</h2><img class=curves src="timeline.png">
-<h2>Held-out clips: original and reconstruction</h2><div class=pairs>{pairs}</div>
-{sections}
+    write_text(folder / "index.html", f"""<!doctype html><meta charset="utf-8">
+<title>{title}</title><style>{CSS}</style><h1>{title}</h1>
+<p>{escape(in_words(report)[0])}.{" Under a clip: what the judge saw as asked, and what it did not."
+   if "prompt_accuracy" in report else ""}</p>
+{"".join(parts)}
+<h2>Held-out clips, each beside what the autoencoder makes of it</h2><div class=pairs>{pairs}</div>
+<h2>Training</h2><img class=curves src="curves.png">
+<h2>Figures</h2><ul>{figures}</ul><p>All of them by name: <a href="report.json">report.json</a>.</p>
 """)
 
 
-STYLE = """
+def in_words(report: dict) -> list[str]:
+    """The figures of a report as sentences for people who do not know its keys."""
+    percent = lambda d: ", ".join(f"{k} {100 * v:.0f} %" for k, v in d.items())
+    lines = []
+    if seen := dict(report.get("prompt_accuracy", {})):
+        held, *words = (seen.pop(k) for k in ("heldout", "words", "words_heldout"))
+        lines = [f"Prompts followed: {percent(seen)}",
+                 f"all right on combinations never trained on: {100 * held:.0f} %",
+                 f"words of two and three letters read: {100 * words[0]:.0f} %; words never "
+                 f"trained on: {100 * words[1]:.0f} %",
+                 "the same clips against the prompts of others: "
+                 + percent(report["gap"]["random"])]
+    if "judge" in report:
+        lines.append(f"the judge is right about rendered clips: {percent(report['judge'])}")
+    lines.append(f"Reconstruction of held-out clips: {report['tae_psnr_db']:.1f} dB PSNR")
+    lines.append(f"validation loss of the DiT: {report['dit_val_loss']:.3f}")
+    lines.append("parameters: " + ", ".join(f"{k} {v / 1e6:.1f} M"
+                                            for k, v in report["parameters"].items()))
+    lines.append("seconds: " + ", ".join(f"{k} {v:,.0f}" for k, v in report["seconds"].items()))
+    if report["dit"]:
+        lines.append("training of the DiT: {clips_per_second:.3g} clips a second, "
+                     "{tflop_per_second:.3g} TFLOP a second".format(**report["dit"]))
+    return lines
+
+
+CSS = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1120px; padding: 0 1em }
-.figures { columns: 3; column-gap: 3em }
-.figures div { display: flex; justify-content: space-between; border-bottom: 1px solid #ddd }
 .grid { display: flex; flex-wrap: wrap; gap: 12px }
-.pairs img { height: 128px; margin: 4px }
-figure { margin: 0; width: 128px }
+figure { margin: 0; width: 128px } figure img, figure video { width: 128px; height: 128px }
 figcaption { font-size: 11px; line-height: 1.3 }
-img { image-rendering: pixelated }
+.pairs img { height: 128px; margin: 4px } img { image-rendering: pixelated }
 .curves { max-width: 100%; image-rendering: auto }
 .yes, .no { padding: 0 3px; border-radius: 2px; font-size: 10px; display: inline-block }
-.yes { background: #d7f0d7 }
-.no { background: #f6cfcf; text-decoration: line-through }
+.yes { background: #d7f0d7 } .no { background: #f6cfcf; text-decoration: line-through }
 """
 
 
-# ---- 6. Studies ----------------------------------------------------------------------------------
-# A question about one setting is a few runs on the same autoencoder and the same latents. Each is a
-# run folder, so a study that is stopped goes on where it was. The stage files ask the questions.
+# ---- 8. The plan ---------------------------------------------------------------------------------
+# What the dit stage costs on GPUs that need not be there. Activations and FLOPs are those of a step
+# of the real model on tensors that have a size and no content; the rest is counted.
 
 
-def fork(base: str | Path, folder: str | Path, changes: dict[str, object]) -> Run:
-    """A run on the autoencoder and the latents of another, which differs in what comes after them:
-    `changes` maps fields to values ("dit.conditioning": "in_context"). Where they concern `clips.`
-    or `text.` (but for `without`) it shares the autoencoder alone. Where the run exists already, it
-    is continued. Nothing is copied where the file system has hard links."""
-    base, folder, cfg = Path(base), Path(folder), None
-    if (base / "config.json").exists():
-        cfg = read_config(base / "config.json")
-    if not cfg or not all((base / "latents" / phase.name / "index.json").exists()
-                          for phase in phases(cfg)):
-        raise UserError(f"{base}: no run with latents there; first: torchrun train.py --workdir "
-                        f"{base} --stage latents")
-    for name, value in changes.items():
-        section, _, key = name.rpartition(".")
-        if section:
-            value = replace(getattr(cfg, section), **{key: value})
-        setattr(cfg, section or key, value)
-    run = open_run(finish_config(cfg), folder, torch.device("cpu"))
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-
-    other = any(name.startswith(("clips.", "text.")) for name in changes.keys() - {"text.without"})
-    for part in ("tae",) if other else ("tae", "latents"):
-        if not (folder / part).exists():
-            shutil.rmtree(folder / f"{part}.tmp", ignore_errors=True)
-            shutil.copytree(base / part, folder / f"{part}.tmp", copy_function=link)
-            (folder / f"{part}.tmp").rename(folder / part)
-    for name in ("judge.json", "videos.json"):
-        if (base / name).exists():
-            shutil.copyfile(base / name, folder / name)
-    return run
-
-
-def _compared(folder: Path) -> None:
-    torch.set_num_threads(1)
-    cfg = read_config(folder / "config.json")
-    run, clips = Run(folder, cfg, torch.device("cpu")), clips_of(cfg, table=folder / "videos.json")
-    encode_latents(run, clips)
-    couple_latents(run)
-    train_dit(run)
-    make_samples(run)
-    make_report(run, clips)
-
-
-def compare(base: Path, out: Path, variants: dict[str, dict[str, object]], seeds: int = 3,
-            workers: int = 2, shown: tuple[str, ...] = COMPARED) -> list[dict]:
-    """Train, sample and judge each variant (name -> changes for `fork`) on the latents of `base`,
-    `seeds` times, each on one thread, `workers` at a time. Prints mean and spread of the figures in
-    `shown`; writes them all to out/study.json, and out/study.png -> one row for each run. UserError
-    for a base without a judge, and where `out` holds a study of other settings."""
-    plt = autoencoder.pyplot()
-    if (base / "config.json").exists() and not (base / "judge.json").exists():
-        raise UserError(f"{base}: a run on videos; a study needs the judge of the toy world")
-    runs = {(name, seed): out / "study" / f"{name}-{seed}"
-            for seed in range(seeds) for name in variants}
-    for (name, seed), folder in runs.items():
-        fork(base, folder, {"seed": seed, "coupling": "independent", "sample.prompts": 80,
-                            **variants[name]})
-    todo = [folder for folder in runs.values() if not (folder / "report.json").exists()]
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        waiting = [pool.apply_async(_compared, (folder,)) for folder in todo]
-        for result in tqdm(waiting, desc="study", unit="run", initial=len(runs) - len(todo),
-                           total=len(runs)):
-            result.get()
-    rows = []
-    for (name, seed), folder in runs.items():
-        report = json.loads((folder / "report.json").read_text())
-        steps = json.loads((folder / "config.json").read_text())["train_dit"]["steps"]
-        rows.append({"variant": name, "seed": seed, "folder": str(folder), "steps": steps,
-                     "loss": report["dit_val_loss"],
-                     "parameters": report["parameters"], **report["prompt_accuracy"]})
-    write_json(out / "study.json", rows)
-    wide = max(map(len, variants)) + 2
-    print(f"{'':{wide}}{'steps':>6}" + "".join(f"{k:>17}" for k in shown))
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.2 * len(shown), 3.2))
-    for j, name in enumerate(variants):
-        mine = [r for r in rows if r["variant"] == name]
-        values = torch.tensor([[float(r[k]) for k in shown] for r in mine])     # (seeds, shown)
-        pairs = list(zip(values.mean(0).tolist(), values.std(0, correction=seeds > 1).tolist()))
-        cells = "".join(f"{f'{mean:.3f} +- {spread:.3f}':>17}" for mean, spread in pairs)
-        print(f"{name:{wide}}{mine[0]['steps']:>6}{cells}")
-        for ax, (mean, spread) in zip(axes, pairs):
-            ax.errorbar(j, mean, spread, fmt="o", color=f"C{j}", capsize=4)
-    for ax, title in zip(axes, shown):
-        ax.set(title="validation loss" if title == "loss" else title, xlim=(-0.5, j + 0.5))
-        ax.set_xticks(range(len(variants)), variants, rotation=35, ha="right", fontsize=7)
-        ax.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(out / "study.png", dpi=120)
-    plt.close(figure)
-    print(f"wrote {out / 'study.json'}, {out / 'study.png'}")
-    return rows
-
-
-# ---- 7. The plan ---------------------------------------------------------------------------------
-# What the dit stage costs on GPUs that need not be there: formulas over the config, and the shapes
-# of a model on the meta device. tests/test_plan.py holds them against what steps really allocate,
-# send and compute.
-
-LEGEND = """\
-R: --replicate, copies of the model. S: ranks that share out one, dp x sp. K: passes of a step,
---train_dit.accumulate. b: clips of a rank in a pass. N: tokens of a clip, of P numbers; n = N / sp
-on a rank. L: text tokens. D, F: width of the model and of the SwiGLU. h: heads. e: bytes of a
-number in a matrix product, 4 or in bf16 2. A: what autograd keeps of a block. W: a rank's shard."""
-
-# Movie Gen's stages [MG table 3]: frames, size, batch at first, steps, samples. The second batch is
-# doubled on the way and the third falls to 512: samples are not batch x steps.
-MOVIE_GEN = {"256 px images": (1, 256, 9216, 210_000, 1.94e9),
-             "256 px clips": (256, 256, 1536, 185_000, 394.8e6),
-             "768 px clips": (256, 768, 1536, 74_500, 73.8e6)}
-
-PRODUCTS = {"bf16": 2, "fp32": 4, "fp64": 4}  # e; fp64, for tests, is planned as fp32
+def tokens_of(cfg: Config, latent: torch.Size | tuple[int, ...]) -> int:
+    """N, the video tokens of a clip with this latent; of VidTwin's two, whatever its one shape."""
+    if len(cfg.dit.streams) > 1:
+        return sum(math.prod(s.size) // math.prod(s.patch) for s in cfg.dit.streams)
+    return math.prod(latent[1:]) // math.prod(cfg.dit.streams[0].patch)
 
 
 def text_tokens(cfg: Config) -> int:
-    """L, the text tokens of the longest prompt: of the toy world's, else text_cond.py's limits."""
-    limits = {name: cfg.text.limit(name) for name in text_cond.ENCODERS}
+    """L, the text tokens of the longest prompt: of the toy world's, else the encoders' limits."""
     if cfg.text.mode == "toy" and not cfg.data:
-        words = sum(autoencoder.SCRIPTS[cfg.clips.script], ())
-        sign = autoencoder.Thing("white", "sign", max(autoencoder.DIRECTIONS, key=len), "slow",
-                                 max(words, key=len))
-        seen = text_cond.seen_by(caption(autoencoder.World((sign,) * cfg.clips.things)))
-        limits = {name: min(n, len(text_cond.toy_ids(name, seen[name])))
-                  for name, n in limits.items()}
-    return sum(cfg.text.tokens(name, n) for name, n in limits.items())
+        text = text_cond.TextConditioner(cfg.text)
+        longest = world.longest_caption(cfg.clips.things, cfg.clips.script)
+        return text(text.encode([longest]))[1].shape[1]
+    return sum(cfg.text.tokens(name, cfg.text.limit(name)) for name in text_cond.ENCODERS)
 
 
-def tokens_of(dit: backbone.DiTConfig, sizes: Iterable[Iterable[int]] | None = None) -> int:
-    """N, the tokens of a clip with latents of these sizes, one a stream; else of the largest."""
-    sizes = [s.size for s in dit.streams] if sizes is None else sizes
-    return sum(math.prod(n) // math.prod(s.patch) for n, s in zip(sizes, dit.streams, strict=True))
+def one_step(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool = False):
+    """A DiT with gradients, and a function that does its forward and backward pass on b clips of n
+    tokens."""
+    s = dit.streams[0]                                      # n tokens in a row
+    model = backbone.DiT(replace(dit, streams=(replace(s, size=(n * s.patch[0], *s.patch[1:])),)))
+    for p in model.blocks.parameters() if bf16 else ():
+        p.data = p.data.bfloat16()                          # as FSDP hands them out
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    x, text = torch.randn(b, s.channels, n * s.patch[0], *s.patch[1:]), torch.randn(b, L, dit.dim)
+    t, mask = torch.rand(b), torch.ones(b, L, dtype=torch.bool)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model(x, t, text, mask).square().mean().backward()
+
+    return model, step
 
 
-def latent_sizes(cfg: Config) -> list[list[tuple[int, ...]]]:
-    """Sizes of the latents, one a stream, of each shape that clips of a phase can have. Where there
-    are several aspects, `cfg.dit` has others: the rows of the tallest, the columns of the widest.
-    """
+def activation_bytes(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool) -> int:
+    """Peak bytes of a training step beyond weights and gradients, of b clips of n tokens."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    with FakeTensorMode():
+        model, step = one_step(dit, b, n, L, bf16)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            step()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return peak - 2 * sum(p.nbytes for p in model.parameters())
+
+
+def step_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
+    """FLOPs of one clip, forward and backward, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        one_step(dit, 1, N, L)[1]()
+    return counter.get_total_flops()
+
+
+def by_depth(figure: Callable, dit: backbone.DiTConfig, *args) -> int:
+    """figure(dit, *args), which grows linearly with the depth, from that of two and three blocks."""
+    two, three = (figure(replace(dit, depth=depth), *args) for depth in (2, 3))
+    return two + (dit.depth - 2) * (three - two)
+
+
+@dataclass
+class Cluster:
+    """The GPUs that --plan is for."""
+
+    gpus: int = 8  # --plan: how many
+    memory: float = 80.0  # --plan: of each, GB
+    peak: float = 989.0  # --plan: TFLOP/s of each, as the maker says (989: an H100 in bf16)
+    utilisation: float = 0.4  # --plan: share of the peak that is reached
+    link: float = 50.0  # --plan: GB/s that each can receive (50: 400 Gbit/s)
+
+    def __post_init__(self):
+        within(self, 1, 10**7, "gpus")
+        above_zero(self, "memory", "peak", "utilisation", "link")
+
+
+def plan(cfg: Config, where: Cluster, sp: int = 1, replicate: int = 1, reshard: bool = True
+         ) -> dict[str, dict[str, float]]:
+    """What the dit stage costs: {"memory": bytes of the fullest rank, "wire": bytes that a rank
+    receives in a step, "step": sizes, FLOPs and seconds}, every step one of the largest clips."""
+    t, gpus, L = cfg.train_dit, where.gpus, text_tokens(cfg)
     with torch.device("meta"):
-        tae = autoencoder.autoencoder(cfg.autoencoder_config)
-    return [[tuple(size) for _, *size in tae.streams(*shape)] for shape in shapes_of(cfg)]
+        model = TextToVideo(cfg)
+    block = sum(p.numel() for p in model.dit.blocks[0].parameters())
+    params = sum(p.numel() for p in model.parameters())
+    rest = params - cfg.dit.depth * block
+    parts = [parts_of(cfg, shape)[0] for shape in cfg.clips.shapes]
+    N = max(tokens_of(cfg, latent) for latent in parts)
+    S, K, bf16 = gpus // replicate, t.accumulate, t.precision == "bf16"     # S ranks share a model
+    n, b, e = -(-N // sp), -(-t.batch * sp // (gpus * K)), 2 if bf16 else 4
+    held = 2 if reshard else cfg.dit.depth      # whole blocks: one at work, one on its way
+    memory = {
+        "weights, gradients, Adam": 16 * params / S, "moving average": 4 * bool(t.ema) * params / S,
+        "whole blocks, one's gradient": (S > 1) * (held * e + e + 4) * block,
+        "whole rest": (S > 1) * 4 * rest, "bf16 copies": (S == 1 and bf16) * 2 * params,
+        "activations": by_depth(activation_bytes, cfg.dit, b, n, L, bf16)}
+    passes = 4 if cfg.dit.checkpointing else 3
+    gathers = K * (1 + reshard)                                 # forward; backward again
+    wire = {
+        "all-gather of weights": (S - 1) / S * gathers * (e * cfg.dit.depth * block + 4 * rest),
+        "reduce-scatter of gradients": (S - 1) / S * K * 4 * params,
+        "all-reduce over replicas": 8 * params / S * (K if S > 1 else 1) * (1 - 1 / replicate),
+        "all-to-all of tokens": 4 * passes * cfg.dit.depth * K * b * n * cfg.dit.dim * e
+                                * (1 - 1 / sp) * (2 / 3 if passes == 3 else 3 / 4)}
+    flops = t.batch * by_depth(step_flops, cfg.dit, N, L)
+    compute = flops / (gpus * where.peak * 1e12 * where.utilisation)
+    sending = sum(wire.values()) / (where.link * 1e9)
+    return {"memory": memory, "wire": wire, "step": {
+        "parameters": params, "N": N, "L": L, "clips of a rank": b, "flops": flops,
+        "compute": compute, "sending": sending,
+        "days": t.steps * max(compute, sending) / 86400}}
 
 
-def fewest_tokens(cfg: Config) -> int:
-    """N of the smallest clip, over all phases: sp ranks need one each."""
-    every = [at_phase(cfg, phase) for phase in phases(cfg)]
-    return min(tokens_of(here.dit, sizes) for here in every for sizes in latent_sizes(here))
+def print_plan(cfg: Config, where: Cluster, sp: int, replicate: int, reshard: bool) -> None:
+    """Print a plan, and what does not fit."""
+    figures = plan(cfg, where, sp, replicate, reshard)
+    memory, wire, step = (figures[k] for k in ("memory", "wire", "step"))
+    t, shares = cfg.train_dit, where.gpus // sp * cfg.train_dit.accumulate
+    total = sum(memory.values())
+    print(f"{step['parameters'] / 1e9:.3f} B parameters on {where.gpus} GPUs: {replicate} copies, "
+          f"each sharded over {where.gpus // replicate}; {sp} share the tokens of a clip\n"
+          f"a step: {t.batch} clips, {step['clips of a rank']} at a time on a rank; "
+          f"{step['N']:,} video tokens and {step['L']} text tokens a clip")
+    for title, table in (("memory of a rank", memory), ("received by a rank in a step", wire)):
+        print(f"{title}: {sum(table.values()) / 1e9:.3g} GB")
+        for name, value in table.items():
+            if value:
+                print(f"  {name:30} {value / 1e9:10.3f} GB")
+    print(f"a step: {step['flops']:.4g} FLOP, {step['compute']:.3g} s of compute at "
+          f"{100 * where.utilisation:g} % of {where.peak:g} TFLOP/s; {step['sending']:.3g} s of "
+          f"sending at {where.link:g} GB/s, in part behind it\n"
+          f"{t.steps:,} steps: {step['days']:.3g} days of the longer of the two")
+    if total > 1e9 * where.memory:
+        print(f"does not fit: {total / 1e9:.3g} GB > {where.memory:g} GB. Less take "
+              "--dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, more --gpus")
+    if t.batch % shares:
+        print(f"does not fit: --batch {t.batch} is no multiple of {shares} shares (--gpus / --sp x "
+              "--train_dit.accumulate)")
+    if sp > min(cfg.dit.heads, step["N"]):
+        print(f"does not fit: --sp {sp} is more than the {cfg.dit.heads} attention heads, or the "
+              f"{step['N']} tokens")
 
 
-def training_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
-    """FLOPs of one clip, forward and backward, as torch's FlopCounterMode counts them:
-
-        3 forward + (with checkpointing) blocks' forward - 2 (N P + 256) D
-
-    The backward of a matrix product is two, one for each factor; those of the last term would be
-    for inputs, clip and time, that ask for no gradient. Text encoders and projections come on top.
-    (Flash attention also forms the scores anew in its backward: the kernel's affair, not counted.)
-    """
-    forward = lambda depth: sum(backbone.flops(replace(dit, depth=depth), N, L))
-    again = dit.depth * (forward(2) - forward(1)) if dit.checkpointing else 0
-    width = sum(s.width for s in dit.streams)
-    return 3 * forward(dit.depth) + again - 2 * (N * width + 256) * dit.dim
+# ---- 9. Command line -----------------------------------------------------------------------------
 
 
-def block_bytes(dit: backbone.DiTConfig, n: int, L: int, b: int, e: int, sp: int = 1) -> int:
-    """Bytes that autograd keeps of one block, for b clips of n tokens on this rank:
+@dataclass
+class Command:
+    """Flags that are no part of a run's config."""
 
-        b (n ((28 + 9 e) D + 4 e F + 8 h + 12) + 2 e L D + 32 D)
+    workdir: str = ""  # run folder (default: runs/SCALE)
+    stage: Literal[(*STAGES, "all")] = "all"  # run up to and with this stage
+    device: Literal["", "cpu", "cuda"] = ""  # default: cuda if there is one
+    dp: int = 0  # ranks that share out parameters and clips (default: all that are left)
+    sp: int = 1  # ranks that share the tokens of a clip, in the dit stage
+    replicate: int = 0  # copies of the model, each of one rank or more; 0: of toy and small many
+    reshard: bool = True  # free a block's parameters after its forward pass
+    timeout: float = 600.0  # seconds that a rank waits for the others in a collective
+    plan: bool = False  # print what the dit stage would take, and end; needs no GPU
 
-    Seven D in fp32: the inputs of three norms, the outputs of the two that are modulated, what the
-    two gates multiply. Nine in the dtype of matrix products: the inputs of qkv, q and gate_up; q,
-    k, v and output of self-attention; q and output of cross-attention. Four F: gate, up, silu(gate)
-    and its product with up. A number a token and head of each softmax, a number of each norm: fused
-    attention keeps no N x N scores, with a mask over the text neither. Of the text keys and values;
-    eight D of modulation. Ulysses: the output of self-attention once more, from before its second
-    exchange. bf16: a copy of the text. qk_norm: q and k before and behind its weight, and
-    the output in another order."""
-    D, half = dit.dim, e < 4
-    token = (28 + 9 * e + (e if sp > 1 else 0)) * D + 4 * e * dit.ffn_width + 8 * dit.heads + 12
-    if dit.qk_norm:
-        token += (16 + 3 * e if half else 8 + 3 * e) * D + 8 * dit.heads
-    return b * (n * token + L * (2 * e * D + (e * dit.text_width if half else 0)) + 32 * D)
-
-
-def costs(cfg: Config, shapes: tuple[list, list], N: int, L: int, gpus: int, sp: int,
-          replicate: int, reshard: bool) -> tuple[dict, dict]:
-    """What the fullest rank holds at its fullest moment, and what a rank receives in a step:
-    {name: (bytes, formula)} each. shapes: of the parameters of one block; of all outside."""
-    t, D, F, depth = cfg.train_dit, cfg.dit.dim, cfg.dit.ffn_width, cfg.dit.depth
-    P, e = sum(s.width for s in cfg.dit.streams), PRODUCTS[t.precision]
-    R, S, K, n = replicate, gpus // replicate, t.accumulate, -(-N // sp)
-    each = -(-t.batch * sp // gpus)  # clips of a rank in a step: K b
-    b = -(-each // K)
-    numbers = lambda shapes, S: sum(-(-s[0] // S) * math.prod(s[1:]) for s in shapes)
-    (block, rest), (blocks, rests) = ([numbers(s, k) for s in shapes] for k in (1, S))
-    blocks, params = depth * blocks, depth * block + rest
-    W = blocks + rests
-
-    m = {"parameters": (4 * W, "4 W"), "gradients": (4 * W, "4 W"),
-         "Adam's two moments": (8 * W, "8 W")}
-    if t.ema:
-        m["moving average"] = 4 * W, "4 W"
-    if S > 1:  # FSDP's whole copies; gradients outside of the blocks come when those are done
-        held, why = (2, "one at work, one on its way") if reshard else (depth, "all of them stay")
-        m["whole blocks"] = held * e * block, f"{held} e {block:,}: {why}"
-        m["whole rest"] = 4 * rest, f"4 x {rest:,}: what is outside of the blocks"
-        m["whole gradients"] = (e + 4) * block, f"(e + 4) {block:,}: of a block, and to be sent"
-    elif e == 2:
-        m["weights in bf16"] = 2 * params, "2 W: autocast's copies"
-    inner = block_bytes(cfg.dit, n, L, b, e, sp)
-    m["activations"] = ((4 * n * D * (b * depth + 1) + inner, "4 n D (b depth + 1) + b A: inputs "
-                         f"of blocks, and of one {inner / 1e9:.3g} GB")
-                        if cfg.dit.checkpointing else (depth * inner, "depth b A"))
-    toy = 16 * cfg.text.width * cfg.text.layers if cfg.text.mode == "toy" else 0
-    m["clips and text"] = (b * (4 * n * P + 20 * N * P + 4 * L * (2 * D + toy)),
-                           f"b (4 n P + 20 N P + 4 L (2 D + {toy}))")
-    swiglu, head = (4 * D + 2 * e * F, "4 D + 2e F"), (24 * D, "24 D")
-    most, why = swiglu if cfg.dit.checkpointing else max(swiglu, head)
-    m["backward"] = b * n * most, f"b n ({why}): gradients in a SwiGLU, or the head"
-
-    w, times = {}, K * (2 if reshard else 1)
-    if S > 1:
-        w["all-gather"] = ((S - 1) * times * (e * blocks + 4 * rests),
-                           f"{times} (S - 1) (e {blocks:,} + 4 x {rests:,}): FSDP's parameters")
-        w["reduce-scatter"] = K * (S - 1) * 4 * W, "K (S - 1) 4 W: FSDP's gradients"
-    if R > 1:
-        times, why = (K, "K ") if S > 1 else (1, "")
-        w["all-reduce"] = (times * 8 * W * (R - 1) // R,
-                           f"{why}8 W (R - 1) / R: gradients, between replicas")
-    if sp > 1:
-        times = 12 if cfg.dit.checkpointing else 8  # q, k, v, out: forward, backward, and again
-        w["all-to-all"] = (times * depth * each * n * D * e * (sp - 1) // sp,
-                           f"{times} depth K b n D e (sp - 1) / sp: Ulysses, q k v and output")
-        w["velocity"] = 4 * each * (sp - 1) * n * P, "4 K b (sp - 1) n P"
-    return m, w
+    def __post_init__(self):
+        within(self, 0, 10**7, "dp", "replicate")
+        within(self, 1, 10**7, "sp")
+        above_zero(self, "timeout")
 
 
-def plan(cfg: Config, gpus: int, sp: int = 1, replicate: int = 1, reshard: bool = True,
-         memory: float = 80e9, peak: float = 989e12, utilisation: float = 0.4,
-         link: float = 50e9) -> dict:
-    """What the dit stage of a finished config costs, by formulas: {"model", "memory", "wire",
-    "time": {name: (value, unit, formula)}, "phases", if there are several: {name: (steps, batch, N,
-    seconds of compute and of wire a step, days of the longer)}, "problems": [line], "notes":
-    [line], "stages": {name: (batch, steps, samples, FLOPs a step, days of compute)}}.
-
-    A GPU has `memory` bytes, computes utilisation x peak FLOP/s and receives `link` bytes/s. Every
-    step is taken to be of the largest clips, and all but "phases" is of the last phase; but all
-    have to suit the ranks. UserError where gpus are no multiple of sp x replicate, and for another
-    conditioning than adaln_zero."""
-    if min(gpus, sp, replicate) < 1 or gpus % (sp * replicate):
-        raise UserError(f"--gpus {gpus}: not a multiple of --sp {sp} x --replicate {replicate}")
-    if cfg.dit.conditioning != "adaln_zero":
-        raise UserError(f"--dit.conditioning {cfg.dit.conditioning}: --plan knows only adaln_zero")
-    batches = {phase.batch: f" of phase {phase.name}" * bool(phase.name) for phase in phases(cfg)}
-    fewest, L, speed = fewest_tokens(cfg), text_tokens(cfg), gpus * peak * utilisation
-    whole, every, parts, notes, stages = cfg, phases(cfg), {}, [], {}
-    for phase in every:         # what these names hold in the end is of the last one
-        cfg = at_phase(whole, phase)
-        with torch.device("meta"):
-            model = TextToVideo(cfg)
-        outside = [p.shape for k, p in model.named_parameters() if not k.startswith("dit.blocks.")]
-        shapes = [p.shape for p in model.dit.blocks[0].parameters()], outside
-        t, sizes = cfg.train_dit, max(latent_sizes(cfg), key=partial(tokens_of, cfg.dit))
-        N = tokens_of(cfg.dit, sizes)
-        m, w = costs(cfg, shapes, N, L, gpus, sp, replicate, reshard)
-        held, sent = (sum(v for v, _ in figures.values()) for figures in (m, w))
-        clip = training_flops(cfg.dit, N, L)
-        seconds = t.batch * clip / speed
-        parts[phase.name] = (t.steps, t.batch, N, seconds, sent / link,
-                             t.steps * max(seconds, sent / link) / 86400)
-        if sent / link > seconds:
-            notes.append(f"in phase {phase.name} " * bool(phase.name) + "the wire takes longer "
-                         "than the compute: more clips a rank, fewer ranks")
-    block, rest = (sum(math.prod(s) for s in group) for group in shapes)
-    e = PRODUCTS[t.precision]
-    params, shares = cfg.dit.depth * block + rest, gpus // sp * t.accumulate
-    now = {"dit.checkpointing": cfg.dit.checkpointing, "train_dit.accumulate": t.accumulate,
-           "sp": sp, "reshard": reshard, "replicate": replicate, "gpus": gpus}
-
-    def wrong(change: dict) -> list[str]:
-        """What does not fit, with some of `now` changed."""
-        checkpointing, parts, sp, reshard, replicate, gpus = (now | change).values()
-        out, shares = [], gpus // sp * parts
-        if gpus % (sp * replicate):
-            return ["ranks are left over"]
-        out += [f"batch {n}{phase} is no multiple of R dp K = {shares}"
-                for n, phase in batches.items() if n % shares]
-        if sp > min(cfg.dit.heads, fewest):
-            out.append(f"sp {sp} is more than the {cfg.dit.heads} heads or the {fewest:,} tokens "
-                       "of the smallest clip")
-        if out and change:  # of no use, whatever the memory
-            return out
-        there = replace(cfg, dit=replace(cfg.dit, checkpointing=checkpointing),
-                        train_dit=replace(t, accumulate=parts))
-        m, _ = costs(there, shapes, N, L, gpus, sp, replicate, reshard)
-        total, most = sum(v for v, _ in m.values()), max(m, key=m.get)
-        if total > memory:
-            out.append(f"memory {total / 1e9:.3g} GB > {memory / 1e9:g} GB, {most} alone "
-                       f"{m[most][0] / 1e9:.3g} GB")
-        return out
-
-    problems = wrong({})
-    if problems:
-        options = {"dit.checkpointing": [True], "reshard": [True], "replicate": [1],
-                   "sp": [*range(sp + 1, cfg.dit.heads + 1), *range(sp - 1, 0, -1)],
-                   "gpus": [gpus << i for i in range(1, 8)],
-                   "train_dit.accumulate": [a for a in (*range(t.accumulate + 1, t.batch + 1),
-                                                        *range(t.accumulate - 1, 0, -1))
-                                            if t.batch % a == 0]}
-        options = {k: [v for v in values if v != now[k]] for k, values in options.items()}
-        found = remedies(lambda c: not wrong(c), options) or [
-            f"no change of {', '.join('--' + k for k in options)} helps"]
-        problems = ["; ".join(problems) + ": " + " or ".join(found)]
-    if e == 4 and peak > 500e12:
-        notes.append(f"{peak / 1e12:g} TFLOP/s is for bf16: --train_dit.precision bf16")
-    if cfg.scale == "30b" and cfg.variant != "vidtwin":
-        square = replace(cfg, clips=replace(cfg.clips, aspects=(1, 1), lengths=()))
-        for name, (frames, size, batch, steps, samples) in MOVIE_GEN.items():
-            try:
-                there = at_phase(square, Phase(name, frames, size, steps, batch, t.lr, 0.0)).dit
-            except ValueError as error:     # the patches of this model do not cut it
-                notes.append(f"Movie Gen's {name} are left out: {error}")
-                continue
-            flops = training_flops(there, tokens_of(there), L)
-            stages[name] = batch, steps, samples, batch * flops, samples * flops / speed / 86400
-    again, more = " + blocks' again" * cfg.dit.checkpointing, " + qk_norm's" * cfg.dit.qk_norm
-    return {
-        "model": {
-            "parameters": (params, "", f"{cfg.dit.depth} blocks of {block:,}; {rest:,}"),
-            "ranks": (gpus, "", f"R {replicate} x dp {gpus // (sp * replicate)} x sp {sp}"),
-            "shard W": (m["parameters"][0] // 4, "", "sum over parameters: ceil(rows / S) columns"),
-            "clips b": (-(-t.batch // shares), "",
-                        f"batch {t.batch} / (R dp K), K = {t.accumulate}"),
-            "tokens N": (N, "", " + ".join(f"{size} / {s.patch}" for size, s in
-                                               zip(sizes, cfg.dit.streams))),
-            "text tokens L": (L, "", "of the longest prompt"),
-            "kept A": (block_bytes(cfg.dit, -(-N // sp), L, 1, e, sp), "B",
-                       f"n ((28 + {9 + (sp > 1)}e) D + 4e F + 8h + 12) + {2 + (e < 4)}e L D + 32 D"
-                       f"{more}: of a block, a clip")},
-        "memory": {k: (v, "B", why) for k, (v, why) in m.items()}
-        | {"sum": (held, "B", f"of {memory / 1e9:g} GB")},
-        "wire": {k: (v, "B", why) for k, (v, why) in w.items()}
-        | {"sum": (sent, "B", "that a rank receives in a step")},
-        "time": {
-            "FLOPs of a clip": (clip, "FLOP", f"3 dit.flops{again} - 2 (N P + 256) D"),
-            "FLOPs of a step": (t.batch * clip, "FLOP", f"batch {t.batch} x that"),
-            "compute": (seconds, "s", f"FLOPs / ({gpus:,} x {peak:.3g} x {utilisation:g})"),
-            "wire": (sent / link, "s", f"sum / {link:.3g} B/s, in part behind the compute"),
-            "days": (t.steps * seconds / 86400, "", f"{t.steps:,} steps of compute")},
-        "phases": parts if len(every) > 1 else {},
-        "problems": problems, "notes": notes, "stages": stages}
+NAMES = {"variant": "tae", "text.mode": "text", "train_dit.steps": "steps",
+         "train_dit.batch": "batch"}                                    # a short name of a field
 
 
-def remedies(fits: Callable[[dict], bool], options: dict[str, Collection]) -> list[str]:
-    """The fewest changes after which it fits, as flags; several where several fit, and of each the
-    first value that does. options: {flag: values to try, mildest first}."""
-    for k in range(1, len(options) + 1):
-        found = []
-        for flags in itertools.combinations(options, k):
-            tries = (dict(zip(flags, v)) for v in itertools.product(*map(options.get, flags)))
-            change = next(filter(fits, tries), {})
-            if change:
-                found.append(" ".join(f"--{f} {str(v).lower()}" for f, v in change.items()))
-        if found:
-            return found
-    return []
+def help_of(kind) -> dict[str, str]:
+    """The comment beside each field of a dataclass."""
+    found = {}
+    for base in reversed(kind.__mro__[:-1]):
+        found |= dict(re.findall(r"^    (\w+): .*?  +# (.*)$", inspect.getsource(base), re.M))
+    return found
 
 
-def print_plan(rows: dict) -> None:
-    """A plan as a table, each figure beside its formula."""
-    for section in ("model", "memory", "wire", "time"):
-        print(f"{section}{'' if section != 'memory' else ' of the fullest rank'}")
-        for name, (value, unit, formula) in rows[section].items():
-            power = int(math.log10(max(value, 1)) // 3)
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g} {unit}"
-            if unit in ("B", "FLOP"):
-                shown = f"{value / 1000 ** power:.4g} {' kMGTPEZY'[power].strip()}{unit}"
-            print(f"  {name:20} {shown:>16}  {formula}".rstrip())
-    print(LEGEND)
-    if rows["phases"]:
-        print("The phases, each step of the largest clips; the above is of the last\n"
-              f"  {'':16}{'steps':>9}{'batch':>8}{'N':>9}{'compute, s':>12}{'wire, s':>9}"
-              f"{'days of the longer':>20}")
-        for name, (steps, batch, N, compute, wire, days) in rows["phases"].items():
-            print(f"  {name:16}{steps:9,}{batch:8,}{N:9,}{compute:12.3g}{wire:9.3g}{days:20,.2f}")
-        print(f"  {'in all':16}{sum(r[-1] for r in rows['phases'].values()):67,.2f}")
-    if rows["stages"]:
-        print("Movie Gen's stages: batch at first, steps and samples as published; the rest by "
-              "these formulas,\non these GPUs, as if every sample were an image or 256 frames, "
-              "days of compute alone")
-        print(f"  {'':16}{'batch':>8}{'steps':>9}{'samples':>10}{'FLOPs a step':>14}{'days':>11}")
-        for name, (batch, steps, samples, flops, days) in rows["stages"].items():
-            print(f"  {name:16}{batch:8,}{steps:9,}{samples:10.3g}{flops:14.3g}{days:11,.2f}")
-    for mark in ("problems", "notes"):
-        for line in rows[mark]:
-            print(f"{'does not fit' if mark == 'problems' else 'note'}: {line}")
-
-
-# ---- 8. Command line -----------------------------------------------------------------------------
-
-
-def from_dict(kind, value: dict):
-    """A config dataclass from JSON: lists become tuples, nested dicts nested configs."""
-    default, known = kind(), {f.name for f in fields(kind)}
-    unknown = set(value) - known
-    if unknown:
-        raise UserError(f"config.json: unknown field {', '.join(sorted(unknown))}")
-    out = {}
-    for name, v in value.items():
-        d = getattr(default, name)
-        if is_dataclass(d):
-            v = from_dict(type(d), v)
-        elif isinstance(v, list):
-            v = tuple(v)
-        if not isinstance(v, (int, float) if type(d) is float else type(d)):
-            raise TypeError(f"{name} {v!r}: not of the type of {d!r}")
-        out[name] = v
-    return kind(**out)
-
-
-def read_config(path: Path) -> Config:
-    """The config.json of a run, fields that are newer than it as by default; UserError that names
-    it if it is damaged."""
+def value_of(kind, word: str):
+    """A word of the command line as a type: int, float, bool, str or a Literal."""
+    if typing.get_origin(kind) is Literal:
+        if word not in typing.get_args(kind):
+            raise argparse.ArgumentTypeError(
+                f"{word}: not one of {', '.join(filter(None, typing.get_args(kind)))}")
+        return word
     try:
-        return from_dict(Config, json.loads(path.read_text()))
-    except UserError:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); move it away or choose another --workdir"
-                        ) from None
-
-
-def flags_of(cfg: Config) -> dict[str, object]:
-    """`section.field` -> default value of every field that is a flag."""
-    out = {}
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if is_dataclass(value):
-            out |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in fields(value)}
-        else:
-            out[f.name] = value
-    return {k: v for k, v in out.items() if k not in DERIVED}
-
-
-def convert(flag: str, text: list[str], default) -> object:
-    """The words after a flag, as the type of its default."""
-    kind = "numbers" if isinstance(default, tuple) else type(default).__name__
-    try:
-        if isinstance(default, tuple):
-            value = tuple(int(t) for t in text)
-        else:
-            (word,) = text
-            value = (type(default)(word) if not isinstance(default, bool) else
-                     {"true": True, "false": False}[word.lower()])
+        value = ({"true": True, "false": False}[word.lower()] if kind is bool else kind(word))
+        if kind is not str and not abs(value) < 2**63:          # nan, too
+            raise ValueError
+        return value
     except (ValueError, KeyError):
-        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false",
-                  "numbers": "whole numbers", "str": "one word"}
-        raise UserError(f"--{flag} {' '.join(text)}: not {wanted[kind]}") from None
-    for n in value if isinstance(value, tuple) else [value]:
-        if isinstance(n, float) and not math.isfinite(n):           # nan, inf, and 1e400 is inf
-            raise UserError(f"--{flag} {' '.join(text)}: not a finite number")
-        if isinstance(n, int) and abs(n) >= 2**63:                  # torch counts in 64 bits
-            raise UserError(f"--{flag} {' '.join(text)}: not a number of 64 bits")
-    return value
+        wanted = {int: "a whole number", float: "a finite number", bool: "true or false"}[kind]
+        raise argparse.ArgumentTypeError(f"{word}: not {wanted}") from None
 
 
-class Parser(argparse.ArgumentParser):
-    """Bad arguments give one line and exit status 2."""
+def add_flags(parser: argparse.ArgumentParser, prefix: str, cfg) -> None:
+    """A flag for each field of a dataclass; those that are not given stay out of the result."""
+    notes, kinds = help_of(type(cfg)), typing.get_type_hints(type(cfg))
+    group = parser.add_argument_group(prefix.rstrip(".") or None, cfg.__doc__.split("\n")[0])
+    for f in fields(cfg):
+        name, value, kind = prefix + f.name, getattr(cfg, f.name), kinds[f.name]
+        if is_dataclass(value) or name in DERIVED:
+            continue
+        many = typing.get_origin(kind) is tuple
+        shown = " ".join(map(str, value)) if many else str(value).lower() if kind is bool else value
+        how = {"nargs": "*"} if many else {"nargs": "?", "const": "true"} if name == "plan" else {}
+        group.add_argument(*(f"--{n}" for n in (name, NAMES.get(name)) if n), dest=name,
+                           type=partial(value_of, typing.get_args(kind)[0] if many else kind),
+                           default=argparse.SUPPRESS, metavar="X", **how,
+                           help=f"{notes.get(f.name, '')} (default: {shown})".replace("%", "%%"))
 
-    def error(self, message: str):
-        print(f"train.py: {message}", file=sys.stderr)
-        sys.exit(2)
+
+def changed(cfg, prefix: str, given: dict):
+    """A dataclass with the values of the flags that were given."""
+    new = {name.removeprefix(prefix): tuple(v) if isinstance(v, list) else v
+           for name, v in given.items()
+           if name.startswith(prefix) and "." not in name.removeprefix(prefix)}
+    new = {k: v for k, v in new.items() if k in {f.name for f in fields(cfg)}}
+    with named(f"--{prefix}"):
+        return replace(cfg, **new)
 
 
-def parse_args(argv: list[str]) -> tuple[Config, argparse.Namespace]:
-    """Flags -> Config and the few that are not part of it (workdir, stage, device)."""
-    parser = Parser(
-        prog="train.py",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a text-to-video system and sample from it; started again, continue.",
-    )
-    parser.add_argument("--scale", default="toy", metavar="|".join(SCALES),
-                        help="preset of all sizes (default toy)")
-    parser.add_argument("--workdir", metavar="DIR", help="run folder (default runs/SCALE)")
-    parser.add_argument("--data", metavar="DIR",
-                        help="folder of captioned videos (default: the toy world)")
-    parser.add_argument("--stage", default="all", metavar="|".join((*STAGES, "all")),
-                        help="run up to and with this stage")
-    parser.add_argument("--tae", metavar="|".join(VARIANTS), help="the autoencoder (default 2.5d)")
-    parser.add_argument("--coupling", metavar="|".join(COUPLINGS),
-                        help="which noise meets which clip")
-    parser.add_argument("--text", metavar="toy|pretrained",
-                        help="small encoders trained with the DiT, or UL2, ByT5, MetaCLIP")
-    parser.add_argument("--steps", metavar="N", help="steps of the dit stage (= --train_dit.steps)")
-    parser.add_argument("--batch", metavar="N",
-                        help="clips in a step of the dit stage (= --train_dit.batch)")
-    parser.add_argument("--seed", metavar="N", help="of everything random (default 0)")
-    parser.add_argument("--export", metavar="FILE",
-                        help="write the finished run as one .safetensors file, and end")
-    for flag, default, text in (
-            ("dp", 0, "ranks that share out parameters and clips (default: all that are left)"),
-            ("sp", 1, "ranks that share the tokens of a clip, in the dit stage (default 1)"),
-            ("replicate", None, "copies of the model, one or more nodes each, or a rank (default: "
-                                "1; of toy and small, if --dp is not given, all that are left)")):
-        parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=text)
-    parser.add_argument("--reshard", default="true", metavar="true|false",
-                        help="free a block's parameters after its forward pass (default true)")
-    parser.add_argument("--peak-tflops", type=float, default=0.0, metavar="X",
-                        help="of one GPU, for the report's utilisation (default: measured), and "
-                             "for --plan (default: 989, an H100 in bf16)")
-    parser.add_argument("--plan", action="store_true",
-                        help="print what the dit stage would take, and end; needs no GPU")
-    planned = (
-        ("gpus", int, 8, 10**7, "their number (default 8)"),
-        ("memory", float, 80.0, 1e9, "of one, GB (default 80)"),
-        ("link", float, 50.0, 1e9, "what one can receive, GB a second (default 50: 400 Gbit/s)"),
-        ("utilisation", float, 0.4, 1, "of the peak that is reached (default 0.4)"))
-    for flag, kind, *_, text in planned:
-        parser.add_argument(f"--{flag}", type=kind, metavar="N", help=f"--plan: {text}")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS",
-                        help="several ranks: how long one waits for a silent one (default 600)")
-    parser.add_argument("--device", default="", metavar="cpu|cuda",
-                        help="default: cuda if there is one")
-    special = {"scale", "data", "coupling", "seed"}
-    every = parser.add_argument_group("every field of the configs (defaults of --scale toy)")
-    for name, value in flags_of(finish_config(SCALES["toy"]())).items():
-        if name not in special:
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            every.add_argument(f"--{name}", nargs="+", metavar="X", help=f"{shown!s}" or "empty")
-    args = parser.parse_args(argv)
+def parse(argv: list[str]) -> tuple[Config, Command, Cluster]:
+    """Flags -> the run's config and the rest. A flag wins over --base or --init, whose settings win
+    over the preset of --scale."""
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description=(
+        "Train a text-to-video system and sample from it; started again, continue."))
 
-    one_of("--scale", args.scale, SCALES)
-    one_of("--stage", args.stage, (*STAGES, "all"))
-    one_of("--device", args.device, ("", "cpu", "cuda"))
-    args.reshard = convert("reshard", [args.reshard], True)
-    for name, least in (("dp", 0), ("sp", 1), ("replicate", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
-    if not 0 <= args.peak_tflops < math.inf:
-        raise UserError(f"--peak-tflops {args.peak_tflops:g}: must be above 0")
-    for name, _, default, most, _ in planned:
-        value = getattr(args, name)
-        if value is None:
-            setattr(args, name, default)
-        elif not 0 < value <= most:
-            raise UserError(f"--{name} {value:g}: must be above 0, and at most {most:g}")
-        elif not args.plan:
-            raise UserError(f"--{name} {value:g}: needs --plan; a run has the ranks of torchrun")
-    if args.replicate is None:      # where all of it fits many times over, copies are the faster
-        ranks = args.gpus if args.plan else int(os.environ.get("WORLD_SIZE", 1))
-        copies = args.scale in ("toy", "small") and not args.dp and ranks % args.sp == 0
-        args.replicate = ranks // args.sp if copies else 1
-    if not 0 < args.timeout <= 1e9:                  # torch counts it in nanoseconds of 64 bits
-        raise UserError(f"--timeout {args.timeout:g}: must be above 0, and at most 1e9")
-    if args.export and not args.export.endswith(".safetensors"):
-        raise UserError(f"--export {args.export}: must end in .safetensors")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here")
-    cfg = SCALES[args.scale]()
-    given = {k: v for k, v in vars(args).items() if k in flags_of(cfg) and k not in special}
-    for short, long in (("steps", "train_dit.steps"), ("batch", "train_dit.batch")):
-        if getattr(args, short) is not None:
-            given[long] = [getattr(args, short)]
-    defaults = flags_of(cfg)
-    for name in ("data", "coupling", "seed"):
-        if getattr(args, name) is not None:
-            given[name] = [getattr(args, name)]
-    if args.tae is not None:
-        one_of("--tae", args.tae, VARIANTS)
-        cfg.variant = args.tae
-    if args.text is not None:
-        one_of("--text", args.text, ("toy", "pretrained"))
-        cfg.text = replace(cfg.text, mode=args.text)
-    changes: dict[str, dict[str, object]] = {}
-    for name, text in given.items():
-        if text is not None:
-            section, _, key = name.rpartition(".")
-            changes.setdefault(section, {})[key] = convert(name, text, defaults[name])
-    for key, value in changes.pop("", {}).items():
-        setattr(cfg, key, value)
-    for section, values in changes.items():  # together: a width and its number of heads
-        try:
-            setattr(cfg, section, replace(getattr(cfg, section), **values))
-        except ValueError as error:  # a stage's own check, which names the field
-            raise UserError(f"--{section}.{error}") from None
-    if cfg.data and given["clips.count"] is None and args.scale in ("toy", "small"):
-        cfg.clips.count = 1024  # windows of real videos cost a decoding each
-    for name in ("data", "workdir", "export"):
-        if getattr(args, name) == "":
-            raise UserError(f"--{name} '': no such {'file' if name == 'export' else 'folder'}")
-    try:
-        cfg = finish_config(cfg)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    args.workdir = Path(args.workdir or f"runs/{args.scale}")
-    return cfg, args
+    def error(message: str):
+        line = message.removeprefix("argument ").replace(": ", " ", 1)
+        raise UserError(line if message.startswith("argument ") else message)
+
+    parser.error = error
+    defaults = finish(SCALES["toy"]())
+    sections = {f.name: getattr(defaults, f.name) for f in fields(defaults)
+                if is_dataclass(getattr(defaults, f.name))}
+    for section in (Command(), Cluster(), defaults):
+        add_flags(parser, "", section)
+    for name, section in sections.items():
+        add_flags(parser, f"{name}.", section)
+    given = vars(parser.parse_args(argv))
+
+    command, where = changed(Command(), "", given), changed(Cluster(), "", given)
+    if not command.plan and (idle := given.keys() & {f.name for f in fields(Cluster)}):
+        raise UserError(f"--{min(idle)}: needs --plan; a run has the ranks of torchrun")
+    other = given.get("base") or given.get("init")
+    cfg = SCALES[given.get("scale", "toy")]()
+    if other:
+        path = Path(other)
+        cfg = result_of(path)[1] if path.is_file() else read_config(path)
+        cfg = replace(cfg, base="", init="")
+        if given.get("scale", cfg.scale) != cfg.scale:
+            raise UserError(f"--scale {given['scale']}: {other} is a run of --scale {cfg.scale}")
+    for name in sections:
+        setattr(cfg, name, changed(getattr(cfg, name), f"{name}.", given))
+    cfg = changed(cfg, "", given)
+    if cfg.data and not other and "clips.count" not in given and cfg.scale in ("toy", "small"):
+        cfg.clips = replace(cfg.clips, count=1024)      # a window of a video costs a decoding
+    for name in ("data", "workdir", "base", "init"):
+        if given.get(name) == "":
+            raise UserError(f"--{name} '': no such folder")
+    if other:
+        check_taken_over(cfg, given)
+    with named(""):
+        return finish(cfg), command, where
+
+
+def check_taken_over(cfg: Config, given: dict) -> None:
+    """UserError for a flag that would change what --base or --init takes over."""
+    fixed = ("tae.", "vidtwin.", "loss.", "train_tae.")
+    if cfg.init:
+        fixed += ("text.", "dit.")
+    free = HOW | {"text.without"}
+    for name in given:
+        if (name.startswith(fixed) or name == "variant") and name not in free:
+            raise UserError(f"--{name}: --{'init' if cfg.init else 'base'} "
+                            f"{cfg.init or cfg.base} has settled it")
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
@@ -3551,134 +2571,73 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     return out
 
 
-def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str = "all") -> None:
-    """UserError where clips or heads cannot be shared out to the ranks in what is still to do, up
-    to the stage `last`."""
+def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
+             mesh: Mesh | None = None) -> Run:
+    """Open the run folder, new or continued, for this process alone. UserError for one of another
+    configuration (but for HOW), which is left as it is, and where nodes see different folders."""
+    path, mine, differ = folder / "config.json", json.loads(json.dumps(asdict(cfg))), []
+    run = Run(folder, cfg, device, mesh)
+    if path.exists():
+        there = json.loads(json.dumps(asdict(read_config(folder))))
+        differ = differences(there, mine)
+        moved = {"data"} if cfg.data and there["data"] else set()   # a run keeps to videos.json
+        if other := [x for x in differ if x.split(":")[0] not in HOW | moved]:
+            raise UserError(f"--workdir {folder}: holds a run of another configuration "
+                            f"({'; '.join(other)}); choose another --workdir")
+    elif folder.exists() and {p.name for p in folder.iterdir()} - {"lock", "seen"}:
+        raise UserError(f"--workdir {folder}: not empty, and not a run of train.py; choose another "
+                        "--workdir")
+    run.mesh.meet(f"{folder}")
+    if rank() == 0:
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            run.lock = (folder / "lock").open("a")
+        try:
+            fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--workdir {folder}: another run works there; end it, or choose "
+                            "another --workdir") from None
+        except OSError:                     # a file system that knows no locks
+            pass
+        (folder / "seen").touch()
+    run.mesh.meet(f"{folder}/lock")
+    sees = from_all((folder / "seen").exists())
+    if not all(sees):
+        raise UserError(f"--workdir {folder}: rank {sees.index(False)} does not see the files that "
+                        "rank 0 writes there; it has to be one folder for all nodes")
+    if rank() == 0:
+        (folder / "seen").unlink(missing_ok=True)
+        if differ or not path.exists():
+            write_json(path, mine)
+    run.mesh.meet(f"{path}")
+    return run
+
+
+def check_shares(cfg: Config, mesh: Mesh) -> None:
+    """UserError where clips or heads cannot be shared out to the ranks."""
     shares, parts = mesh.data[1], cfg.train_dit.accumulate
-    todo = [("--batch" if not phase.name else f"--batch {cfg.train_dit.batch}, in phase "
-             f"{phase.name}", phase.batch, shares * parts) for phase in phases(cfg)
-            if last not in ("tae", "latents", "coupling")
-            and not (folder / "dit" / f"{phase.name or 'model'}.safetensors").exists()]
-    dit = bool(todo)
-    if not (folder / "tae/tae.safetensors").exists():
-        todo.append(("--train_tae.batch", cfg.train_tae.batch, world_size()))
-        if cfg.train_tae.image_steps and not (folder / "tae/image.safetensors").exists():
-            todo.append(("--train_tae.image_batch", cfg.train_tae.image_batch, world_size()))
-    for flag, n, of in todo:
+    for flag, n, of in (("--batch", cfg.train_dit.batch, shares * parts),
+                        ("--train_tae.batch", cfg.train_tae.batch, world_size()),
+                        ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())):
         if n % of:
-            why = f" x --train_dit.accumulate {parts}" if parts > 1 and "--batch" in flag else ""
-            raise UserError(f"{flag} {n}: not a multiple of the {of // (parts if why else 1)} ranks"
-                            + why)
-    if not (dit and mesh.sp > 1):
-        return
-    for what, most in (("attention heads", cfg.dit.heads),
-                       ("tokens in the smallest clip", fewest_tokens(cfg))):
+            raise UserError(f"{flag} {n}: not a multiple of {of}, the ranks that share it" + (
+                f" x --train_dit.accumulate {parts}" if flag == "--batch" and parts > 1 else ""))
+    fewest = min(tokens_of(cfg, parts_of(cfg, shape)[0]) for shape in cfg.clips.shapes)
+    for what, most in (("attention heads", cfg.dit.heads), ("tokens in the smallest clip", fewest)):
         if mesh.sp > most:
             raise UserError(f"--sp {mesh.sp}: more ranks than {what}, {most}")
-    if cfg.dit.conditioning == "in_context":
+    if mesh.sp > 1 and cfg.dit.conditioning == "in_context":
         raise UserError(f"--sp {mesh.sp}: not with --dit.conditioning in_context, whose time token "
                         "is no video token")
 
 
-def check_text(cfg: Config, folder: Path, last: str = "all") -> None:
-    """UserError, before hours are spent, where a text encoder is not to be had that captions or
-    prompts will need in what is still to do, up to the stage `last`."""
-    captions = last != "tae" and not all((folder / "latents" / phase.name / "index.json").exists()
-                                         for phase in phases(cfg))
-    prompts = last in ("sample", "report", "all") and not (folder / "samples/index.json").exists()
-    if rank() != 0 or not (captions or prompts and not cfg.text.cache):     # may be in the cache
-        return
-    try:
-        text_cond.check_sources(cfg.text)
-    except ValueError as error:
-        raise UserError(f"--text.{error}" + ("" if captions else "; samples need it: to end before "
-                                             "them, --stage dit")) from None
-
-
-def open_run(cfg: Config, folder: Path, device: torch.device, mesh: Mesh | None = None,
-             patience: float | None = None) -> Run:
-    """The run folder, new or continued; a folder of another configuration (but for HOW) is refused,
-    and left as it is. patience: the seconds to wait to be `alone` in it, before it is changed."""
-    path, mine, changed = folder / "config.json", json.loads(json.dumps(asdict(cfg))), []
-    if path.exists():
-        there = json.loads(json.dumps(asdict(read_config(path))))
-        changed = differences(there, mine)
-        moved = "data" * bool(cfg.data and there["data"])               # it keeps to videos.json
-        other = [x for x in changed if x.split(":")[0] not in HOW | {moved}]
-        if other:
-            raise UserError(
-                f"--workdir {folder}: holds a run of another configuration ({'; '.join(other)}); "
-                "choose another --workdir"
-            )
-    elif folder.exists() and {p.name for p in folder.iterdir()} - {
-            "config.json.tmp", "lock", "seen"}:
-        raise UserError(
-            f"--workdir {folder}: not empty, and not a run of train.py; choose another --workdir"
-        )
-    barrier()
-    run = Run(folder, cfg, device, mesh)
-    if patience is not None:
-        seen = folder / "seen"
-        run.lock = alone(folder, patience) if rank() == 0 else None
-        with contextlib.suppress(OSError):          # a full disk is told of where it matters
-            if rank() == 0:
-                seen.touch()
-        wait_for_rank0("lock")
-        sees = from_all(seen.exists())
-        if rank() == 0:
-            seen.unlink(missing_ok=True)
-        if sees[0] and not all(sees):
-            raise UserError(f"--workdir {folder}: rank {sees.index(False)} does not see the files "
-                            "that rank 0 writes there; it has to be one folder for all nodes")
-    if rank() == 0 and (changed or not path.exists()):
-        write_json(path, mine)
-    barrier()
-    return run
-
-
-def alone(folder: Path, seconds: float):
-    """The open file by which this process has the run folder to itself, until it ends, however it
-    ends; None where the file system knows no locks. Another process that has it is waited for, as
-    it may be one that was cut off, and ends when it finds that out. UserError after `seconds`."""
-    path, until, said = folder / "lock", time.monotonic() + seconds, False
-    file = path.open("a+")
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            other = f"--workdir {folder}: another run works there ({path.read_text() or 'unknown'})"
-            if time.monotonic() > until:
-                raise UserError(f"{other}; end it or choose another --workdir") from None
-            if not said:
-                print(f"{other}; waiting {seconds:g} s for its end", file=sys.stderr)
-            said = True
-            time.sleep(min(1.0, seconds))
-        except OSError:
-            return None
-        else:
-            with contextlib.suppress(OSError):      # a full disk is told of where it matters
-                file.truncate(0)
-                print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file,
-                      flush=True)
-            return file
-
-
-def work(cfg: Config, args: argparse.Namespace) -> None:
-    """Ranks, data, run folder, then stage after stage."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if args.plan:
-        if args.dp:
-            dp_of(args.gpus, args.dp, args.sp, args.replicate, "--gpus is")
-        print_plan(plan(cfg, args.gpus, args.sp, args.replicate, args.reshard, 1e9 * args.memory,
-                        1e12 * (args.peak_tflops or 989), args.utilisation, 1e9 * args.link))
-        return
-    if args.export:
-        export(args.workdir, Path(args.export))
-        print(f"wrote {args.export}")
-        return
-    Stop.listen()
+def start_ranks(command: Command) -> torch.device:
+    """Join the other ranks, if torchrun started several -> this rank's device."""
+    device = torch.device(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here")
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        # torchrun killed takes no rank with it: PR_SET_PDEATHSIG has each hear SIGTERM then
+        # Ranks would outlive a torchrun that is killed: PR_SET_PDEATHSIG sends them SIGTERM then.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
@@ -3688,112 +2647,84 @@ def work(cfg: Config, args: argparse.Namespace) -> None:
                                 "--device cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        if (int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-                and os.environ.get("RANK") == "0"
-                and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
-            print("--max-restarts: a restarted rank finds the dead one's address in torchrun's "
-                  "store; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(seconds=args.timeout))
+                                timeout=timedelta(seconds=command.timeout))
     elif "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        # some versions of torchrun allow each rank one thread; a single rank may have them all
-        torch.set_num_threads(cores())
-    mesh = make_mesh(args.dp, args.sp, args.replicate, args.reshard, device.type)
-    check_shares(cfg, mesh, args.workdir, args.stage)
-    check_text(cfg, args.workdir, args.stage)
-    wait_for_rank0("text encoders")
-    table = args.workdir / "videos.json"
-    clips = clips_of(cfg, rank() != 0, table)
-    run = open_run(cfg, args.workdir, device, mesh, args.timeout + 60)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))     # torchrun's caution for many ranks
+    return device
+
+
+def copies(cfg: Config, command: Command, ranks: int) -> int:
+    """--replicate, or what suits: small models are copied, which sends least, large ones sharded.
+    """
+    if command.replicate:
+        return command.replicate
+    small = cfg.scale in ("toy", "small") and not command.dp and ranks % command.sp == 0
+    return ranks // command.sp if small else 1
+
+
+def work(cfg: Config, command: Command, where: Cluster) -> None:
+    """Ranks, clips, run folder, then stage after stage."""
+    if command.plan:
+        replicate = copies(cfg, command, where.gpus)
+        dp_of(where.gpus, command.dp, command.sp, replicate)
+        print_plan(cfg, where, command.sp, replicate, command.reshard)
+        return
+    device, folder = start_ranks(command), Path(command.workdir or f"runs/{cfg.scale}")
+    mesh = make_mesh(command.dp, command.sp, copies(cfg, command, world_size()), command.reshard,
+                     device.type)
+    check_shares(cfg, mesh)
+    made = (folder / "samples/index.json").exists()
+    if cfg.text.mode == "pretrained" and not made and rank() == 0:
+        with named("--text."):              # now, and not when captions or prompts are encoded
+            text_cond.check_sources(cfg.text)
+    clips, table = ToyClips(cfg), folder / "videos.json"
+    if cfg.data:                            # a run keeps to the videos that it began with
+        known = from_rank0(json.loads(read_text(table)) if table.exists() else None)
+        clips = VideoFolder(cfg, known or find_videos(cfg))
+    run = open_run(cfg, folder, device, mesh)
     if cfg.data and rank() == 0 and not table.exists():
-        write_json(table, clips.table())
-    run.peak = 1e12 * args.peak_tflops
+        write_json(table, clips.videos)
+    run.log("run", 0, event="start", ranks=world_size(), device=str(device))
     stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),
               "coupling": lambda: couple_latents(run), "dit": lambda: train_dit(run),
               "sample": lambda: make_samples(run), "report": lambda: make_report(run, clips)}
-    report = None
-    for name, stage in stages.items():
-        report = stage()
-        wait_for_rank0(name)
-        if asked := next(filter(None, from_all(Stop.asked)), ""):     # in the last step of a stage
-            raise Stopped(f"stopped by {asked} after {name}; start again to continue")
-        if name == args.stage:
-            break
+    for name in STAGES:
+        report = stages[name]()
+        run.log(name, 0, event="done")
+        run.mesh.meet(name)
+        if name == command.stage:
+            return
     if report:
-        print(json.dumps(report, indent=1))
-        print(f"look at {run.folder / 'index.html'}")
-
-
-def first_to_say() -> bool:
-    """Whether no other rank has told the user yet: what only one of them met is said, too. Before
-    they have met: whether this is the first on its machine."""
-    if not dist.is_initialized():
-        return int(os.environ.get("LOCAL_RANK", 0)) == 0
-    with contextlib.suppress(dist.DistError):
-        return dist.distributed_c10d._get_default_store().add("said", 1) == 1
-    return True
-
-
-def ours(error: BaseException) -> bool:
-    """Whether a file of this repository raised it: then it is one of our checks, and says what is
-    wrong with the input. Any other ValueError is a defect, and keeps its traceback."""
-    frame = error.__traceback__
-    while frame.tb_next:
-        frame = frame.tb_next
-    return Path(frame.tb_frame.f_code.co_filename).parent == Path(__file__).parent
-
-
-def too_large(error: BaseException) -> str:
-    """The line for memory that could not be had, of a GPU or of the CPU; "" for another error."""
-    text = str(error)
-    if "calculation overflowed" in text or "Overflow when unpacking" in text:
-        return "sizes that ask for a tensor of more bytes than 64 bits count"
-    asked = re.search("DefaultCPUAllocator.* allocate ([0-9]+) bytes", text)
-    if not asked and not isinstance(error, torch.OutOfMemoryError):
-        return ""
-    what = (f"out of memory. Tried to allocate {int(asked[1]) / 2**30:,.2f} GiB." if asked else
-            text.split(" GPU ")[0])
-    return (f"{what} Go on with --train_dit.accumulate or --dit.checkpointing true, in the tae "
-            "stage with --tae.checkpointing true (or --vidtwin.checkpointing); see --plan")
+        print("\n".join(in_words(report)), f"\nlook at {run.folder / 'index.html'}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line -> exit status."""
+    """The command line -> exit status: 0, or 2 after one line about what the user can mend."""
+    if sys.stderr is None:                  # closed, as by 2>&-: else the next file gets its number
+        os.dup2(os.open(os.devnull, os.O_WRONLY) if sys.stdout is None else 1, 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     try:
-        work(*parse_args(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
-        if not (isinstance(error, UserError) or ours(error)):
-            raise
-        if first_to_say():
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return 2
-    except OSError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        work(*parse(sys.argv[1:] if argv is None else argv))
+    except (UserError, OSError) as error:
+        if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            say(f"train.py: {error}")
         return 2
     except Stopped as error:
         if rank() == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-    except (RuntimeError, TypeError) as error:
-        if large := too_large(error):
-            if first_to_say():
-                print(f"train.py: {large}", file=sys.stderr, flush=True)
-            return 2
-        if world_size() == 1 or not sample_parallel.is_loss(error):
+            say(f"train.py: {error}")
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not re.search("out of memory|DefaultCPUAllocator|calculation overflowed", str(error)):
             raise
-        lost = silent_ranks()
-        if rank() == min(set(range(world_size())) - set(lost)):
-            print(f"train.py: rank {', '.join(map(str, lost)) or 'unknown'}: hangs, or is gone; "
-                  "start again to continue at the last checkpoint", file=sys.stderr, flush=True)
-        os._exit(1)                            # not through a process group that waits for the dead
+        say(f"train.py: {reason(error)}. Less is taken with --train_dit.accumulate, "
+            "--dit.checkpointing true, in the tae stage --tae.checkpointing true; see --plan")
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        Stop.forget()
     return 0
 
 
 if __name__ == "__main__":
-    status = main()
-    for number in Stop.signals:     # they often come in pairs: the second changes nothing any more
-        signal.signal(number, signal.SIG_IGN)
-    sys.exit(status)
+    listen()
+    sys.exit(main())
