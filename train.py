@@ -67,22 +67,13 @@ from typing import Literal
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # torch's advice on DDP breaks exact resume
 
-import dit as backbone
-import flow
-import sample_parallel
-import sdot
-import tae as autoencoder
-import text_cond
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import world
 from einops import rearrange
-from flow import FlowConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from sdot import SDOTConfig
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -91,6 +82,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+import dit as backbone
+import flow
+import sample_parallel
+import sdot
+import tae as autoencoder
+import text_cond
+import world
+from flow import FlowConfig
+from sdot import SDOTConfig
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
 # The comment beside a field is its --help, its type is what the flag accepts, and `__post_init__`
@@ -252,7 +253,7 @@ class Config:
     base: str = ""  # run whose autoencoder, and latents where they are the same, are taken over
     init: str = ""  # run whose autoencoder and weights are taken over; stretches position tables
     seed: int = 0  # of everything random
-    coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # noise and clips
+    coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # which noise meets which clip
     variant: Literal["2.5d", "3d", "vidtwin"] = "2.5d"  # the autoencoder
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
     patch_structure: tuple[int, ...] = (8, 1, 1)  # the same for VidTwin's two latents: all "frames"
@@ -745,9 +746,10 @@ def probe(path: Path) -> tuple[int, float, float]:
 
 
 def counted(container) -> bool:
-    """Whether frames can only be counted: AVI has no presentation times, and where frames are
-    stored in another order its times are wrong."""
-    return container.format.name == "avi"
+    """Whether frames can only be counted: AVI and raw streams have no presentation times, and those
+    of MPEG program streams change with a seek."""
+    no_times = 0x80                                                     # AVFMT_NOTIMESTAMPS
+    return container.format.name in ("avi", "mpeg") or bool(container.format.flags & no_times)
 
 
 def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
@@ -777,7 +779,7 @@ def upright(frame, short_side: int, pixel_aspect) -> Tensor:
 
 
 def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float,
-                count: bool = False) -> Tensor:
+                count: bool = False, ahead: float = 0) -> Tensor:
     """Read T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
     uint8. Frame k is shown at k / rate; where a picture is shown longer it is repeated, and so is
     the last one where the video ends early. ValueError where it ends a second before `start`. With
@@ -789,19 +791,18 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
         count = count or counted(container)
         origin, unit = stream.start_time or 0, float(stream.time_base)
         shape = stream.sample_aspect_ratio
-        if start > 0 and not count:                         # to the key frame before it
-            container.seek(origin + int(start / rate / unit), stream=stream)
+        sought = not count and start / rate > ahead
+        if sought:                                          # to the key frame before it
+            container.seek(origin + int((start / rate - ahead) / unit), stream=stream)
         last, at, before = None, -1, None
         for frame in decoded(container, stream):
             if not count and (frame.pts is None or before is not None and frame.pts <= before):
                 return read_window(path, start, interval, T, size, rate, count=True)
-            if count:
-                at += 1
-            elif before is None:
-                at = round((frame.pts - origin) * unit * rate)
-            else:                       # times may be a little early or late: no frame is lost
-                at += max(1, round((frame.pts - before) * unit * rate))
+            # Times may be a little early or late: no frame is lost.
+            at = at + 1 if count else max(at + 1, round((frame.pts - origin) * unit * rate))
             before = frame.pts
+            if sought and last is None and at > start:      # it went by the order of decoding
+                return read_window(path, start, interval, T, size, rate, ahead=2 * ahead + 1)
             while len(out) < T and wanted() < at:
                 out.append(upright(last or frame, size, shape))
             if len(out) < T and wanted() == at:
@@ -810,6 +811,8 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
             if len(out) == T:
                 break
         if not out:
+            if sought and last is None:
+                return read_window(path, start, interval, T, size, rate, ahead=2 * ahead + 1)
             if last is None or start - at > max(rate, 3):
                 raise ValueError(f"nothing can be decoded from frame {start} on")
             out.append(upright(last, size, shape))
@@ -1260,6 +1263,10 @@ class Run:
         self.device, self.mesh = torch.device(device), mesh or Mesh()
         self.lock = None                        # of rank 0 of a run that is at work
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there, as rank 0 sees it now: all ranks take the same way."""
+        return from_rank0((self.folder / name).exists())
+
     def log(self, stage: str, step: int, **figures) -> None:
         """Append a row to log.jsonl. After a kill some steps are in it twice: the last one counts.
         """
@@ -1462,7 +1469,7 @@ def train_tae(run: Run, clips) -> None:
     image is a clip with T = 1. With --base or --init the autoencoder is taken over."""
     cfg, t, folder = run.cfg, run.cfg.train_tae, run.folder / "tae"
     final, image_file = folder / "tae.safetensors", folder / "image.safetensors"
-    if final.exists():
+    if run.has("tae/tae.safetensors"):
         return
     if cfg.base or cfg.init:
         if rank() == 0:
@@ -1483,7 +1490,7 @@ def train_tae(run: Run, clips) -> None:
         build = lambda: objective(autoencoder.VidTwin(cfg.vidtwin), cfg.loss)
     else:
         image = lambda: autoencoder.TAE(replace(cfg.tae, variant="2d"))
-        if not image_file.exists():
+        if not run.has("tae/image.safetensors"):
             plain = replace(cfg.loss, opl=0.0, gan=0.0)     # what refines comes when time is learnt
             model = place(run, lambda: objective(image(), plain), t.precision)
             state = optimize(run, "tae/image", model, t, t.image_steps,
@@ -1592,14 +1599,14 @@ def encode_latents(run: Run, clips) -> None:
     and encoded again."""
     folder, text = run.folder / "latents", run.cfg.text
     index = folder / "index.json"
-    if run.cfg.base and not index.exists() and same_latents(run.cfg):
+    if run.cfg.base and not run.has("latents/index.json") and same_latents(run.cfg):
         if rank() == 0:
             link(Path(run.cfg.base) / "latents", folder)
         run.mesh.meet(f"{folder}")
     shards = shards_of(clips, run.cfg.clips.count)
     mine = list(shards)[rank() :: world_size()]
     todo = [name for name in mine if not readable(folder / name)]
-    again = index.exists()
+    again = run.has("latents/index.json")
     for name in todo if again else ():
         say(f"{folder / name}: damaged or missing, encoded again")
     if not any(from_all(bool(todo))) and again:
@@ -1746,7 +1753,7 @@ def couple_latents(run: Run) -> None:
     """Make coupling.pt: the dual weights of the semi-discrete coupling of N(0, I) with the
     normalised latents, solved within groups of one caption, or of similar ones."""
     cfg, path = run.cfg, run.folder / "coupling.pt"
-    if not cfg.coupling.startswith("sdot") or path.exists():
+    if not cfg.coupling.startswith("sdot") or run.has("coupling.pt"):
         return
     latents, groups = Latents(run.folder / "latents"), None
     if cfg.coupling == "sdot":
@@ -1790,7 +1797,7 @@ def train_dit(run: Run) -> None:
     """Make model.safetensors, the result of a run: the autoencoder, the averaged weights of
     TextToVideo trained on the latents, and the config."""
     final, cfg, t = run.folder / "model.safetensors", run.cfg, run.cfg.train_dit
-    if final.exists():
+    if run.has("model.safetensors"):
         return
     latents, widths = Latents(run.folder / "latents"), {}
     if cfg.text.mode == "pretrained":
@@ -2336,7 +2343,7 @@ def step_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
 
 
 def by_depth(figure: Callable, dit: backbone.DiTConfig, *args) -> int:
-    """figure(dit, *args), which grows linearly with the depth, from that of two and three blocks."""
+    """figure(dit, *args), which is linear in the depth, from that of two blocks and of three."""
     two, three = (figure(replace(dit, depth=depth), *args) for depth in (2, 3))
     return two + (dit.depth - 2) * (three - two)
 
@@ -2450,11 +2457,17 @@ NAMES = {"variant": "tae", "text.mode": "text", "train_dit.steps": "steps",
          "train_dit.batch": "batch"}                                    # a short name of a field
 
 
+source_of = lru_cache(inspect.getsource)
+
+
 def help_of(kind) -> dict[str, str]:
     """The comment beside each field of a dataclass."""
     found = {}
     for base in reversed(kind.__mro__[:-1]):
-        found |= dict(re.findall(r"^    (\w+): .*?  +# (.*)$", inspect.getsource(base), re.M))
+        # inspect.getsource(base) parses the whole file anew for each class: a second a start.
+        text = source_of(sys.modules[base.__module__])
+        body = re.search(rf"^class {base.__name__}\b.*?(?=^\S|\Z)", text, re.M | re.S)[0]
+        found |= dict(re.findall(r"^    (\w+): .*?  +# (.*)$", body, re.M))
     return found
 
 
@@ -2485,11 +2498,14 @@ def add_flags(parser: argparse.ArgumentParser, prefix: str, cfg) -> None:
             continue
         many = typing.get_origin(kind) is tuple
         shown = " ".join(map(str, value)) if many else str(value).lower() if kind is bool else value
+        choices = ", ".join(filter(None, typing.get_args(kind))) if typing.get_origin(
+            kind) is Literal else ""
         how = {"nargs": "*"} if many else {"nargs": "?", "const": "true"} if name == "plan" else {}
         group.add_argument(*(f"--{n}" for n in (name, NAMES.get(name)) if n), dest=name,
                            type=partial(value_of, typing.get_args(kind)[0] if many else kind),
                            default=argparse.SUPPRESS, metavar="X", **how,
-                           help=f"{notes.get(f.name, '')} (default: {shown})".replace("%", "%%"))
+                           help=(notes.get(f.name, "") + f": {choices}" * bool(choices)
+                                 + f" (default: {shown})" * (shown != "")).replace("%", "%%"))
 
 
 def changed(cfg, prefix: str, given: dict):
@@ -2505,8 +2521,9 @@ def changed(cfg, prefix: str, given: dict):
 def parse(argv: list[str]) -> tuple[Config, Command, Cluster]:
     """Flags -> the run's config and the rest. A flag wins over --base or --init, whose settings win
     over the preset of --scale."""
-    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description=(
-        "Train a text-to-video system and sample from it; started again, continue."))
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage="train.py [--flag value ...]", allow_abbrev=False,
+        description="Train a text-to-video system and sample from it; started again, continue.")
 
     def error(message: str):
         line = message.removeprefix("argument ").replace(": ", " ", 1)
@@ -2613,12 +2630,14 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
     return run
 
 
-def check_shares(cfg: Config, mesh: Mesh) -> None:
-    """UserError where clips or heads cannot be shared out to the ranks."""
-    shares, parts = mesh.data[1], cfg.train_dit.accumulate
-    for flag, n, of in (("--batch", cfg.train_dit.batch, shares * parts),
-                        ("--train_tae.batch", cfg.train_tae.batch, world_size()),
-                        ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())):
+def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
+    """UserError where clips or heads cannot be shared out to the ranks, in what is still to do."""
+    parts = cfg.train_dit.accumulate
+    todo = [("--batch", cfg.train_dit.batch, mesh.data[1] * parts)]
+    if not (cfg.base or cfg.init or (folder / "tae/tae.safetensors").exists()):
+        todo += [("--train_tae.batch", cfg.train_tae.batch, world_size()),
+                 ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())]
+    for flag, n, of in todo:
         if n % of:
             raise UserError(f"{flag} {n}: not a multiple of {of}, the ranks that share it" + (
                 f" x --train_dit.accumulate {parts}" if flag == "--batch" and parts > 1 else ""))
@@ -2673,7 +2692,7 @@ def work(cfg: Config, command: Command, where: Cluster) -> None:
     device, folder = start_ranks(command), Path(command.workdir or f"runs/{cfg.scale}")
     mesh = make_mesh(command.dp, command.sp, copies(cfg, command, world_size()), command.reshard,
                      device.type)
-    check_shares(cfg, mesh)
+    check_shares(cfg, mesh, folder)
     made = (folder / "samples/index.json").exists()
     if cfg.text.mode == "pretrained" and not made and rank() == 0:
         with named("--text."):              # now, and not when captions or prompts are encoded
