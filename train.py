@@ -42,6 +42,7 @@ import ctypes
 import fcntl
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -253,7 +254,7 @@ class Config:
     base: str = ""  # run whose autoencoder, and latents where they are the same, are taken over
     init: str = ""  # run whose autoencoder and weights are taken over; stretches position tables
     seed: int = 0  # of everything random
-    coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # which noise meets which clip
+    coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # of noise, clips
     variant: Literal["2.5d", "3d", "vidtwin"] = "2.5d"  # the autoencoder
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
     patch_structure: tuple[int, ...] = (8, 1, 1)  # the same for VidTwin's two latents: all "frames"
@@ -651,7 +652,7 @@ def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
     """What each metadata.csv says: {file: caption}, files named from `root` on."""
     captions: dict[str, str] = {}
     for table in tables:
-        rows = csv.DictReader(read_text(table).split("\n"), strict=True)
+        rows = csv.DictReader(io.StringIO(read_text(table)), strict=True)
         try:
             if not {"file_name", "text"} <= set(rows.fieldnames or ()):
                 raise UserError(f"{table}: its first line must be file_name,text")
@@ -659,7 +660,9 @@ def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
                 if None in row:
                     raise UserError(f"{table}: line {rows.line_num}: more columns than the first "
                                     'line has; a text with a comma stands in "..."')
-                there = table.parent / row["file_name"].strip().replace("\\", "/")
+                if not (file := (row["file_name"] or "").strip()):
+                    raise UserError(f"{table}: line {rows.line_num}: no file_name")
+                there = table.parent / file.replace("\\", "/")
                 name = same_name(os.path.relpath(there.absolute(), root.absolute()))
                 text = (row["text"] or "").strip()
                 if captions.setdefault(name, text) != text:
@@ -700,12 +703,13 @@ def open_video(path: Path):
     import av
 
     container = av.open(str(path.absolute()), metadata_errors="replace")    # no `protocol:name`
-    cover = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover]
-    if not streams or container.format.name == "image2" or container.format.name.endswith("_pipe"):
+    cover, best = av.stream.Disposition.attached_pic, container.streams.best("video")
+    streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context]
+    if not streams:
         container.close()
-        raise ValueError("a still picture" if container.streams.video else "no video stream")
-    stream = streams[0]
+        raise ValueError("a cover picture and no video" if best else "no video stream")
+    # Not all covers say so: the stream with the most frames, or what FFmpeg thinks the main one.
+    stream = max(streams, key=lambda s: (s.frames, s.index == best.index))
     stream.codec_context.thread_count = 1           # frame threads would hold many decoded frames
     return container, stream
 
@@ -714,7 +718,7 @@ def decoded(container, stream) -> Iterator:
     """The frames of a stream in the order in which they are shown, from where it stands."""
     import av
 
-    if stream.metadata.get("alpha_mode") != "1":
+    if {k.lower(): v for k, v in stream.metadata.items()}.get("alpha_mode") != "1":
         yield from container.decode(stream)
         return
     codec = av.CodecContext.create(f"libvpx{'-vp9' * (stream.codec_context.name == 'vp9')}", "r")
@@ -736,12 +740,14 @@ def probe(path: Path) -> tuple[int, float, float]:
         times = [p.pts for p in container.demux(stream) if p.size and not hidden(p)]
         usual = float(stream.average_rate or stream.guessed_rate or 25)
         unit = float(stream.time_base or 0)
+    if len(times) < 2:
+        raise ValueError("a still picture")
     if len(times) < 3 or counted(container) or None in times:
         return max(1, len(times)), usual if usual < 1000 else 25.0, aspect
-    times = torch.tensor(sorted(times)).double() * unit
+    times = torch.tensor(sorted(set(times))).double() * unit
     gaps, span = times.diff(), (times[-1] - times[0]).item()
     mean, median = gaps.mean().item(), gaps.median().item()
-    gap = mean if median < 1.5 * mean < 3 * median else median      # not steady: the usual gap
+    gap = mean if mean < 2 * median else median                     # not steady: the usual gap
     return max(1, round(span / gap) + 1), 1 / gap, aspect
 
 
@@ -756,10 +762,11 @@ def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
     """Width and height of a frame with square pixels, before it is turned, and how that is done:
     [a, b, c, d] of the display matrix, which maps (x, y) to (a x + c y, b x + d y)."""
     turn = [1, 0, 0, 1]
-    for side in frame.side_data:
-        if "DISPLAYMATRIX" in str(side.type):
-            a, b, _, c, d = memoryview(bytes(side)).cast("i")[:5]
-            turn = [a, b, c, d]
+    with contextlib.suppress(ValueError):       # side data that FFmpeg knows and PyAV does not
+        for side in frame.side_data:
+            if "DISPLAYMATRIX" in str(side.type):
+                a, b, _, c, d = memoryview(bytes(side)).cast("i")[:5]
+                turn = [a, b, c, d]
     return frame.width * float(pixel_aspect or 1), frame.height, turn
 
 
@@ -798,8 +805,10 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
         for frame in decoded(container, stream):
             if not count and (frame.pts is None or before is not None and frame.pts <= before):
                 return read_window(path, start, interval, T, size, rate, count=True)
-            # Times may be a little early or late: no frame is lost.
-            at = at + 1 if count else max(at + 1, round((frame.pts - origin) * unit * rate))
+            # A frame follows the one before it, unless that was shown for longer: times may be a
+            # little early or late.
+            due = at + 1 if count else (frame.pts - origin) * unit * rate
+            at = round(due) if before is None or due >= at + 2 else at + 1
             before = frame.pts
             if sought and last is None and at > start:      # it went by the order of decoding
                 return read_window(path, start, interval, T, size, rate, ahead=2 * ahead + 1)
@@ -819,41 +828,43 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
     return torch.stack(out + out[-1:] * (T - len(out)))
 
 
-def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -> None:
-    """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times.
+def save_gif(path: Path, frames: list, fps: float) -> None:
+    """Write Pillow images as a GIF. It counts hundredths of a second, and browsers show delays
+    below two of them as ten: delays alternate, so that the rate is right on average, and above 50
+    frames a second some are left out."""
+    if fps > 50:
+        frames = [frames[int(k * fps / 50)] for k in range(math.ceil(len(frames) * 50 / fps))]
+    ends = [round(100 * k / min(fps, 50)) for k in range(len(frames) + 1)]
+    with naming(path):
+        frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                       duration=[10 * (b - a) for a, b in zip(ends, ends[1:])])
 
-    A GIF counts hundredths of a second, and browsers show delays below two of them at a tenth of a
-    second: its delays alternate, so that the rate is right on average, and above 50 frames a second
-    frames are left out."""
+
+def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -> None:
+    """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times."""
     path = Path(path)
     frames = ((clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     frames = rearrange(frames, "C T H W -> T H W C").numpy()
-    with naming(path):
-        if path.suffix == ".gif":
-            from PIL import Image
+    if path.suffix == ".gif":
+        from PIL import Image
 
-            shown = range(len(frames)) if fps <= 50 else [
-                int(k * fps / 50) for k in range(math.ceil(len(frames) * 50 / fps))]
-            ends = [round(100 * (k + 1) / min(fps, 50)) for k in range(len(shown))]
-            images = [Image.fromarray(frames[k]).quantize(255) for k in shown]
-            images = [i.resize((zoom * i.width, zoom * i.height), Image.Resampling.NEAREST)
-                      for i in images]
-            images[0].save(path, save_all=True, append_images=images[1:], loop=0,
-                           duration=[10 * (b - a) for a, b in zip([0, *ends], ends)])
-        elif path.suffix == ".mp4":
-            import av
+        images = [Image.fromarray(f).quantize(255) for f in frames]         # before they are large
+        save_gif(path, [i.resize((zoom * i.width, zoom * i.height), Image.Resampling.NEAREST)
+                        for i in images], fps)
+    elif path.suffix == ".mp4":
+        import av
 
-            frames = frames.repeat(zoom, 1).repeat(zoom, 2)
-            h, w = (n - n % 2 for n in frames.shape[1:3])           # 4:2:0 needs even sides
-            with av.open(str(path), "w") as container:
-                stream = container.add_stream("libx264", rate=round(fps), options={"crf": "12"})
-                stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
-                for f in frames:
-                    frame = av.VideoFrame.from_ndarray(f[:h, :w].copy(), format="rgb24")
-                    container.mux(stream.encode(frame))
-                container.mux(stream.encode())
-        else:
-            raise ValueError(f"{path}: not .mp4 or .gif")
+        frames = frames.repeat(zoom, 1).repeat(zoom, 2)
+        h, w = (n - n % 2 for n in frames.shape[1:3])                       # 4:2:0: even sides
+        with naming(path), av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=round(fps), options={"crf": "12"})
+            stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
+            for f in frames:
+                frame = av.VideoFrame.from_ndarray(f[:h, :w].copy(), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    else:
+        raise ValueError(f"{path}: not .mp4 or .gif")
 
 
 # ---- 3. Ranks ------------------------------------------------------------------------------------
@@ -1061,6 +1072,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with beside(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path):
+    """Read a JSON file of a run; a UserError names one that is damaged."""
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); remove it and start the run again") from None
 
 
 def write_json(path: Path, value) -> None:
@@ -1678,7 +1697,7 @@ class Latents:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        table = json.loads(read_text(self.folder / "index.json"))
+        table = read_json(self.folder / "index.json")
         self.names = [name for name, *_ in table]
         self.starts = torch.tensor([0] + [n for _, n, *_ in table]).cumsum(0)       # (shards + 1,)
         self.shapes = [torch.Size(shape) for _, _, *shape in table]         # (C, T', H', W') each
@@ -2058,12 +2077,12 @@ def make_report(run: Run, clips) -> dict:
     report["dit_val_loss"] = validation_loss(loaded, z, captions)
     report["parameters"] = {name: sum(p.numel() for p in m.parameters()) for name, m in (
         ("tae", loaded.tae), ("text", loaded.text), ("dit", loaded.dit))}
-    rows = json.loads(read_text(folder / "samples/index.json"))
+    rows = read_json(folder / "samples/index.json")
     made = torch.cat([load_tensors(folder / f"samples/clips_{i:04d}.safetensors")["clips"]
                       for i in range(0, len(rows), cfg.sample.batch)])
     if not cfg.data:
         if (folder / "judge.json").exists():
-            report["judge"] = json.loads(read_text(folder / "judge.json"))
+            report["judge"] = read_json(folder / "judge.json")
         report |= judged(rows, made, cfg.seed)
     report["dit"] = speed(run)
     report["seconds"] = run.seconds()
@@ -2200,9 +2219,7 @@ def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int, 
             draw.multiline_text((x, y + side + 2), "\n".join(textwrap.wrap(title, 22)[:3]), "black",
                                 font, spacing=1)
         sheets.append(sheet.quantize(255, dither=Image.Dither.NONE))
-    with naming(path):
-        sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=round(1000 / fps),
-                       loop=0)
+    save_gif(path, sheets, fps)
 
 
 KINDS = {"trained": "Prompts like those of training",
@@ -2699,7 +2716,7 @@ def work(cfg: Config, command: Command, where: Cluster) -> None:
             text_cond.check_sources(cfg.text)
     clips, table = ToyClips(cfg), folder / "videos.json"
     if cfg.data:                            # a run keeps to the videos that it began with
-        known = from_rank0(json.loads(read_text(table)) if table.exists() else None)
+        known = from_rank0(read_json(table) if table.exists() else None)
         clips = VideoFolder(cfg, known or find_videos(cfg))
     run = open_run(cfg, folder, device, mesh)
     if cfg.data and rank() == 0 and not table.exists():
