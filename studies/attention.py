@@ -16,9 +16,8 @@ import train
 
 def tokens(prompt):
     """The toy's tokens of a prompt as text, in the order of P."""
-    seen = text_cond.seen_by(prompt)
-    return [*text_cond.tokens("words", seen["words"]), *text_cond.tokens("bytes", seen["bytes"]),
-            "(concepts)"]
+    strings = text_cond.token_strings(prompt)
+    return [*strings["words"], *strings["bytes"], "(concepts)"]
 
 
 @torch.no_grad()

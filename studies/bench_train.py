@@ -18,6 +18,7 @@ they are does not change the time.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,89 +31,78 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import tae
 import train
 
-STEPS = {"toy": (3, 24), "small": (1, 5)}           # to warm up, in all
+STEPS = {"toy": (3, 24, 12), "small": (1, 5, 3)}    # to warm up, in all, until the checkpoint
 
 
 def make_run(scale, folder, replicate=1, parts=1):
     """A run that has come to its dit stage, with 1024 clips of noise."""
     cfg = train.SCALES[scale]()
+    _, steps, every = STEPS[scale]
     cfg.coupling, cfg.clips = "independent", replace(cfg.clips, count=1024)
-    steps, batch = STEPS[scale][1], cfg.train_dit.batch // parts
-    cfg.train_dit = replace(cfg.train_dit, steps=steps, every=steps, batch=batch)
-    run = train.Run(folder, train.finish_config(cfg), torch.device("cpu"),
-                    train.make_mesh(replicate=replicate))
+    cfg.train_dit = replace(cfg.train_dit, steps=steps, every=every,
+                            batch=cfg.train_dit.batch // parts)
+    run = train.Run(folder, train.finish(cfg), "cpu", train.make_mesh(replicate=replicate))
     if train.rank() == 0:
-        model = tae.autoencoder(run.cfg.autoencoder_config)
+        model = train.autoencoder.autoencoder(run.cfg.autoencoder_config)
         train.save_tensors(folder / "tae/tae.safetensors", model.state_dict())
-        shape = model.latent_shape(cfg.clips.frames, cfg.clips.size, cfg.clips.size)
-        clips, here = train.ToyClips(run.cfg), folder / "latents"
-        captions = [clips.clip("train", i)[1] for i in range(64)]
+        shape, clips = model.latent_shape(*cfg.clips.shape), train.ToyClips(run.cfg)
+        captions = [clips.clip("train", i, cfg.clips.shape)[1] for i in range(64)]
+        features = train.text_cond.TextConditioner(run.cfg.text).encode(captions)
+        index = []
         for s in range(4):
-            train.save_tensors(here / train.shard_file(s), {
-                "mean": torch.randn(256, *shape), "logvar": torch.full((256, *shape), -6.0)})
-        text = train.text_cond.TextConditioner(run.cfg.text)
-        train.save_tensors(here / train.text_file(0), text.encode(captions))
-        train.write_json(here / "captions.json", {
-            "captions": captions, "of": [i % 64 for i in range(1024)],
-            "rows": [list(range(256 * s, 256 * (s + 1))) for s in range(4)],
-            "shapes": [shape] * 4})
-    train.barrier()
+            index.append([f"shard_{s:05d}.safetensors", 256, *shape])
+            train.save_tensors(folder / "latents" / index[s][0], {
+                "mean": torch.randn(256, *shape), "logvar": torch.full((256, *shape), -6.0),
+                "caption": torch.arange(256) % 64,
+                **{f"text.{k}": v for k, v in features.items()}},
+                captions=json.dumps([captions[i % 64] for i in range(256)]))
+        train.write_json(folder / "latents/index.json", index)
+    run.mesh.meet("a run to measure")
     return run
 
 
-def loop(run, folder, bare=None):
+def loop(run, bare=None):
     """Seconds of a step of train.py without the first ones, of what a checkpoint adds to the step
     that it is written behind, and of `bare`, called after each."""
-    warm, stamps, add, save = STEPS[run.cfg.scale][0], [], train.Metrics.add, train.Checkpoints.save
-    saved = set()
+    warm, stamps, saved = STEPS[run.cfg.scale][0], [], set()
+    log, save = train.Run.log, train.Checkpoints.save
 
-    def stamp(self, *args):
-        add(self, *args)
-        ended = time.perf_counter()
-        if bare is not None:
-            bare()
-        stamps.append((ended, time.perf_counter()))
+    def stamp(self, stage, step, **figures):
+        log(self, stage, step, **figures)
+        if "loss" in figures:                           # and not an event
+            ended = time.perf_counter()
+            if bare is not None:
+                bare()
+            stamps.append((ended, time.perf_counter()))
 
-    def note(self, *args):
-        saved.add(len(stamps))
-        save(self, *args)
+    def note(self, step):
+        saved.add(step)
+        save(self, step)
 
-    train.Metrics.add, train.Checkpoints.save = stamp, note
+    train.Run.log, train.Checkpoints.save = stamp, note
     try:
-        train.train_phase(run, "dit", run.latents, folder, folder / "model.safetensors")
+        train.train_dit(run)
     finally:
-        train.Metrics.add, train.Checkpoints.save = add, save
+        train.Run.log, train.Checkpoints.save = log, save
     took = {i: stamps[i][0] - stamps[i - 1][1] for i in range(warm, len(stamps))}
     plain = statistics.mean(t for i, t in took.items() if i not in saved)
     behind = statistics.mean(t for i, t in took.items() if i in saved) - plain
-    return {"loop": plain + behind / (train.SCALES[run.cfg.scale]().train_dit.every // 2),
+    return {"loop": plain + behind / train.SCALES[run.cfg.scale]().train_dit.every,
             "checkpoint": behind,
             "bare": statistics.mean(after - ended for ended, after in stamps[warm:])}
 
 
 def bare_step(run):
     """A function: forward, backward and optimizer step on one batch of the same run."""
-    caught = []
-
-    def catch(run, stage, folder, model, t, steps, losses):
-        caught.extend((model, next(losses(0))))
-        raise StopIteration
-
-    optimize, train.optimize = train.optimize, catch
-    try:
-        train.train_phase(run, "dit", run.latents, run.folder, run.folder / "none.safetensors")
-    except StopIteration:
-        pass
-    finally:
-        train.optimize = optimize
-    model, (part,) = caught
+    model = train.TextToVideo(run.cfg)
+    latents = train.Latents(run.folder / "latents")
+    (part,) = train.dit_batches(run, latents, model.text)(0)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
     def step():
-        part(model).backward()
+        model(*part).backward()
         optimizer.step()
         optimizer.zero_grad()
     return step
@@ -129,10 +119,10 @@ def measure(scale, replicate, parts):
     folder = Path(name[0])
     run = make_run(scale, folder, replicate, parts)
     alone = train.world_size() == parts == 1
-    found = loop(run, folder / "dit0", bare_step(run) if alone else None)
+    found = loop(run, bare_step(run) if alone else None)
     if train.rank() == 0:
         print("FOUND " + json.dumps(found), flush=True)
-        train.shutil.rmtree(folder)
+        shutil.rmtree(folder)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -66,7 +66,7 @@ def mean_and_spread(rows, keys):
 
 # ---- 1. Run train.py -----------------------------------------------------------------------------
 
-def train(folder, flags, done="report.json", program=ROOT / "train.py"):
+def train(folder, flags, done="report.json", program=ROOT / "train.py", threads=1):
     """Run train.py with these flags until folder/done exists; what it says is kept in folder.txt.
 
     flags: {"dit.conditioning": "in_context"}; a tuple is several words. The study ends with
@@ -81,7 +81,7 @@ def train(folder, flags, done="report.json", program=ROOT / "train.py"):
     said.parent.mkdir(parents=True, exist_ok=True)
     with open(said, "w", encoding="utf-8") as log:
         code = subprocess.run(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+                              env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
     if code or not (folder / done).exists():
         lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise SystemExit(f"{folder}: {lines[-1] if code and lines else 'stopped'}\n"

@@ -32,8 +32,8 @@ def main():
         scripts.remove("chinese")
     bases = {script: args.out / "scripts" / f"base-{script}" for script in scripts}
     for script, folder in bases.items():                # the same autoencoder, other clips
-        common.train(folder, {"init": args.run, "clips.script": script, "clips.count": 6144,
-                              "stage": "latents"}, done="latents")
+        common.train(folder, {"base": args.run, "clips.script": script, "clips.count": 6144,
+                              "stage": "latents"}, done="latents/index.json")
     common.compare(args.run, args.out / "scripts",
                    {script: {"base": folder, **steps} for script, folder in bases.items()},
                    args.seeds, shown=("loss", "color", "shape", "text", "words", "words_heldout"))

@@ -1,0 +1,127 @@
+"""Question: what does a healthy run look like? How does the loss fall, and what do samples look
+like after 10, 25, 50 and 100 % of the steps?
+
+Run:    python studies/healthy_run.py runs/toy
+Time:   20 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
+Answer: a picture of loss curves and samples to compare your own run with, and a table.
+
+The dit stage is trained once more on the latents of the run. The averaged weights of a checkpoint
+at each tenth, and at a quarter, are kept while it trains; each makes the same clips from the same
+prompts and noise.
+"""
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import common
+import torch
+import torch.distributed.checkpoint as dcp
+
+import train
+import world
+
+SHOWN = (10, 25, 50, 100)                               # percent of the steps
+KEPT = (10, 20, 25, 30, 40, 50, 60, 70, 80, 90)
+FIGURES = ("color", "shape", "direction", "text")
+
+
+def averaged(checkpoint, cfg):
+    """Read the averaged weights of text encoders and DiT out of a checkpoint of the dit stage."""
+    part = "average" if cfg.train_dit.ema else "model"
+    state = {part: {k: torch.empty_like(w)
+                    for k, w in train.TextToVideo(cfg).named_parameters()}}
+    dcp.load(state, storage_reader=train.SafeReader(checkpoint), planner=train.SafePlanner(),
+             no_dist=True)
+    return state[part]
+
+
+def keep(out, folder, cfg, every):
+    """Keep each checkpoint that is at a mark and whole, as a file that load_run reads."""
+    for percent in KEPT:
+        checkpoint = folder / f"dit/step_{percent // 5 * every:07d}"
+        file = out / f"at_{percent:03d}.safetensors"
+        if (checkpoint / ".metadata").exists() and not file.exists():
+            tae = train.load_tensors(folder / "tae/tae.safetensors")
+            train.save_tensors(file, {f"tae.{k}": v for k, v in tae.items()}
+                               | averaged(checkpoint, cfg), config=json.dumps(asdict(cfg)))
+
+
+def train_and_keep(base, out):
+    """Train the dit stage of `base` again -> {percent: a file with the weights at that point}."""
+    folder, cfg = out / "run", train.read_config(base)
+    every = cfg.train_dit.steps // 20
+    if every < 1:
+        raise SystemExit(f"{base}: fewer than 20 steps in the dit stage")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(common.train, folder, {
+            "base": base, "stage": "dit", "train_dit.every": every}, "model.safetensors", threads=2)
+        while not running.done():
+            keep(out, folder, cfg, every)
+            time.sleep(0.1)
+        running.result()
+    keep(out, folder, cfg, every)
+    found = {percent: out / f"at_{percent:03d}.safetensors" for percent in KEPT}
+    return {p: file for p, file in found.items() if file.exists()} | {
+        100: folder / "model.safetensors"}
+
+
+def picture(losses, frames, prompts, path):
+    """Draw the loss of each stage above; below, a row of middle frames for each percentage."""
+    plt = common.pyplot()
+    figure = plt.figure(figsize=(1.5 * len(prompts) + 0.5, 3 + 1.4 * len(frames) + 0.8))
+    above, below = figure.subfigures(2, 1, height_ratios=(3, 1.4 * len(frames) + 0.8))
+    for ax, (stage, points) in zip(above.subplots(1, len(losses), squeeze=False)[0],
+                                   losses.items()):
+        steps, values = (torch.tensor(v).double() for v in zip(*sorted(points.items())))
+        ax.plot(steps, values, lw=0.4, alpha=0.4, color="C0")
+        k = max(1, len(steps) // 50)
+        ax.plot(*([part.mean() for part in v.split(k)] for v in (steps, values)), color="C0")
+        ax.set(title=f"{stage}: loss", xlabel="step", yscale="log")
+        ax.grid(alpha=0.3, which="both")
+    axes = below.subplots(len(frames), len(prompts), squeeze=False)
+    for row, (percent, images) in zip(axes, frames.items()):
+        for ax, image, prompt in zip(row, images, prompts):
+            ax.imshow(image.permute(1, 2, 0) / 2 + 0.5)
+            ax.set(xticks=[], yticks=[])
+            if percent == 100:
+                ax.set_xlabel(prompt.replace(" saying", "\nsaying").replace(" moving", "\nmoving"),
+                              fontsize=7)
+        row[0].set_ylabel(f"{percent} %")
+    figure.savefig(path, dpi=110, bbox_inches="tight"); plt.close(figure)
+    print(f"wrote {path}")
+
+
+def main():
+    parser = common.Parser(__doc__, "healthy_run")
+    parser.add_argument("run", type=common.Path, help="a finished toy run")
+    parser.add_argument("--prompts", type=common.whole, default=40, help="that are judged")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    files = train_and_keep(args.run, args.out)
+    run = train.Run(args.out / "run", train.read_config(args.run))
+    dit = run.losses()["dit"]
+    losses = train.Run(args.run, run.cfg).losses() | {"dit": dit}
+
+    c = run.cfg.clips
+    asked = [prompt for kind, prompt in world.test_prompts(
+        run.cfg.seed, args.prompts, c.things, c.frames, c.script) if kind == "trained"]
+    shown = asked[:: max(1, len(asked) // 8)][:8]
+    frames = {}
+    print("| steps | loss | " + " | ".join(FIGURES) + " |\n" + "|---" * (2 + len(FIGURES)) + "|")
+    for percent, file in files.items():
+        loaded = train.load_run(file)
+        clips = torch.cat([loaded.generate(asked[i:i + 32], range(i, min(i + 32, len(asked))))
+                           for i in range(0, len(asked), 32)])
+        right = world.accuracy([world.judge(clip, p) for clip, p in zip(clips, asked)])
+        steps = round(percent / 100 * len(dit))
+        near = [dit[i] for i in range(max(0, steps - len(dit) // 40), steps)]
+        print(f"| {percent} % | {sum(near) / len(near):.3f} | "
+              + " | ".join(f"{right[k]:.2f}" if k in right else "" for k in FIGURES) + " |")
+        if percent in SHOWN:
+            frames[percent] = [clips[asked.index(p)][:, c.frames // 2] for p in shown]
+    picture(losses, frames, shown, args.out / "healthy.png")
+
+
+if __name__ == "__main__":
+    main()
