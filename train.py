@@ -1294,6 +1294,8 @@ class Run:
             row = {"time": round(time.time(), 3), "stage": stage, "step": step, **figures}
             with naming(path), path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
+            if "detail" in figures:
+                say(f"{stage} step {step}: {figures['event']}, {figures['detail']}")
 
     def rows(self) -> list[dict]:
         """The rows of log.jsonl; a half-written one is left out."""
@@ -1383,6 +1385,31 @@ def mean_over_ranks(*values: Tensor) -> list[float]:
     return (told / world_size()).tolist()
 
 
+def averaged_over_copies(run: Run, model: nn.Module) -> nn.Module:
+    """The model itself; or DDP around it, where each rank has a copy. find_unused_parameters keeps
+    DDP from sorting its buckets anew after the first step: a resumed run would add up gradients in
+    another order."""
+    if run.mesh.weights is not None or world_size() == 1:
+        return model
+    return DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=4,
+                                   find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
+def forward_backward(net: nn.Module, parts: list[tuple], bf16: bool) -> Tensor:
+    """Compute the gradients of a step, one part of this rank's clips after the other -> the loss.
+    DDP sends gradients behind the last part."""
+    loss = 0.0
+    for k, part in enumerate(parts):
+        wait = isinstance(net, DistributedDataParallel) and k + 1 < len(parts)
+        device = next(net.parameters()).device.type
+        with (torch.autocast(device, torch.bfloat16, enabled=bf16),
+              net.no_sync() if wait else contextlib.nullcontext()):
+            part_loss = net(*part) / len(parts)
+        part_loss.backward()
+        loss = loss + part_loss.detach()
+    return loss
+
+
 def optimize(run: Run, stage: str, model: nn.Module, t: TrainConfig, steps: int,
              batch: Callable[[int], list[tuple]], workers: int = 0) -> dict[str, Tensor]:
     """Train a model from `place` for `steps` -> its averaged weights, whole, on rank 0.
@@ -1393,75 +1420,54 @@ def optimize(run: Run, stage: str, model: nn.Module, t: TrainConfig, steps: int,
 
     A step whose loss or gradient is not finite changes nothing; three in a row are a UserError."""
     weights = dict(model.named_parameters())
-    optimizer = adamw(weights, t)
+    optimizer, net, bad = adamw(weights, t), averaged_over_copies(run, model), 0
     average = {k: p.detach().clone() for k, p in weights.items()} if t.ema else {}
     checkpoints = Checkpoints(run.folder / stage, {
         "model": {k: p.data for k, p in weights.items()}, "average": average,
         "optimizer": {k: optimizer.state[p] for k, p in weights.items()}}, run.mesh)
-    first, bad = checkpoints.load(), 0
-    net = model
-    if run.mesh.weights is None and world_size() > 1:
-        # find_unused_parameters keeps DDP from sorting its buckets anew after the first step: a
-        # resumed run would add up gradients in another order.
-        net = DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=4,
-                                      find_unused_parameters=True, gradient_as_bucket_view=True)
+    first = checkpoints.load()
     run.log(stage, first, event="resume" if first else "begin", ranks=world_size())
     TRAINING.set()
-    todo = range(first, steps)
-    bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=rank() != 0,
-               mininterval=1.0, dynamic_ncols=True)
-    for step, parts in zip(todo, read_ahead(batch, todo, workers)):
+    todo = tqdm(range(first, steps), stage, steps, initial=first, unit="step", mininterval=1.0,
+                dynamic_ncols=True, disable=rank() != 0)
+    for step, parts in zip(todo, read_ahead(batch, range(first, steps), workers)):
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step, t, steps)
-
-        # Forward and backward, one part of this rank's clips after the other.
-        loss = torch.zeros((), device=run.device)
-        for k, part in enumerate(parts):
-            last = k + 1 == len(parts)          # DDP sends gradients behind the last part
-            with (torch.autocast(run.device.type, torch.bfloat16, enabled=t.precision == "bf16"),
-                  net.no_sync() if net is not model and not last else contextlib.nullcontext()):
-                part_loss = net(*part) / len(parts)
-            part_loss.backward()
-            loss = loss + part_loss.detach()
+        loss = forward_backward(net, parts, t.precision == "bf16")
         norm = nn.utils.clip_grad_norm_(weights.values(), t.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-
         # A checkpoint is written behind one forward and backward pass, and is there before the next
         # step counts: so a kill never loses more than `every` steps.
         checkpoints.wait()
 
         # All ranks agree on the loss, and whether any of them was asked to stop.
         loss, norm, stop = mean_over_ranks(loss, norm, torch.full_like(loss, STOP.is_set()))
+        todo.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if math.isfinite(loss) and math.isfinite(norm):
-            bad = 0
             optimizer.step()
             if average:
                 torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()],
                                      1 - min(t.ema, (step + 1) / (step + 10)))
             run.log(stage, step, loss=loss, lr=lr, grad_norm=norm)
+            bad = 0
         else:
-            bad += 1
             run.log(stage, step, event="skipped", detail=f"loss {loss}, gradient norm {norm}")
-            if rank() == 0:
-                say(f"{stage} step {step}: skipped, loss {loss}, gradient norm {norm}")
+            bad += 1
+            if bad == 3:
+                raise UserError(f"{stage}: loss {loss}, gradient norm {norm} at step {step}, the "
+                                f"third step in a row; lower the learning rate {t.lr:g}")
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        bar.update()
-        if bad == 3:
-            raise UserError(f"{stage}: loss {loss}, gradient norm {norm} at step {step}, the third "
-                            f"in a row that is not finite; lower the learning rate {t.lr:g}")
 
         if stop or (step + 1) % t.every == 0 and step + 1 < steps:
             checkpoints.save(step + 1)
         if stop:
             checkpoints.wait()
-            bar.close()
+            todo.close()
             run.log(stage, step + 1, event="stopped")
             raise Stopped(f"{stage}: stopped after step {step + 1}, checkpoint written; start "
                           "again to continue")
-    bar.close()
-    checkpoints.wait()
     TRAINING.clear()
+    checkpoints.wait()
     run.log(stage, steps, event="end")
     return gathered(average or checkpoints.state["model"])
 
