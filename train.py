@@ -104,18 +104,15 @@ class UserError(ValueError):
 
 
 def within(cfg, low: float, high: float, *names: str) -> None:
-    """Raise ValueError unless each of these fields lies in [low, high]."""
-    limits = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+    """Raise ValueError unless each of these fields lies in [low, high]; low TINY: above 0."""
+    limits = ("above 0" if low == TINY else f"{low:g} or more" if high == math.inf else
+              f"from {low:g} to {high:g}")
     for name in names:
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"{name} {getattr(cfg, name)}: must be {limits}")
 
 
-def above_zero(cfg, *names: str) -> None:
-    """Raise ValueError unless each of these fields is above 0 and finite."""
-    for name in names:
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise ValueError(f"{name} {getattr(cfg, name)}: must be above 0")
+TINY = sys.float_info.min
 
 
 @dataclass
@@ -189,7 +186,7 @@ class TrainConfig:
         within(self, 1, 1e12, "batch", "every")
         within(self, 0, math.inf, "weight_decay")
         within(self, 0, 1, "decay", "beta2", "ema")
-        above_zero(self, "lr", "clip")
+        within(self, TINY, math.inf, "lr", "clip")
         if self.beta2 == 1:
             raise ValueError("beta2 1: must be below 1")
 
@@ -2371,86 +2368,66 @@ def by_depth(figure: Callable, dit: backbone.DiTConfig, *args) -> int:
     return two + (dit.depth - 2) * (three - two)
 
 
-@dataclass
-class Cluster:
-    """The GPUs that --plan is for."""
-
-    gpus: int = 8  # --plan: how many
-    memory: float = 80.0  # --plan: of each, GB
-    peak: float = 989.0  # --plan: TFLOP/s of each, as the maker says (989: an H100 in bf16)
-    utilisation: float = 0.4  # --plan: share of the peak that is reached
-    link: float = 50.0  # --plan: GB/s that each can receive (50: 400 Gbit/s)
-
-    def __post_init__(self):
-        within(self, 1, 10**7, "gpus")
-        above_zero(self, "memory", "peak", "utilisation", "link")
-
-
-def plan(cfg: Config, where: Cluster, sp: int = 1, replicate: int = 1, reshard: bool = True
-         ) -> dict[str, dict[str, float]]:
-    """What the dit stage costs: {"memory": bytes of the fullest rank, "wire": bytes that a rank
-    receives in a step, "step": sizes, FLOPs and seconds}, every step one of the largest clips."""
-    t, gpus, L = cfg.train_dit, where.gpus, text_tokens(cfg)
+def plan(cfg: Config, c: "Command") -> dict[str, dict[str, float]]:
+    """What the dit stage costs on c.gpus GPUs: {"memory": bytes of the fullest rank, "wire": bytes
+    that a rank receives in a step, "step": sizes, FLOPs and seconds}. Every step is taken to be one
+    of the largest clips."""
+    t, dit, L = cfg.train_dit, cfg.dit, text_tokens(cfg)
     with torch.device("meta"):
         model = TextToVideo(cfg)
-    block = sum(p.numel() for p in model.dit.blocks[0].parameters())
-    params = sum(p.numel() for p in model.parameters())
-    rest = params - cfg.dit.depth * block
-    parts = [parts_of(cfg, shape)[0] for shape in cfg.clips.shapes]
-    N = max(tokens_of(cfg, latent) for latent in parts)
-    S, K, bf16 = gpus // replicate, t.accumulate, t.precision == "bf16"     # S ranks share a model
-    n, b, e = -(-N // sp), -(-t.batch * sp // (gpus * K)), 2 if bf16 else 4
-    held = 2 if reshard else cfg.dit.depth      # whole blocks: one at work, one on its way
+    params, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.dit.blocks[0]))
+    rest = params - dit.depth * block
+    N = max(tokens_of(cfg, parts_of(cfg, shape)[0]) for shape in cfg.clips.shapes)
+    S, R, K = c.gpus // c.replicate, c.replicate, t.accumulate      # S ranks share one of R models
+    bf16, e = t.precision == "bf16", 2 if t.precision == "bf16" else 4
+    n, b = -(-N // c.sp), -(-t.batch * c.sp // (c.gpus * K))
+    held = 2 if c.reshard else dit.depth        # whole blocks: one at work, one on its way
     memory = {
         "weights, gradients, Adam": 16 * params / S, "moving average": 4 * bool(t.ema) * params / S,
         "whole blocks, one's gradient": (S > 1) * (held * e + e + 4) * block,
         "whole rest": (S > 1) * 4 * rest, "bf16 copies": (S == 1 and bf16) * 2 * params,
-        "activations": by_depth(activation_bytes, cfg.dit, b, n, L, bf16)}
-    passes = 4 if cfg.dit.checkpointing else 3
-    gathers = K * (1 + reshard)                                 # forward; backward again
-    wire = {
-        "all-gather of weights": (S - 1) / S * gathers * (e * cfg.dit.depth * block + 4 * rest),
-        "reduce-scatter of gradients": (S - 1) / S * K * 4 * params,
-        "all-reduce over replicas": 8 * params / S * (K if S > 1 else 1) * (1 - 1 / replicate),
-        "all-to-all of tokens": 4 * passes * cfg.dit.depth * K * b * n * cfg.dit.dim * e
-                                * (1 - 1 / sp) * (2 / 3 if passes == 3 else 3 / 4)}
-    flops = t.batch * by_depth(step_flops, cfg.dit, N, L)
-    compute = flops / (gpus * where.peak * 1e12 * where.utilisation)
-    sending = sum(wire.values()) / (where.link * 1e9)
+        "activations": by_depth(activation_bytes, dit, b, n, L, bf16)}
+    wire = {                                    # all-gather forward, and again backward
+        "all-gather of weights": K * (1 + c.reshard) * (S - 1) / S
+                                 * (e * dit.depth * block + 4 * rest),
+        "reduce-scatter of gradients": K * (S - 1) / S * 4 * params,
+        "all-reduce over replicas": (K if S > 1 else 1) * (R - 1) / R * 8 * params / S,
+        "all-to-all of q, k, v, output": (3 if dit.checkpointing else 2) * (c.sp - 1) / c.sp
+                                         * 4 * dit.depth * K * b * n * dit.dim * e}
+    flops = t.batch * by_depth(step_flops, dit, N, L)
+    compute = flops / (c.gpus * c.peak * 1e12 * c.utilisation)
+    sending = sum(wire.values()) / (c.link * 1e9)
     return {"memory": memory, "wire": wire, "step": {
         "parameters": params, "N": N, "L": L, "clips of a rank": b, "flops": flops,
         "compute": compute, "sending": sending,
         "days": t.steps * max(compute, sending) / 86400}}
 
 
-def print_plan(cfg: Config, where: Cluster, sp: int, replicate: int, reshard: bool) -> None:
+def print_plan(cfg: Config, c: "Command") -> None:
     """Print a plan, and what does not fit."""
-    figures = plan(cfg, where, sp, replicate, reshard)
-    memory, wire, step = (figures[k] for k in ("memory", "wire", "step"))
-    t, shares = cfg.train_dit, where.gpus // sp * cfg.train_dit.accumulate
-    total = sum(memory.values())
-    print(f"{step['parameters'] / 1e9:.3f} B parameters on {where.gpus} GPUs: {replicate} copies, "
-          f"each sharded over {where.gpus // replicate}; {sp} share the tokens of a clip\n"
+    memory, wire, step = plan(cfg, c).values()
+    t, total = cfg.train_dit, sum(memory.values())
+    shares = c.gpus // c.sp * t.accumulate
+    print(f"{step['parameters'] / 1e9:.3f} B parameters on {c.gpus} GPUs: {c.replicate} copies, "
+          f"each sharded over {c.gpus // c.replicate}; {c.sp} share the tokens of a clip\n"
           f"a step: {t.batch} clips, {step['clips of a rank']} at a time on a rank; "
           f"{step['N']:,} video tokens and {step['L']} text tokens a clip")
     for title, table in (("memory of a rank", memory), ("received by a rank in a step", wire)):
         print(f"{title}: {sum(table.values()) / 1e9:.3g} GB")
-        for name, value in table.items():
-            if value:
-                print(f"  {name:30} {value / 1e9:10.3f} GB")
+        print("".join(f"  {k:30} {v / 1e9:10.3f} GB\n" for k, v in table.items() if v), end="")
     print(f"a step: {step['flops']:.4g} FLOP, {step['compute']:.3g} s of compute at "
-          f"{100 * where.utilisation:g} % of {where.peak:g} TFLOP/s; {step['sending']:.3g} s of "
-          f"sending at {where.link:g} GB/s, in part behind it\n"
+          f"{100 * c.utilisation:g} % of {c.peak:g} TFLOP/s; {step['sending']:.3g} s of sending at "
+          f"{c.link:g} GB/s, in part behind it\n"
           f"{t.steps:,} steps: {step['days']:.3g} days of the longer of the two")
-    if total > 1e9 * where.memory:
-        print(f"does not fit: {total / 1e9:.3g} GB > {where.memory:g} GB. Less take "
-              "--dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, more --gpus")
-    if t.batch % shares:
-        print(f"does not fit: --batch {t.batch} is no multiple of {shares} shares (--gpus / --sp x "
-              "--train_dit.accumulate)")
-    if sp > min(cfg.dit.heads, step["N"]):
-        print(f"does not fit: --sp {sp} is more than the {cfg.dit.heads} attention heads, or the "
-              f"{step['N']} tokens")
+    for wrong, line in (
+            (total > 1e9 * c.memory, f"{total / 1e9:.3g} GB > {c.memory:g} GB. What takes less: "
+             "--dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, more --gpus"),
+            (t.batch % shares, f"--batch {t.batch} is no multiple of {shares} shares (--gpus / --sp "
+             "x --train_dit.accumulate)"),
+            (c.sp > min(cfg.dit.heads, step["N"]), f"--sp {c.sp} is more than the {cfg.dit.heads} "
+             f"attention heads, or the {step['N']} tokens")):
+        if wrong:
+            print(f"does not fit: {line}")
 
 
 # ---- 9. Command line -----------------------------------------------------------------------------
@@ -2469,11 +2446,19 @@ class Command:
     reshard: bool = True  # free a block's parameters after its forward pass
     timeout: float = 600.0  # seconds that a rank waits for the others in a collective
     plan: bool = False  # print what the dit stage would take, and end; needs no GPU
+    gpus: int = 8  # --plan: how many
+    memory: float = 80.0  # --plan: of each, GB
+    peak: float = 989.0  # --plan: TFLOP/s of each, as the maker says (989: an H100 in bf16)
+    utilisation: float = 0.4  # --plan: share of the peak that is reached
+    link: float = 50.0  # --plan: GB/s that each can receive (50: 400 Gbit/s)
 
     def __post_init__(self):
         within(self, 0, 10**7, "dp", "replicate")
-        within(self, 1, 10**7, "sp")
-        above_zero(self, "timeout")
+        within(self, 1, 10**7, "sp", "gpus")
+        within(self, TINY, 1e9, "timeout", "memory", "peak", "utilisation", "link")
+
+
+PLANNED = {"gpus", "memory", "peak", "utilisation", "link"}
 
 
 NAMES = {"variant": "tae", "text.mode": "text", "train_dit.steps": "steps",
@@ -2541,7 +2526,7 @@ def changed(cfg, prefix: str, given: dict):
         return replace(cfg, **new)
 
 
-def parse(argv: list[str]) -> tuple[Config, Command, Cluster]:
+def parse(argv: list[str]) -> tuple[Config, Command]:
     """Flags -> the run's config and the rest. A flag wins over --base or --init, whose settings win
     over the preset of --scale."""
     parser = argparse.ArgumentParser(
@@ -2556,14 +2541,14 @@ def parse(argv: list[str]) -> tuple[Config, Command, Cluster]:
     defaults = finish(SCALES["toy"]())
     sections = {f.name: getattr(defaults, f.name) for f in fields(defaults)
                 if is_dataclass(getattr(defaults, f.name))}
-    for section in (Command(), Cluster(), defaults):
+    for section in (Command(), defaults):
         add_flags(parser, "", section)
     for name, section in sections.items():
         add_flags(parser, f"{name}.", section)
     given = vars(parser.parse_args(argv))
 
-    command, where = changed(Command(), "", given), changed(Cluster(), "", given)
-    if not command.plan and (idle := given.keys() & {f.name for f in fields(Cluster)}):
+    command = changed(Command(), "", given)
+    if not command.plan and (idle := given.keys() & PLANNED):
         raise UserError(f"--{min(idle)}: needs --plan; a run has the ranks of torchrun")
     other = given.get("base") or given.get("init")
     cfg = SCALES[given.get("scale", "toy")]()
@@ -2584,7 +2569,7 @@ def parse(argv: list[str]) -> tuple[Config, Command, Cluster]:
     if other:
         check_taken_over(cfg, given)
     with named(""):
-        return finish(cfg), command, where
+        return finish(cfg), command
 
 
 def check_taken_over(cfg: Config, given: dict) -> None:
@@ -2705,12 +2690,12 @@ def copies(cfg: Config, command: Command, ranks: int) -> int:
     return ranks // command.sp if small else 1
 
 
-def work(cfg: Config, command: Command, where: Cluster) -> None:
+def work(cfg: Config, command: Command) -> None:
     """Ranks, clips, run folder, then stage after stage."""
     if command.plan:
-        replicate = copies(cfg, command, where.gpus)
-        dp_of(where.gpus, command.dp, command.sp, replicate)
-        print_plan(cfg, where, command.sp, replicate, command.reshard)
+        command.replicate = copies(cfg, command, command.gpus)
+        dp_of(command.gpus, command.dp, command.sp, command.replicate)
+        print_plan(cfg, command)
         return
     device, folder = start_ranks(command), Path(command.workdir or f"runs/{cfg.scale}")
     mesh = make_mesh(command.dp, command.sp, copies(cfg, command, world_size()), command.reshard,
