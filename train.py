@@ -67,6 +67,8 @@ from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # torch's advice on DDP breaks exact resume
+if __name__ == "__main__":      # for `listen`; before numpy starts threads, which inherit the mask
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
 import torch
 import torch.distributed as dist
@@ -1046,8 +1048,8 @@ def naming(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: could not be written ({reason(error)}); mend that, or free some "
-                        "space, and start again") from None
+        raise UserError(f"{path}: could not be written ({reason(error)}); free some space, or see "
+                        "to what it says, and start again") from None
 
 
 @contextlib.contextmanager
@@ -1230,8 +1232,9 @@ class Checkpoints:
         try:
             future.result()
         except (Exception, CheckpointException) as error:   # what the file system says, wrapped
-            raise UserError(f"{path}: could not be written ({reason(error)}); the one before it is "
-                            "kept; mend that, or free some space, and start again") from None
+            raise UserError(f"{path}: could not be written ({reason(error)}); the one before is "
+                            "kept; free some space, or see to what it says, and start again"
+                            ) from None
         if rank() == 0:
             self.damaged.discard(path)
             sound = [p for p in self.whole() if p not in self.damaged]
@@ -1290,7 +1293,8 @@ class Run:
             path = self.folder / "log.jsonl"
             row = {"time": round(time.time(), 3), "stage": stage, "step": step, **figures}
             with naming(path), path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                # A kill may have left half a row.
+                f.write("\n" * (figures.get("event") == "start") + json.dumps(row) + "\n")
             if "detail" in figures:
                 say(f"{stage} step {step}: {figures['event']}, {figures['detail']}")
 
@@ -1332,13 +1336,11 @@ def generator(*key) -> torch.Generator:
 STOP, TRAINING = threading.Event(), threading.Event()
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
-
 def listen() -> None:
     """Hear Ctrl-C, SIGTERM and SIGUSR1, which SLURM sends before it takes the machine, in a thread
     of its own. While a model trains, the first one lets the step end and writes a checkpoint;
     elsewhere, and at the second one, the process ends at once: nothing is ever half written. A
     handler in the main thread would have to wait for whatever that waits for."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def hear() -> None:
         name = signal.Signals(signal.sigwait(SIGNALS)).name
@@ -1633,8 +1635,8 @@ def encode_latents(run: Run, clips) -> None:
         say(f"{folder / name}: damaged or missing, encoded again")
     if not any(from_all(bool(todo))) and again:
         return
-    tae = load_tae(run) if todo else None
-    text = text_cond.TextConditioner(text).to(run.device)
+    if todo:
+        tae, text = load_tae(run), text_cond.TextConditioner(text).to(run.device)
     bar = tqdm(total=sum(len(shards[n][1]) for n in todo), desc="latents", unit="clip",
                disable=rank() != 0)
     for name in todo:
@@ -1984,10 +1986,11 @@ class Loaded:
         """New clips (B, 3, T, H, W) in [-1, 1] for prompts, with classifier-free guidance; steps,
         solver and scale as configured. seeds: one for each, 0 to B - 1 if not given. features: what
         `encode` gave for the prompts. ValueError where they do not match."""
-        s, seeds = self.cfg.sample, list(range(len(prompts)) if seeds is None else seeds)
+        s, features = self.cfg.sample, features or self.encode(prompts)
+        seeds = list(range(len(prompts)) if seeds is None else seeds)
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds {seeds}: must be one for each of {len(prompts)} prompts")
-        P, mask, P0, mask0 = self.conditions(features or self.encode(prompts))
+        P, mask, P0, mask0 = self.conditions(features)
         v_fn = flow.guided(lambda x, t: self.dit(x, t, P, mask),
                            lambda x, t: self.dit(x, t, P0, mask0), s.guidance)
         z = flow.sample(v_fn, self.noise(seeds), self.schedule(), solver=s.solver,
@@ -2420,10 +2423,10 @@ def print_plan(cfg: Config, c: "Command") -> None:
           f"{c.link:g} GB/s, in part behind it\n"
           f"{t.steps:,} steps: {step['days']:.3g} days of the longer of the two")
     for wrong, line in (
-            (total > 1e9 * c.memory, f"{total / 1e9:.3g} GB > {c.memory:g} GB. What takes less: "
-             "--dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, more --gpus"),
-            (t.batch % shares, f"--batch {t.batch} is no multiple of {shares} shares (--gpus / --sp "
-             "x --train_dit.accumulate)"),
+            (total > 1e9 * c.memory, f"{total / 1e9:.3g} GB > {c.memory:g} GB; less is taken with "
+             "--dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, --gpus"),
+            (t.batch % shares, f"--batch {t.batch} is no multiple of {shares}: --gpus / --sp x "
+             "--train_dit.accumulate"),
             (c.sp > min(cfg.dit.heads, step["N"]), f"--sp {c.sp} is more than the {cfg.dit.heads} "
              f"attention heads, or the {step['N']} tokens")):
         if wrong:
@@ -2551,17 +2554,17 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
     if not command.plan and (idle := given.keys() & PLANNED):
         raise UserError(f"--{min(idle)}: needs --plan; a run has the ranks of torchrun")
     other = given.get("base") or given.get("init")
-    cfg = SCALES[given.get("scale", "toy")]()
+    cfg, had_data = SCALES[given.get("scale", "toy")](), False
     if other:
         path = Path(other)
         cfg = result_of(path)[1] if path.is_file() else read_config(path)
-        cfg = replace(cfg, base="", init="")
+        cfg, had_data = replace(cfg, base="", init=""), bool(cfg.data)
         if given.get("scale", cfg.scale) != cfg.scale:
             raise UserError(f"--scale {given['scale']}: {other} is a run of --scale {cfg.scale}")
     for name in sections:
         setattr(cfg, name, changed(getattr(cfg, name), f"{name}.", given))
     cfg = changed(cfg, "", given)
-    if cfg.data and not other and "clips.count" not in given and cfg.scale in ("toy", "small"):
+    if cfg.data and not had_data and "clips.count" not in given and cfg.scale in ("toy", "small"):
         cfg.clips = replace(cfg.clips, count=1024)      # a window of a video costs a decoding
     for name in ("data", "workdir", "base", "init"):
         if given.get(name) == "":
@@ -2690,6 +2693,21 @@ def copies(cfg: Config, command: Command, ranks: int) -> int:
     return ranks // command.sp if small else 1
 
 
+def known_videos(cfg: Config, folder: Path) -> list[list]:
+    """The videos that a run began with, or the run whose latents it shares; else what is there."""
+    places = [folder, Path(cfg.base)] if cfg.base and same_latents(cfg) else [folder]
+    tables = [p / "videos.json" for p in places if (p / "videos.json").exists()]
+    tables = from_rank0(tables)
+    if not tables:
+        return find_videos(cfg)
+    videos = read_json(tables[0])
+    kinds = [str, str, int, float, float]
+    if not (isinstance(videos, list) and videos and all(
+            isinstance(row, list) and [type(v) for v in row] == kinds for row in videos)):
+        raise UserError(f"{tables[0]}: damaged; remove it, and --data is looked through again")
+    return videos
+
+
 def work(cfg: Config, command: Command) -> None:
     """Ranks, clips, run folder, then stage after stage."""
     if command.plan:
@@ -2705,13 +2723,10 @@ def work(cfg: Config, command: Command) -> None:
     if cfg.text.mode == "pretrained" and not made and rank() == 0:
         with named("--text."):              # now, and not when captions or prompts are encoded
             text_cond.check_sources(cfg.text)
-    clips, table = ToyClips(cfg), folder / "videos.json"
-    if cfg.data:                            # a run keeps to the videos that it began with
-        known = from_rank0(read_json(table) if table.exists() else None)
-        clips = VideoFolder(cfg, known or find_videos(cfg))
+    clips = VideoFolder(cfg, known_videos(cfg, folder)) if cfg.data else ToyClips(cfg)
     run = open_run(cfg, folder, device, mesh)
-    if cfg.data and rank() == 0 and not table.exists():
-        write_json(table, clips.videos)
+    if cfg.data and rank() == 0 and not (folder / "videos.json").exists():
+        write_json(folder / "videos.json", clips.videos)
     run.log("run", 0, event="start", ranks=world_size(), device=str(device))
     stages = {"tae": lambda: train_tae(run, clips), "latents": lambda: encode_latents(run, clips),
               "coupling": lambda: couple_latents(run), "dit": lambda: train_dit(run),
@@ -2723,7 +2738,10 @@ def work(cfg: Config, command: Command) -> None:
         if name == command.stage:
             return
     if report:
-        print("\n".join(in_words(report)), f"\nlook at {run.folder / 'index.html'}")
+        try:
+            print("\n".join(in_words(report)), f"\nlook at {run.folder / 'index.html'}", flush=True)
+        except BrokenPipeError:             # train.py | head: Python would flush again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def main(argv: list[str] | None = None) -> int:
