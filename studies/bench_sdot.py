@@ -11,8 +11,8 @@ Answer: 2.8 times as fast as POT with our start and step, 11 times and more as P
 a target that the law asks for, 1 / target^2, each time from its start; only the first run that
 reaches the target counts, and the mass error is measured off the clock, by noise that no solver has
 seen. A run is cut short at `--patience` times our time. `couple`: seconds of the pairing over those
-of the bare matrix product. `memory`: the largest resident set of a process that solves 20 steps and
-pairs a batch at N = 10^5, d = 1024, less the imports (the data set itself is 0.38 GiB; 3 minutes).
+of the bare matrix product. `memory`: the largest resident set of a process that solves a few steps
+and pairs a batch at N = 10^5, d = 1024, less the imports (the data set itself is 0.38 GiB).
 `step`: the share of a training step of `train.py --scale small` that pairing takes, with 10,000
 clips in captions of 64. Each part adds its figures to out/studies/bench_sdot.json when it is done.
 """
@@ -56,7 +56,7 @@ def pot(Y, level, limit, tuned):
         dual = solve_semidiscrete(Y, draw, max_iter=level * N // 32)
         return (dual - Y.square().sum(1)) / 2
     b = torch.full((N,), 1 / N, dtype=torch.float64)
-    sigma, (m, q), batch = sdot.spread(Y, b), sdot.expected_max(N), max(512, N // 4)
+    sigma, (m, q), batch = sdot.score_std(Y, b), sdot.expected_max(N), max(512, N // 4)
     start = (-2 * q * sigma + Y.double().square().sum(1)).float()
     dual = solve_semidiscrete(Y, draw, max_iter=level * N // batch, batch_size=batch,
                               lr0=(sigma.mean() / m).item() * N, init_potential=start,
@@ -110,9 +110,9 @@ def solve(N, d, target, patience, per_target, methods, levels):
         return reached
 
     began = time.process_time()
-    state = sdot.fit(Y, cfg=sdot.SDOTConfig(target=target))
+    solved = sdot.solve(Y, cfg=sdot.SDOTConfig(target=target))
     ours = time.process_time() - began
-    add("sdot.fit", state.samples / N, ours, state.avg)
+    add("sdot.solve", solved.samples / N, ours, solved.h)
     for name in methods:
         for level in (round(k / target ** 2) for k in levels):
             began = time.process_time()
@@ -147,13 +147,11 @@ def memory(N=100_000, d=1024):
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20\n"
             f"x, before = torch.randn(8, 8), peak()\nN, d = {N}, {d}\n"
             "Y = torch.randn(N, d, generator=torch.Generator().manual_seed(0))\n"
-            # one start, because to try two takes a quarter of an hour; the budget is 20 steps
-            "c = sdot.Coupling.fit(Y, batch=512, start='gaussian', target=1.0, budget=0.1)\n"
+            "c = sdot.Coupling.fit(Y, target=1.0, budget=0.1)\n"
             "c.couple(torch.randn(1024, d))\nprint(peak() - before)")
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
                          cwd=Path(__file__).parent.parent)
-    print(f"memory: N {N}, d {d}: {float(out.stdout):.2f} GiB at most; for 10^6 x 4096:")
-    print(sdot.plan(10 ** 6, 4096))
+    print(f"memory: N {N}, d {d}: {float(out.stdout):.2f} GiB at most")
     return {"N": N, "d": d, "gib": float(out.stdout)}
 
 
@@ -161,7 +159,7 @@ def step(M=10_000, group=64, repeats=3):
     """The share of one training step of the small preset that drawing and pairing take."""
     import dit
     import train
-    cfg, batch = train.finish_config(train.SCALES["small"]()), 16       # 16 of its 256: on a CPU
+    cfg, batch = train.finish(train.SCALES["small"]()), 16      # 16 of its 256: on a CPU
     s = cfg.dit.streams[0]
     z = torch.randn(M, s.numel)
     c = sdot.Coupling.fit(z, torch.arange(M) // group, budget=0.01)

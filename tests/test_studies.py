@@ -1,0 +1,207 @@
+"""studies/: every script says what it asks and answers; their measures against closed forms."""
+import ast
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = ROOT / "studies"
+SCRIPTS = sorted(p.stem for p in STUDIES.glob("*.py") if p.stem != "common")
+sys.path.insert(0, str(STUDIES))
+
+
+def head(name):
+    return ast.get_docstring(ast.parse((STUDIES / f"{name}.py").read_text(encoding="utf-8")))
+
+
+# ---- every script ----
+
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"wan"}))
+def test_a_script_says_its_question_command_time_and_answer(name):
+    text = head(name)
+    assert re.match(r"Question: .*?\?", text, re.S)
+    assert re.search(rf"^Run: .*python studies/{name}\.py", text, re.M)
+    assert re.search(r"^Time: .*\d+ (minutes|seconds)", text, re.M)
+    assert re.search(r"^Answer: \w", text, re.M)
+
+
+def test_the_page_names_every_script_and_its_pictures_are_there():
+    page = (STUDIES / "README.md").read_text(encoding="utf-8")
+    assert {f"{name}.py" for name in SCRIPTS} == set(re.findall(r"\((\w+\.py)\)", page))
+    pictures = re.findall(r'\]\((\.\./assets/[^)]+)\)|src="(\.\./assets/[^"]+)"', page)
+    assert len(pictures) > 8
+    for path in map("".join, pictures):
+        assert (STUDIES / path).exists(), path
+
+
+def test_nothing_outside_imports_a_study():
+    for path in [*ROOT.glob("*.py"), *(p for p in STUDIES.glob("*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        allowed = {"autoencoders"} if path.stem == "reenact" else set()     # a study and its sequel
+        assert not names & set(SCRIPTS) - allowed, path.name
+        assert "common" not in names or path.parent == STUDIES, path.name
+
+
+def test_help_and_an_unknown_flag(tmp_path):
+    """All scripts in one process: the seconds go to importing torch. wan.py needs diffusers."""
+    code = ("import runpy, sys\n"
+            f"sys.path.insert(0, {str(STUDIES)!r})\n"
+            f"for name in {sorted(set(SCRIPTS) - {'wan'})!r}:\n"
+            "    for flag in ('--help', '--no-such-flag'):\n"
+            "        sys.argv = [name + '.py', flag]\n"
+            "        try:\n"
+            f"            runpy.run_path({str(STUDIES)!r} + '/' + name + '.py',\n"
+            "                           run_name='__main__')\n"
+            "        except SystemExit as end:\n"
+            "            print('status', name, flag, end.code or 0)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    for name in set(SCRIPTS) - {"wan"}:
+        assert f"status {name} --help 0\n" in done.stdout
+        assert f"status {name} --no-such-flag 2\n" in done.stdout
+    assert done.stdout.count("Question:") >= len(SCRIPTS) - 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---- measures ----
+
+def test_ssim_against_its_definition():
+    """A window at a time, in float64; and closed forms."""
+    from autoencoders import ssim
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 1, 3, 1, 13, 14, dtype=torch.float64) * 2 - 1
+    k = torch.tensor([math.exp(-((i - 5) ** 2) / 4.5) for i in range(11)], dtype=torch.float64)
+    w = torch.outer(k, k) / k.sum() ** 2
+    values = []
+    for c in range(3):
+        for i in range(3):
+            for j in range(4):
+                a, b = (v[0, c, 0, i:i + 11, j:j + 11] / 2 + 0.5 for v in (x, y))
+                ma, mb = (w * a).sum(), (w * b).sum()
+                va, vb = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum()
+                cov = (w * (a - ma) * (b - mb)).sum()
+                values.append((2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+                              / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4)))
+    assert ssim(x, y).item() == pytest.approx(torch.stack(values).mean().item(), abs=1e-6)
+    assert ssim(x, x).item() == pytest.approx(1)
+    flat = torch.zeros(1, 3, 2, 16, 16)                         # grey 0.5 against grey 0.75
+    assert ssim(flat, flat + 0.5).item() == pytest.approx(
+        (2 * 0.5 * 0.75 + 1e-4) / (0.25 + 0.5625 + 1e-4), abs=1e-4)
+
+
+def test_temporal_error_against_a_closed_form():
+    from autoencoders import temporal_error
+    ramp = torch.linspace(-1, 1, 8).view(1, 1, 8, 1, 1).expand(1, 3, 8, 16, 16)
+    assert temporal_error(ramp, torch.zeros_like(ramp)).item() == pytest.approx(1 / 7, rel=1e-5)
+    assert temporal_error(ramp, ramp + 0.0) == 0
+
+
+def test_energy_distance_in_closed_form():
+    from couplings import energy_distance
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4000, 1, generator=g), torch.randn(4000, 1, generator=g)
+    assert abs(energy_distance(a, b)) < 0.01
+    # N(0, 1) and N(m, 1): E|x - y| is that of |N(m, 2)|
+    m, root = 1.0, math.sqrt(2)
+    away = root * math.sqrt(2 / math.pi) * math.exp(-m**2 / 4) + m * math.erf(m / 2)
+    within = 2 / math.sqrt(math.pi)
+    assert energy_distance(a, b + m) == pytest.approx(2 * away - 2 * within, abs=0.03)
+
+
+def test_energy_distance_without_pairs_that_belong_together():
+    """32 samples near their own partners: counted, the pairs look like less than no distance."""
+    from couplings import energy_distance
+    g = torch.Generator().manual_seed(0)
+    values = []
+    for _ in range(200):
+        a = torch.randn(32, 50, generator=g)
+        b = a + 0.1 * torch.randn(32, 50, generator=g)
+        values.append([energy_distance(a, b, paired) for paired in (False, True)])
+    counted, left_out = torch.tensor(values).mean(0).tolist()
+    assert counted < -0.4 and abs(left_out) < 0.02
+
+
+def test_a_projected_coupling_pairs_within_the_principal_directions(tmp_path, monkeypatch):
+    import couplings
+    monkeypatch.setattr(couplings, "DIRECTIONS", 3)
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(40, 2, 8, generator=g) * torch.tensor([9.0, 6, 4, .1, .1, .1, .1, .1])
+    z[:, 1] *= 0.01                                     # three numbers vary, thirteen hardly
+    coupling = couplings.Projected.fit(z, target=0.3)
+    x0 = torch.randn(500, 2, 8, generator=g)
+    found = coupling.couple(x0)
+    scores = x0[:, 0, :3] @ z[:, 0, :3].T + coupling.h  # about the same, by hand
+    assert (scores.argmax(1) == found).float().mean() > 0.8
+    coupling.save(tmp_path / "coupling.pt")
+    assert torch.equal(couplings.Projected.load(tmp_path / "coupling.pt", z).couple(x0), found)
+
+
+def test_the_conditionings_are_compared_at_equal_size():
+    import conditionings
+
+    from dit import CONDITIONINGS, PRESETS, DiT, DiTConfig, Stream
+    size = lambda cfg: sum(w.numel() for w in DiT(cfg).parameters())
+    base = PRESETS["toy"]
+    for conditioning in CONDITIONINGS:
+        cfg = conditionings.matched(base, conditioning)
+        assert cfg.conditioning == conditioning
+        assert size(cfg) == pytest.approx(size(base), rel=0.005)
+    small = DiTConfig((Stream(4, (1, 2, 2), (4, 8, 8)),), dim=48, depth=3, heads=4)
+    seconds = conditionings.seconds_per_step(small, B=2, L=5, rounds=2)
+    assert set(seconds) == set(CONDITIONINGS) and min(seconds.values()) > 0
+
+
+def test_mean_and_spread():
+    import common
+    rows = [{"a": 1.0, "b": 5}, {"a": 3.0, "b": 5}]
+    (mean, spread), constant = common.mean_and_spread(rows, ("a", "b"))
+    assert (mean, spread) == pytest.approx((2, math.sqrt(2))) and constant == (5, 0)
+    assert common.mean_and_spread(rows[:1], ("a",)) == [(1, 0)]
+
+
+# ---- a whole study, tiny ----
+
+TINY = """--train_tae.steps 4 --train_tae.batch 2 --train_tae.image_steps 2
+  --train_tae.image_batch 8 --clips.count 64 --steps 2 --batch 8 --dit.dim 48 --dit.depth 1
+  --dit.heads 4 --text.width 32 --sample.prompts 5 --sample.steps 2""".split()
+
+
+def test_a_study_needs_a_run_of_the_toy_world(tmp_path):
+    import common
+    with pytest.raises(SystemExit, match="no run there; first: python train.py"):
+        common.compare(tmp_path, tmp_path / "out", {})
+    (tmp_path / "config.json").write_text(json.dumps({"data": "videos"}))
+    with pytest.raises(SystemExit, match="needs the judge"):
+        common.compare(tmp_path, tmp_path / "out", {})
+
+
+@pytest.mark.slow
+def test_a_study_is_runs_that_can_be_continued(tmp_path, capfd):
+    import common
+    base, out = tmp_path / "base", tmp_path / "out"
+    subprocess.run([sys.executable, ROOT / "train.py", "--workdir", base, "--device", "cpu", *TINY],
+                   check=True, capture_output=True)
+    variants = {"plain": {}, "normed": {"dit.qk_norm": "true"}}
+    again = lambda: common.compare(base, out, variants, seeds=2, workers=1)
+    rows = again()
+    assert [(r["variant"], r["seed"]) for r in rows] == [("plain", 0), ("normed", 0), ("plain", 1),
+                                                         ("normed", 1)]
+    assert rows == json.loads((out / "study.json").read_text())
+    assert capfd.readouterr().out.count(" +- ") == 2 * len(common.FIGURES)
+    assert (out / "study.png").exists()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("report.json")}
+    shutil.rmtree(out / "runs" / "normed-1")
+    assert again() == rows                                          # one made again, alike
+    after = {p: p.stat().st_mtime_ns for p in out.rglob("report.json")}
+    assert sum(after[p] != t for p, t in before.items()) == 1
+    with pytest.raises(SystemExit, match="dit.depth 0: must be 1 or more"):     # train.py's line
+        common.compare(base, out, {"wrong": {"dit.depth": 0}}, seeds=1)
