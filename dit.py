@@ -65,13 +65,13 @@ from torch.utils.checkpoint import checkpoint
 def adaln_zero(h, modulation, attention, cross_attention, ffn):
     """One block of the transformer on h (B, N, D), without positions.
 
-    modulation (B, 6, D) comes from t. It starts at zero, so at first every gate is closed and h
-    passes unchanged. Section 4 has the same with weights; the demo compares the two."""
+    modulation (B, 6, D) comes from t. It starts at zero, as does what cross_attention returns: at
+    first h passes unchanged. Section 4 has the same with weights; the demo compares the two."""
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=1)       # (B, 1, D) each
     norm = lambda x: x / x.square().mean(-1, keepdim=True).sqrt()
     h = h + gate1 * attention(norm(h) * (1 + scale1) + shift1)  # video tokens see each other,
     h = h + cross_attention(norm(h))                            # then the text,
-    h = h + gate2 * ffn(norm(h) * (1 + scale2) + shift2)        # then each thinks for itself
+    h = h + gate2 * ffn(norm(h) * (1 + scale2) + shift2)        # then each is transformed alone
     return h
 
 
