@@ -218,7 +218,7 @@ for one in ("base", "init"):
          f"--train_tae.steps 9: --{one} run has settled it"),
         (lambda here: sketch(here / "run"), f"--{one} run --workdir new --tae.channels 32",
          f"--tae.channels 32: --{one} run has settled it"),
-        (lambda here: sketch(here / "run"), f"--{one} run --workdir run", "--workdir run"),
+        (lambda here: sketch(here / "run"), f"--{one} run --workdir run", "run"),
         (lambda here: file(here, "x.safetensors", b"no tensors"), f"--{one} x.safetensors",
          "x.safetensors: damaged or missing"),
         (lambda here: save_file({"x": torch.zeros(1)}, here / "x.safetensors"),
