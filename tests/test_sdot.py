@@ -111,7 +111,7 @@ def test_blocks_of_targets_change_nothing():
 
 
 def test_own_span_keeps_every_inner_product_of_centred_targets():
-    Y = latents(20, 300)
+    Y = latents(20, 300) + 1
     Z = sdot.in_own_span(Y)
     assert Z.shape == (20, 19)
     C = (Y - Y.mean(0)).double()
@@ -176,6 +176,17 @@ def test_the_start_is_far_better_than_none():
     Y = latents(400, 256)
     start = sdot.solve(Y, cfg=SDOTConfig(lr=1e-9, budget=1e-9)).h
     assert error(Y, start, 20) < 0.7 and error(Y, -Y.square().sum(1) / 2, 20) > 3.5
+    mass = torch.linspace(1, 9, 400).double()
+    b = mass / mass.sum()                                            # masses, to first order
+    start_b = sdot.solve(Y, mass, SDOTConfig(lr=1e-9, budget=1e-9)).h
+    assert error(Y, start_b, 20, b) < 0.7 * error(Y, start, 20, b)
+
+
+def test_a_bad_start_is_mended_before_the_budget_is_spent():
+    """In 8 dimensions some first cells are ten times too large; steps as large would overshoot."""
+    Y = latents(400, 8, 1)
+    s = sdot.solve(Y, cfg=SDOTConfig(solver="sgd", budget=1.3))
+    assert error(Y, s.h, 300) < 1.25 * math.sqrt(400 / s.samples)
 
 
 def test_tight_clusters_make_auto_change_to_adam():
@@ -203,15 +214,39 @@ def test_masses_that_are_not_equal():
     assert p[-20:].sum() == pytest.approx(b[-20:].sum().item(), abs=0.02)
 
 
-def test_softmax_histogram_and_moving_average_are_usable():
-    """The parts of [AF]. Blocks of few rows, as for many targets, change the order of sums only."""
-    Y = latents(200, 64)
-    cfg = dict(solver="sgd", temperature=0.1, ema=0.9, target=0.15)
-    h = sdot.solve(Y, cfg=SDOTConfig(**cfg)).h
-    assert 0.1 < error(Y, h) < 0.4
-    short = dict(cfg, budget=0.05)
+def test_a_temperature_makes_the_softmax_masses_equal():
+    Y, x = latents(100, 32), normal(20_000, 32, 5)
+    s = sdot.solve(Y, cfg=SDOTConfig(solver="sgd", temperature=1.0))
+    tau = (Y - Y.mean(0)).norm(dim=1).mean() * (100 / 99) ** 0.5 / sdot.expected_max(100)[0]
+    p = ((x @ Y.T + s.h) / tau).softmax(1).mean(0)
+    assert (100 * p - 1).square().mean().sqrt() < 0.1
+    assert 0.25 < error(Y, s.h, 200) < 0.6                           # those of argmax are not,
+    assert sdot.rms(s.chi2) == pytest.approx(error(Y, s.h, 200), abs=0.05)      # and it says so
+    short = dict(solver="sgd", temperature=1.0, budget=0.05)         # rows of noise one by one
     torch.testing.assert_close(sdot.solve(Y, cfg=SDOTConfig(memory=1e-4, **short)).h,
                                sdot.solve(Y, cfg=SDOTConfig(**short)).h, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_answer_is_an_average_of_the_iterates(ema):
+    """Of Polyak and Juditsky's kind, here with weights 1, 2, 3, ..., or a moving one as in [AF]."""
+    Y, iterates = latents(60, 32), []
+    start = sdot.solve(Y, cfg=SDOTConfig(lr=1e-12, budget=1e-9)).h
+    s = sdot.solve(Y, cfg=SDOTConfig(solver="sgd", ema=ema, target=0.3),
+                   on_step=lambda samples, h: iterates.append(h))
+    H, n = torch.stack(iterates), len(iterates)
+    weight = torch.arange(1.0, n + 1, dtype=torch.float64) if not ema else (
+        (1 - ema) * ema ** torch.arange(n - 1.0, -1, -1, dtype=torch.float64))
+    expected = weight @ H / weight.sum() if not ema else weight @ H + ema ** n * start
+    torch.testing.assert_close(s.h, expected, atol=1e-6, rtol=0)
+
+
+def test_no_noise_is_used_twice(monkeypatch):
+    """Neither in two steps, in two groups, nor to solve and then to test."""
+    keys, real = [], sdot.keyed_noise
+    monkeypatch.setattr(sdot, "keyed_noise", lambda key, *a: keys.append(key) or real(key, *a))
+    Coupling.fit(latents(400, 16), torch.arange(400) // 320, target=0.15)
+    assert len(keys) > 100 and len(set(keys)) == len(keys)
 
 
 # ---- against POT ---------------------------------------------------------------------------------
@@ -237,6 +272,10 @@ def test_pots_solver_agrees_and_its_defaults_fail():
     a, b = (sdot.solve(Y, cfg=SDOTConfig(solver=s)) for s in ("auto", "pot"))
     assert error(Y, b.h) < 0.15 and b.samples == pytest.approx(200 * 300, rel=0.05)
     assert b.solver == "pot" and sdot.rms(b.chi2) < 0.15
+    few = [sdot.solve(Y, key=key, cfg=SDOTConfig(solver="pot", budget=0.01, seed=seed)).h
+           for key, seed in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert torch.equal(few[0], few[3]) and not torch.equal(few[0], few[1])
+    assert not torch.equal(few[0], few[2])
     same = sdot.assign(x, Y, a.h.float()) == sdot.assign(x, Y, b.h.float())
     assert same.double().mean() > 0.85
     g = torch.Generator().manual_seed(0)
@@ -355,14 +394,15 @@ def test_clips_of_one_caption_are_a_group():
     groups = sdot.caption_groups(["b", "a", "b", "b", "a", "b"])
     assert groups.dtype == torch.int64 and groups.tolist() == [0, 1, 0, 0, 1, 0]
     assert sdot.caption_groups(["a", "b"] * 2, torch.zeros(4, 3)).tolist() == [0, 1, 0, 1]
+    assert sdot.caption_groups(["a", "a", "b", "c", "d"]).tolist() == [0] * 5    # too few, then
 
 
 @pytest.mark.parametrize("features", [False, True])
 def test_unique_captions_are_grouped_by_similarity(features):
     words = ("a red boat on the sea", "two dogs run over green grass")
-    captions = [f"{words[i % 2]} take{i}" for i in range(128)]
+    captions = [f"take{i}" if features else f"{words[i % 2]} take{i}" for i in range(128)]
     E = normal(128, 8) + 9 * (-1.0) ** torch.arange(128)[:, None]    # the same two, as embeddings
-    E = E * torch.rand(128, 1) + 1e-3 * E                            # of any length
+    E = E * torch.linspace(0.01, 1, 128)[:, None]                    # of any length
     groups = sdot.caption_groups(captions, E.bfloat16() if features else None, size=32)
     assert torch.bincount(groups)[groups].min() >= 32
     for group in groups.unique():
