@@ -1,17 +1,25 @@
 """train.py: the whole system, from captioned clips to a model, and from prompts to new clips.
 
-    stage     reads                          leaves in the run folder
-    tae       clips                          tae/tae.safetensors: the autoencoder, latent statistics
-    latents   clips, captions                latents/: mean and logvar of each clip, text features
-    coupling  latents                        coupling.pt: which noise meets which clip (only sdot)
-    dit       latents, text features         model.safetensors: autoencoder, text, DiT, config
-    sample    prompts                        samples/: a clip for each prompt
-    report    everything above               report.json, samples.gif, index.html
+    stage     reads                   leaves in the run folder
+    tae       clips                   tae/: tae.safetensors, the autoencoder with latent statistics
+                                      (image.safetensors, the same before inflation to video)
+    latents   clips, captions         latents/: mean and logvar of each clip, text features
+    coupling  latents                 coupling.pt: which noise meets which clip (only sdot)
+    dit       latents, coupling       model.safetensors: autoencoder, text, DiT, config
+    sample    model                   samples/: a clip for each prompt
+    report    everything above        report.json, index.html and its pictures: samples.gif,
+                                      curves.png, reconstructions/
+
+Besides: config.json, every setting; log.jsonl, one JSON object a line (time, stage, step, then
+loss, lr and grad_norm, or an event); judge.json, how far the toy world's judge can be trusted;
+videos.json, the videos of --data. While a model trains, its checkpoints are tae/image/step_*,
+tae/video/step_* and dit/step_*.
 
 This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, and the toy world of
 world.py), and adds what they do not have: videos, ranks, checkpoints, the loop, the command line.
-Read `optimize` first (section 5): both models are trained by it. `train_dit` (section 6) is the
-recipe: its `batch` makes a training step out of noise, latents and text.
+Read `optimize` first (section 5): it trains both models, and saves and loads their checkpoints.
+`train_dit` and `dit_batches` (section 6) make a training step out of noise, latents and text.
+`place` and `split_tokens` (section 3) are all that --dp and --sp change.
 
 Run.   torchrun train.py --scale toy                    # all stages; no download, no GPU, no data
        torchrun train.py --scale toy --data DIR --workdir runs/mine       # captioned videos
@@ -27,9 +35,6 @@ training loop write a checkpoint first. No file of a run can execute code when i
 are safetensors or read with weights_only=True, and the table of contents of a checkpoint, which is
 a pickle, may name only the classes of such a table.
 
-Also in a run folder: config.json, every setting; log.jsonl, one JSON object a line: time, stage,
-step, then loss (mean over elements and ranks), lr and grad_norm (before clipping), or an event.
-
 Letters: B batch, T frames, H W height and width, M clips in the data set, P text embedding, L text
 tokens, N video tokens, n those of one rank, t flow time.
 """
@@ -40,7 +45,6 @@ import contextlib
 import csv
 import ctypes
 import fcntl
-import functools
 import inspect
 import io
 import json
@@ -62,7 +66,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -101,20 +105,29 @@ from sdot import SDOTConfig
 # holds the bounds. What concerns more than one config is checked in `finish`.
 
 
+TINY = sys.float_info.min       # the least number above 0
+
+
 class UserError(ValueError):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
+@contextlib.contextmanager
+def named(flag: str):
+    """Turn a ValueError into a UserError that begins with the name of a flag."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{flag}{error}") from None
+
+
 def within(cfg, low: float, high: float, *names: str) -> None:
-    """Raise ValueError unless each of these fields lies in [low, high]; low TINY: above 0."""
+    """Raise ValueError unless each of these fields lies in [low, high]."""
     limits = ("above 0" if low == TINY else f"{low:g} or more" if high == math.inf else
               f"from {low:g} to {high:g}")
     for name in names:
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"{name} {getattr(cfg, name)}: must be {limits}")
-
-
-TINY = sys.float_info.min
 
 
 @dataclass
@@ -153,8 +166,8 @@ class ClipConfig:
         return list(dict.fromkeys(clips + [(1, H, W) for _, H, W in clips if self.images]))
 
     def drawn_shape(self, key: str, aspect: float | None = None) -> tuple[int, int, int]:
-        """Draw the (T, H, W) of a clip: an image or not, a length, then the shape of that length
-        nearest to an aspect ratio H / W, or any of them."""
+        """Draw (T, H, W): an image or not, a length, then the shape of that length that is nearest
+        to an aspect ratio H / W; without one, any."""
         if len(self.shapes) == 1:
             return self.shape
         rng = random.Random(key)
@@ -187,10 +200,9 @@ class TrainConfig:
         within(self, 0, 1e12, "steps", "warmup")
         within(self, 1, 1e12, "batch", "every")
         within(self, 0, math.inf, "weight_decay")
-        within(self, 0, 1, "decay", "beta2", "ema")
+        within(self, 0, 1, "decay", "ema")
+        within(self, 0, 0.9999, "beta2")
         within(self, TINY, math.inf, "lr", "clip")
-        if self.beta2 == 1:
-            raise ValueError("beta2 1: must be below 1")
 
 
 @dataclass
@@ -278,9 +290,9 @@ class Config:
     @property
     def patches(self) -> dict[str, tuple[int, ...]]:
         """The patch of each latent of the autoencoder, by the name of its field."""
-        names = (("patch_structure", "patch_dynamics") if self.variant == "vidtwin" else
-                 ("patch",))
-        return {name: getattr(self, name) for name in names}
+        if self.variant == "vidtwin":
+            return {name: getattr(self, name) for name in ("patch_structure", "patch_dynamics")}
+        return {"patch": self.patch}
 
     @property
     def workers(self) -> int:
@@ -369,15 +381,6 @@ SCALES |= {
 }
 
 
-@contextlib.contextmanager
-def named(flag: str):
-    """Turn the ValueError of another file's own check into a UserError that names the flag."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{flag}{error}") from None
-
-
 def parts_of(cfg: Config, shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
     """The latents of a clip of T x H x W frames: one (C, T', H', W'), or VidTwin's two."""
     with torch.device("meta"):
@@ -396,8 +399,6 @@ def finish(cfg: Config) -> Config:
         flow.schedule(cfg.sample.schedule, cfg.sample.steps, shift=cfg.flow.shift)
     if cfg.flow.objective == "diffusion" and cfg.sample.solver != "euler":
         raise UserError(f"--sample.solver {cfg.sample.solver}: diffusion is sampled with euler")
-    if cfg.base and cfg.init:
-        raise UserError("--base, --init: one or the other")
     if cfg.variant == "vidtwin":                        # whole clips of one size, and no images
         cfg.vidtwin = replace(cfg.vidtwin, frames=c.frames, size=c.size)
         cfg.train_tae = replace(t, window=c.frames, image_steps=0)
@@ -439,16 +440,34 @@ def from_dict(kind, value: dict):
     return kind(**out)
 
 
-def read_config(folder: Path | str) -> Config:
-    """Read the config.json of a run; fields that are newer than the file have their defaults."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder}: no run there; train first: torchrun train.py --workdir "
-                        f"{folder}")
+def read_config(run: Path | str) -> Config:
+    """Read the config of a run, given its folder or its model.safetensors; fields that are newer
+    than the file have their defaults."""
+    path = Path(run)
+    if path.is_file():
+        with opened(path) as f:
+            text = (f.metadata() or {}).get("config")
+        if text is None:
+            raise UserError(f"{path}: not a model.safetensors of train.py")
+    elif (path / "config.json").exists():
+        path = path / "config.json"
+        text = read_text(path)
+    else:
+        raise UserError(f"{run}: no run there; train first: torchrun train.py --workdir {run}")
     try:
-        return from_dict(Config, json.loads(read_text(path)))
+        return from_dict(Config, json.loads(text))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); choose another --workdir") from None
+
+
+def result_of(run: Path) -> Path:
+    """The model.safetensors of a finished run, given its folder or that file."""
+    if run.is_file():
+        return run
+    if not (run / "model.safetensors").exists():
+        read_config(run)                                # UserError if there is no run at all
+        raise UserError(f"{run}: not finished; continue it with the command that began it")
+    return run / "model.safetensors"
 
 
 # ---- 2. Clips: the toy world, and folders of videos ----------------------------------------------
@@ -834,7 +853,7 @@ def save_gif(path: Path, frames: list, fps: float) -> None:
     if fps > 50:
         frames = [frames[int(k * fps / 50)] for k in range(math.ceil(len(frames) * 50 / fps))]
     ends = [round(100 * k / min(fps, 50)) for k in range(len(frames) + 1)]
-    with naming(path):
+    with writing(path):
         frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
                        duration=[10 * (b - a) for a, b in zip(ends, ends[1:])])
 
@@ -855,7 +874,7 @@ def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -
 
         frames = frames.repeat(zoom, 1).repeat(zoom, 2)
         h, w = (n - n % 2 for n in frames.shape[1:3])                       # 4:2:0: even sides
-        with naming(path), av.open(str(path), "w") as container:
+        with writing(path), av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=round(fps), options={"crf": "12"})
             stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
             for f in frames:
@@ -1043,7 +1062,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: Path):
+def writing(path: Path):
     """Turn what a library says when it cannot write into a UserError that names the file."""
     try:
         yield
@@ -1053,10 +1072,10 @@ def naming(path: Path):
 
 
 @contextlib.contextmanager
-def beside(path: Path):
+def replacing(path: Path):
     """Give a path to write to, which takes the place of `path` when all went well."""
     part = path.with_name(path.name + ".part")
-    with naming(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
@@ -1069,7 +1088,7 @@ def beside(path: Path):
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    with beside(path) as part:
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -1089,13 +1108,11 @@ def write_json(path: Path, value) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write a safetensors file, whole or not at all."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    with beside(path) as part:
+    with replacing(path) as part:
+        part.touch()
+        mode = part.stat().st_mode
         save_file(tensors, part, metadata=metadata or None)
-        part.chmod(0o666 & ~UMASK)          # safetensors gives files to their owner alone
-
-
-UMASK = os.umask(0)
-os.umask(UMASK)
+        part.chmod(mode)                    # safetensors gives files to their owner alone
 
 
 @contextlib.contextmanager
@@ -1170,7 +1187,10 @@ class SummedWriter(dcp.FileSystemWriter):
     that is flipped."""
 
     def write_data(self, plan, planner):
-        written = super().write_data(plan, planner)
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:       # torch's, over that of the disk
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         self.sum(f"__{rank()}_*")
         return written
 
@@ -1286,15 +1306,22 @@ class Run:
         """Whether a file is there, as rank 0 sees it now: all ranks take the same way."""
         return from_rank0((self.folder / name).exists())
 
+    def save(self, name: str, tensors: dict[str, Tensor], **metadata: str) -> None:
+        """Write what rank 0 brings as a safetensors file; the other ranks wait for it."""
+        if rank() == 0:
+            save_tensors(self.folder / name, tensors, **metadata)
+        self.mesh.meet(f"{self.folder / name}")
+
     def log(self, stage: str, step: int, **figures) -> None:
         """Append a row to log.jsonl. After a kill some steps are in it twice: the last one counts.
         """
         if rank() == 0:
             path = self.folder / "log.jsonl"
             row = {"time": round(time.time(), 3), "stage": stage, "step": step, **figures}
-            with naming(path), path.open("a", encoding="utf-8") as f:
-                # A kill may have left half a row.
-                f.write("\n" * (figures.get("event") == "start") + json.dumps(row) + "\n")
+            cut = (figures.get("event") == "start" and path.exists()
+                   and path.read_bytes()[-1:] not in (b"", b"\n"))      # by a kill
+            with writing(path), path.open("a", encoding="utf-8") as f:
+                f.write("\n" * cut + json.dumps(row) + "\n")
             if "detail" in figures:
                 say(f"{stage} step {step}: {figures['event']}, {figures['detail']}")
 
@@ -1334,7 +1361,8 @@ def generator(*key) -> torch.Generator:
 # ---- 5. The loop ---------------------------------------------------------------------------------
 
 STOP, TRAINING = threading.Event(), threading.Event()
-SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}       # blocked at the top of this file
+
 
 def listen() -> None:
     """Hear Ctrl-C, SIGTERM and SIGUSR1, which SLURM sends before it takes the machine, in a thread
@@ -1491,14 +1519,12 @@ def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def train_tae(run: Run, clips) -> None:
     """Make tae/tae.safetensors: image training, inflation, video training, latent statistics. An
     image is a clip with T = 1. With --base or --init the autoencoder is taken over."""
-    cfg, t, folder = run.cfg, run.cfg.train_tae, run.folder / "tae"
-    final, image_file = folder / "tae.safetensors", folder / "image.safetensors"
+    cfg, t = run.cfg, run.cfg.train_tae
     if run.has("tae/tae.safetensors"):
         return
     if cfg.base or cfg.init:
-        if rank() == 0:
-            save_tensors(final, tae_of(Path(cfg.base or cfg.init)))
-        run.mesh.meet(f"{final}")
+        run.save("tae/tae.safetensors", load_tensors(Path(cfg.base) / "tae/tae.safetensors")
+                 if cfg.base else only(load_tensors(result_of(Path(cfg.init))), "tae."))
         return
     if not cfg.data and rank() == 0:            # before hours are spent: can the judge be trusted?
         c = cfg.clips
@@ -1519,10 +1545,8 @@ def train_tae(run: Run, clips) -> None:
             model = place(run, lambda: objective(image(), plain), t.precision)
             state = optimize(run, "tae/image", model, t, t.image_steps,
                              tae_batches(run, clips, False), cfg.workers)
-            if rank() == 0:
-                save_tensors(image_file, only(state, "tae."))
-            run.mesh.meet(f"{image_file}")
-        trained = load_tensors(image_file)
+            run.save("tae/image.safetensors", only(state, "tae."))
+        trained = load_tensors(run.folder / "tae/image.safetensors")
 
         def build() -> nn.Module:
             flat = image()
@@ -1532,15 +1556,14 @@ def train_tae(run: Run, clips) -> None:
     model = place(run, build, t.precision)
     state = optimize(run, "tae/video", model, t, t.steps, tae_batches(run, clips, True),
                      cfg.workers)
+    tae = autoencoder.autoencoder(cfg.autoencoder_config).eval()
     if rank() == 0:
-        tae = autoencoder.autoencoder(cfg.autoencoder_config).eval()
         tae.load_state_dict(only(state, "tae."), strict=False)
         tae, stats = tae.to(run.device), autoencoder.LatentStats(tae)
         for _, _, posterior in encoded(run, tae, clips, "train", range(256), cfg.clips.shape):
             stats.update(posterior)
         tae.lat_mean[:], tae.lat_std[:] = stats.result()
-        save_tensors(final, tae.state_dict())
-    run.mesh.meet(f"{final}")
+    run.save("tae/tae.safetensors", tae.state_dict())
 
 
 def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
@@ -1560,17 +1583,6 @@ def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
         return [(x.to(run.device), step, generator(cfg.seed, "tae", video, step, rank()))]
 
     return batch
-
-
-def tae_of(path: Path) -> dict[str, Tensor]:
-    """The autoencoder of another run: of its folder, or of its model.safetensors."""
-    if path.is_file():
-        return only(load_tensors(path), "tae.")
-    file = path / "tae/tae.safetensors"
-    if not file.exists():
-        raise UserError(f"{path}: no run with an autoencoder there; train first: torchrun train.py "
-                        f"--workdir {path}")
-    return load_tensors(file)
 
 
 SHARD = 256         # clips in one file of latents
@@ -1668,11 +1680,11 @@ def encode_latents(run: Run, clips) -> None:
 
 def same_latents(cfg: Config) -> bool:
     """Whether the latents of --base are those that this run would make."""
-    other, mine = (json.loads(json.dumps(asdict(c))) for c in (read_config(cfg.base), cfg))
-    decides = lambda c: [{k: v for k, v in c["clips"].items() if k not in ("fps", "workers")},
-                         {k: v for k, v in c["text"].items() if k not in ("without", "offload")},
-                         c["data"]]
-    return decides(other) == decides(mine)
+    free = {"clips.fps", "clips.workers", "text.without", "text.offload"}
+    other, mine = ({k: v for k, v in flat(asdict(c)).items()
+                    if k.startswith(("clips.", "text.", "data")) and k not in free}
+                   for c in (read_config(cfg.base), cfg))
+    return other == mine
 
 
 def link(source: Path, folder: Path) -> None:
@@ -1690,7 +1702,7 @@ def link(source: Path, folder: Path) -> None:
 
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    with naming(folder):
+    with writing(folder):
         shutil.copytree(source, part, copy_function=share_file)
         os.replace(part, folder)
 
@@ -1736,7 +1748,7 @@ class Latents:
             ranges[shape] = range(ranges[shape].start if shape in ranges else a, b)
         return list(ranges.items())
 
-    @functools.cached_property
+    @cached_property
     def captions(self) -> list[str]:
         """The caption of each clip. Reads all of them."""
         out: list[str] = []
@@ -1789,7 +1801,7 @@ def couple_latents(run: Run) -> None:
         ranks=dist.is_initialized(), device=run.device)
     if rank() == 0:
         say(coupling.report())
-        with naming(path):
+        with writing(path):
             coupling.save(path)
     run.mesh.meet(f"{path}")
 
@@ -1820,7 +1832,7 @@ def noise(key: tuple, rows: Iterable[int], shape: torch.Size) -> Tensor:
 def train_dit(run: Run) -> None:
     """Make model.safetensors, the result of a run: the autoencoder, the averaged weights of
     TextToVideo trained on the latents, and the config."""
-    final, cfg, t = run.folder / "model.safetensors", run.cfg, run.cfg.train_dit
+    cfg, t = run.cfg, run.cfg.train_dit
     if run.has("model.safetensors"):
         return
     latents, widths = Latents(run.folder / "latents"), {}
@@ -1832,18 +1844,16 @@ def train_dit(run: Run) -> None:
     def build() -> nn.Module:
         model = TextToVideo(cfg, widths)
         if cfg.init and fresh and not next(model.parameters()).is_meta:
-            model.load_state_dict(start_from(Path(cfg.init), cfg))
+            model.load_state_dict(start_from(result_of(Path(cfg.init)), cfg))
         return model
 
     model = place(run, build, t.precision, fresh)
     if run.mesh.tokens is not None:
         split_tokens(model.dit, run.mesh.tokens)
     state = optimize(run, "dit", model, t, t.steps, dit_batches(run, latents, model.text))
-    if rank() == 0:
-        tae = load_tensors(run.folder / "tae/tae.safetensors")
-        save_tensors(final, {f"tae.{k}": v for k, v in tae.items()} | state,
-                     config=json.dumps(asdict(cfg)))
-    run.mesh.meet(f"{final}")
+    tae = load_tensors(run.folder / "tae/tae.safetensors")
+    run.save("model.safetensors", {f"tae.{k}": v for k, v in tae.items()} | state,
+             config=json.dumps(asdict(cfg)))
 
 
 def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
@@ -1896,32 +1906,16 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
     return batch
 
 
-def start_from(path: Path, cfg: Config) -> dict[str, Tensor]:
+def start_from(file: Path, cfg: Config) -> dict[str, Tensor]:
     """The weights of TextToVideo that another run ended with, its position tables stretched to the
     sizes of this one, as Movie Gen does between its stages."""
-    file, before = result_of(path)
     state = {k: v for k, v in load_tensors(file).items() if not k.startswith("tae.")}
     with torch.device("meta"):
-        grown = backbone.DiT(before.dit)
+        grown = backbone.DiT(read_config(file).dit)
     grown.load_state_dict({k: v for k, v in only(state, "dit.").items() if k.startswith("tables.")},
                           strict=False, assign=True)
     grown.expand_positions(*(s.size for s in cfg.dit.streams))
     return state | {f"dit.tables.{k}": v for k, v in grown.tables.state_dict().items()}
-
-
-def result_of(path: Path) -> tuple[Path, Config]:
-    """The model.safetensors of a finished run, given its folder or that file, and its config."""
-    file = path if path.is_file() else path / "model.safetensors"
-    if not file.exists():
-        there = (path / "config.json").exists()
-        raise UserError(f"{path}: " + (
-            "not finished; continue it with the command that began it" if there else
-            f"no run there; train first: torchrun train.py --workdir {path}"))
-    with opened(file) as f:
-        config = (f.metadata() or {}).get("config")
-    if not config:
-        raise UserError(f"{file}: not a model.safetensors of train.py")
-    return file, from_dict(Config, json.loads(config))
 
 
 @dataclass
@@ -1986,11 +1980,11 @@ class Loaded:
         """New clips (B, 3, T, H, W) in [-1, 1] for prompts, with classifier-free guidance; steps,
         solver and scale as configured. seeds: one for each, 0 to B - 1 if not given. features: what
         `encode` gave for the prompts. ValueError where they do not match."""
-        s, features = self.cfg.sample, features or self.encode(prompts)
+        s = self.cfg.sample
+        P, mask, P0, mask0 = self.conditions(features or self.encode(prompts))
         seeds = list(range(len(prompts)) if seeds is None else seeds)
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds {seeds}: must be one for each of {len(prompts)} prompts")
-        P, mask, P0, mask0 = self.conditions(features)
         v_fn = flow.guided(lambda x, t: self.dit(x, t, P, mask),
                            lambda x, t: self.dit(x, t, P0, mask0), s.guidance)
         z = flow.sample(v_fn, self.noise(seeds), self.schedule(), solver=s.solver,
@@ -2003,9 +1997,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu",
     """Load a finished run: its folder, or a copy of its model.safetensors. Reads safetensors and
     JSON only; on device "meta" no weights at all, for what only asks for shapes. prepare(dit) may
     take blocks out of the DiT first: what is not there is not read, and takes no memory."""
-    device = torch.device(device)
-    file, cfg = result_of(Path(path))
-    widths = {}
+    device, file = torch.device(device), result_of(Path(path))
+    cfg, widths = read_config(file), {}
     if cfg.text.mode == "pretrained":           # the encoders themselves may be elsewhere
         with opened(file) as f:
             widths = {k: f.get_slice(f"text.null.{k}").get_shape()[0] for k in text_cond.ENCODERS}
@@ -2046,20 +2039,20 @@ def make_samples(run: Run) -> None:
         save_tensors(file(i), {"clips": clips})             # the mark that all of them are there
 
     if mine:
-        with naming(folder):
+        with writing(folder):
             folder.mkdir(exist_ok=True)
         loaded = load_run(run.folder, run.device)
         features = loaded.encode(prompts)                   # no encoder is loaded twice
         with ThreadPoolExecutor(1) as pool, tqdm(total=len(mine) * n, desc="sample", unit="clip",
                                                  disable=rank() != 0) as bar:
-            writing = []
+            written = []
             for i in mine:
                 clips = loaded.generate(prompts[i : i + n], range(i, min(i + n, len(todo))),
                                         {k: v[i : i + n] for k, v in features.items()}).cpu()
                 fps = [loaded.fps_of(p) for p in prompts[i : i + n]]
-                writing.append(pool.submit(write, i, clips, fps))
+                written.append(pool.submit(write, i, clips, fps))
                 bar.update(len(clips))
-            for future in writing:
+            for future in written:
                 future.result()
     run.mesh.meet(f"{folder}")
     if rank() == 0:
@@ -2113,7 +2106,7 @@ def reconstruct(run: Run, tae: autoencoder.Autoencoder, clips
     written to reconstructions/, each beside what the autoencoder makes of it."""
     T, H, W = shape = run.cfg.clips.shape
     folder, psnr, z, captions = run.folder / "reconstructions", [], [], []
-    with naming(folder):
+    with writing(folder):
         folder.mkdir(exist_ok=True)
     for x, told, posterior in encoded(run, tae, clips, "heldout", range(64), shape):
         again = tae.decode(posterior.mean, T, (H, W), **streamed(run.cfg, shape)).cpu()
@@ -2186,7 +2179,7 @@ def draw_curves(path: Path, losses: dict[str, dict[int, float]]) -> None:
         ax.set(title=f"{stage}: loss", xlabel="step", yscale="log")
         ax.grid(alpha=0.3, which="both")
     figure.tight_layout()
-    with naming(path):
+    with writing(path):
         figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -2331,7 +2324,8 @@ def one_step(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool = False
         p.data = p.data.bfloat16()                          # as FSDP hands them out
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    x, text = torch.randn(b, s.channels, n * s.patch[0], *s.patch[1:]), torch.randn(b, L, dit.dim)
+    x = torch.randn(b, s.channels, n * s.patch[0], *s.patch[1:])
+    text = torch.randn(b, L, dit.dim, requires_grad=True)   # it comes from trained projections
     t, mask = torch.rand(b), torch.ones(b, L, dtype=torch.bool)
 
     def step() -> None:
@@ -2521,10 +2515,7 @@ def add_flags(parser: argparse.ArgumentParser, prefix: str, cfg) -> None:
 
 def changed(cfg, prefix: str, given: dict):
     """A dataclass with the values of the flags that were given."""
-    new = {name.removeprefix(prefix): tuple(v) if isinstance(v, list) else v
-           for name, v in given.items()
-           if name.startswith(prefix) and "." not in name.removeprefix(prefix)}
-    new = {k: v for k, v in new.items() if k in {f.name for f in fields(cfg)}}
+    new = {f.name: given[prefix + f.name] for f in fields(cfg) if prefix + f.name in given}
     with named(f"--{prefix}"):
         return replace(cfg, **new)
 
@@ -2548,54 +2539,61 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
         add_flags(parser, "", section)
     for name, section in sections.items():
         add_flags(parser, f"{name}.", section)
-    given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
 
     command = changed(Command(), "", given)
-    if not command.plan and (idle := given.keys() & PLANNED):
-        raise UserError(f"--{min(idle)}: needs --plan; a run has the ranks of torchrun")
-    other = given.get("base") or given.get("init")
-    cfg, had_data = SCALES[given.get("scale", "toy")](), False
-    if other:
-        path = Path(other)
-        cfg = result_of(path)[1] if path.is_file() else read_config(path)
-        cfg, had_data = replace(cfg, base="", init=""), bool(cfg.data)
-        if given.get("scale", cfg.scale) != cfg.scale:
-            raise UserError(f"--scale {given['scale']}: {other} is a run of --scale {cfg.scale}")
+    if not command.plan and (idle := sorted(given.keys() & PLANNED)):
+        raise UserError(f"--{idle[0]} {given[idle[0]]}: needs --plan; a run has the ranks of "
+                        "torchrun")
+    for name in ("data", "workdir", "base", "init"):
+        if given.get(name) == "":
+            raise UserError(f"--{name} '': no such folder")
+    cfg = taken_over(given) or SCALES[given.get("scale", "toy")]()
+    had_data = bool(cfg.data)
     for name in sections:
         setattr(cfg, name, changed(getattr(cfg, name), f"{name}.", given))
     cfg = changed(cfg, "", given)
     if cfg.data and not had_data and "clips.count" not in given and cfg.scale in ("toy", "small"):
         cfg.clips = replace(cfg.clips, count=1024)      # a window of a video costs a decoding
-    for name in ("data", "workdir", "base", "init"):
-        if given.get(name) == "":
-            raise UserError(f"--{name} '': no such folder")
-    if other:
-        check_taken_over(cfg, given)
     with named(""):
         return finish(cfg), command
 
 
-def check_taken_over(cfg: Config, given: dict) -> None:
-    """UserError for a flag that would change what --base or --init takes over."""
-    fixed = ("tae.", "vidtwin.", "loss.", "train_tae.")
-    if cfg.init:
-        fixed += ("text.", "dit.")
-    free = HOW | {"text.without"}
-    for name in given:
-        if (name.startswith(fixed) or name == "variant") and name not in free:
-            raise UserError(f"--{name}: --{'init' if cfg.init else 'base'} "
-                            f"{cfg.init or cfg.base} has settled it")
+def taken_over(given: dict) -> Config | None:
+    """The config of the run that --base or --init names, if any. UserError for a run that is not
+    far enough, and for a flag that would change what is taken over."""
+    if "base" in given and "init" in given:
+        raise UserError("--base, --init: one or the other")
+    for how in given.keys() & {"base", "init"}:
+        other = given[how]
+        with named(f"--{how} "):
+            cfg = replace(read_config(other), base="", init="")
+        if given.get("scale", cfg.scale) != cfg.scale:
+            raise UserError(f"--scale {given['scale']}: {other} is a run of --scale {cfg.scale}")
+        fixed = ("tae.", "vidtwin.", "loss.", "train_tae.", "variant",
+                 *(("text.", "dit.") if how == "init" else ()))
+        for name in given.keys() - HOW - {"text.without"}:
+            if name.startswith(fixed):
+                value = given[name]
+                words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"--{name} {words}: --{how} {other} has settled it")
+        with named(f"--{how} "):
+            if how == "init":
+                result_of(Path(other))
+            elif not (Path(other) / "tae/tae.safetensors").exists():
+                raise UserError(f"{other}: no run with an autoencoder there; train first: "
+                                f"torchrun train.py --workdir {other}")
+        return cfg
+    return None
 
 
-def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """`field: there -> here` for each field in which two configs differ."""
-    out = []
-    for key in {**a, **b}:
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            out += differences(x, y, f"{prefix}{key}.")
-        elif x != y:
-            out.append(f"{prefix}{key}: {x} there, {y} here")
+def flat(config: dict, prefix: str = "") -> dict[str, object]:
+    """{name of the flag: value} of a config as JSON."""
+    out: dict[str, object] = {}
+    for name, value in config.items():
+        out |= (flat(value, f"{prefix}{name}.") if isinstance(value, dict) else
+                {prefix + name: value})
     return out
 
 
@@ -2603,13 +2601,12 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
              mesh: Mesh | None = None) -> Run:
     """Open the run folder, new or continued, for this process alone. UserError for one of another
     configuration (but for HOW), which is left as it is, and where nodes see different folders."""
-    path, mine, differ = folder / "config.json", json.loads(json.dumps(asdict(cfg))), []
-    run = Run(folder, cfg, device, mesh)
+    path, run = folder / "config.json", Run(folder, cfg, device, mesh)
     if path.exists():
-        there = json.loads(json.dumps(asdict(read_config(folder))))
-        differ = differences(there, mine)
+        there, mine = flat(asdict(read_config(folder))), flat(asdict(cfg))
         moved = {"data"} if cfg.data and there["data"] else set()   # a run keeps to videos.json
-        if other := [x for x in differ if x.split(":")[0] not in HOW | moved]:
+        if other := [f"{k}: {there[k]} there, {v} here" for k, v in mine.items()
+                     if v != there[k] and k not in HOW | DERIVED | moved]:
             raise UserError(f"--workdir {folder}: holds a run of another configuration "
                             f"({'; '.join(other)}); choose another --workdir")
     elif folder.exists() and {p.name for p in folder.iterdir()} - {"lock", "seen"}:
@@ -2617,7 +2614,7 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
                         "--workdir")
     run.mesh.meet(f"{folder}")
     if rank() == 0:
-        with naming(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             run.lock = (folder / "lock").open("a")
         try:
@@ -2635,8 +2632,7 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
                         "rank 0 writes there; it has to be one folder for all nodes")
     if rank() == 0:
         (folder / "seen").unlink(missing_ok=True)
-        if differ or not path.exists():
-            write_json(path, mine)
+        write_json(path, asdict(cfg))
     run.mesh.meet(f"{path}")
     return run
 
