@@ -27,7 +27,7 @@ Contract.  ParallelSampler(model, mesh).sample(x0, text, mask, null, null_mask, 
     x0 (B, ...) noise, fp32; text (B, L, D_text); mask (B, L) bool, True = attend
     -> x1 like x0, on every rank. x0 and text are broadcast from rank 0, so a different seed on
        another rank cannot turn the clip into noise.
-    model: any with these methods; those on tokens must accept slices of the token axis
+    model: any with these seams; those on tokens must accept slices of the token axis
         patchify(x) -> (B,N,P)      positions(x.shape) -> (N,D)      condition(t (B,)) -> c
         embed(tokens) -> h (B,n,D)  blocks[i](h, pos, c, text, mask) -> h      head(h, c) -> (B,n,P)
         blocks[i].attend(q, k, v), its self-attention, each (B, heads, n, head_dim), assignable
@@ -541,7 +541,7 @@ class Outbox:
 
 
 class ParallelSampler:
-    """Samples any model with the methods of the contract (module docstring) over `make_mesh(...)`.
+    """Samples any model with the seams of the contract (module docstring) over `make_mesh(...)`.
 
         patches      M; 0: as many as stages      warmup      W whole steps before the pipe fills
         patch_axis   bands of frames (t), rows (h) or columns (w)
@@ -777,8 +777,7 @@ class Halo(TorchFunctionMode):
         convolution            gets the neighbours' rows; zeros at the picture's own edge
         group norm             mean and variance over all bands
         attention over space   K and V of all bands; attention over time stays as it is
-        NOT_IN_BANDS           raise ValueError, and so do convolutions with a stride over rows, or
-                               without zero padding over rows
+        NOT_IN_BANDS           raise ValueError, and so do strides and other paddings over rows
     What else looks across rows (a mean in plain arithmetic, a smooth interpolation) is not seen and
     would be taken over this rank's band alone: check a new decoder once, as `--check` does.
     Pictures are (frames, C, H, W) or (B, C, T, H, W), attention (sequences, heads, tokens, d) with
@@ -792,7 +791,8 @@ class Halo(TorchFunctionMode):
         super().__init__()
         self.axis, self.rows, self.width = axis, rows, width    # latent rows of each band; columns
         self.replace = dict.fromkeys(self.NOT_IN_BANDS, self.refuse) | {
-            F.conv2d: self.conv, F.conv3d: self.conv, F.group_norm: self.group_norm,
+            F.conv2d: self.conv, F.conv3d: self.conv, F.pad: self.pad,
+            F.group_norm: self.group_norm,
             F.scaled_dot_product_attention: self.attend}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -808,8 +808,10 @@ class Halo(TorchFunctionMode):
         each = lambda a: [a] * (weight.dim() - 2) if isinstance(a, int) else list(a)
         stride, padding, dilation = each(stride), each(padding), each(dilation)
         p, padding[-2] = padding[-2], 0                             # rows are the last but one
-        if stride[-2] != 1 or 2 * p != dilation[-2] * (weight.shape[-2] - 1):
+        reach = dilation[-2] * (weight.shape[-2] - 1)
+        if stride[-2] != 1 or p and 2 * p != reach or not p and x.shape[-2] <= reach:
             self.refuse(func)                                       # it changes the number of rows
+        # Without padding it is one over time, which tae.py calls with (B, C, T, H W).
         return func(self.extend(x, p) if p else x, weight, bias, stride, padding, dilation, groups)
 
     def extend(self, x, p):
@@ -826,6 +828,11 @@ class Halo(TorchFunctionMode):
         zeros = x.new_zeros(shape(p))
         return torch.cat([got[i - 1] if i > 0 else zeros, x,
                           got[i + 1] if i < size - 1 else zeros], dim=-2)
+
+    def pad(self, func, x, pad, *args, **kwargs):
+        if any(pad[2:4]):                                           # left right, top bottom, ...
+            self.refuse(func)
+        return func(x, pad, *args, **kwargs)
 
     def group_norm(self, func, x, num_groups, weight=None, bias=None, eps=1e-5):
         if x.dim() < 4:                                # one pixel's frames: nothing of another band
@@ -885,10 +892,11 @@ def halo_decode(decode, z):
     rows = split(z.shape[3], axis.size)
     with Halo(axis, rows, z.shape[4]):
         y = decode(z[:, :, :, spans(rows)[axis.index]])
-    heights = everyone(y.shape[3])
-    if heights != [heights[0] // rows[0] * r for r in rows]:
-        raise ValueError(f"decode halo: {rows} latent rows became {heights}, not a picture in "
-                         "bands, use --decode one")
+    heights, W = everyone(y.shape[3]), z.shape[4]
+    f = heights[0] // rows[0]                   # columns must grow as rows do, but may be cropped
+    if heights != [f * r for r in rows] or not f * (W - 1) < y.shape[4] <= f * W:
+        raise ValueError(f"decode halo: {rows} latent rows of {W} became {heights} of {y.shape[4]},"
+                         " not a picture in bands, use --decode one")
     clip = y.new_zeros(*y.shape[:3], sum(heights), y.shape[4])      # each writes its band
     clip[:, :, :, spans(heights)[axis.index]] = y
     dist.reduce(clip, 0)
@@ -1046,6 +1054,7 @@ def verdict(ok, text):
 def launch(fn, world, *args):
     """fn(*args) on `world` forked ranks, joined by gloo over a file -> their results. The first
     error ends all, and is raised here. Forking takes 0.1 s (torchrun takes 8)."""
+    import torch._dynamo  # noqa: F401  (torch's first exchange imports it, in 1 s: once, not in each)
     with tempfile.TemporaryDirectory() as folder:
         start_processes(_rank, (fn, args, world, folder), world, start_method="fork")
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
@@ -1085,7 +1094,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyDiT(nn.Module):
-    """The methods of the contract and nothing more: what a model needs to be sampled here."""
+    """The seams of the contract and nothing more: what a model needs to be sampled here."""
 
     def __init__(self, channels=2, grid=(8, 8, 8), patch=(1, 2, 4), D=64, depth=4, heads=4):
         super().__init__()
@@ -1481,7 +1490,7 @@ def sample_run(args):
                 train.write_video(path, clip[0].float().cpu(), run.fps_of(prompt))
                 print(f"{path}: {prompt}   ({row['seconds']:.1f} s)", flush=True)
             if whole is not None:
-                alone = clip if args.decode == "tiles" else run.decode(z)
+                alone = clip if args.decode == "tiles" else run.decode(z)[:, :, :T, :H, :W]
                 ok &= check(whole, inputs, z, row, clip, alone)
     ok = everyone(ok)[0]
     if world > 1:
@@ -1516,7 +1525,9 @@ def check(model, inputs, z, row, clip, alone):
 
 def main(argv=None):
     """The command line."""
-    sys.stderr = sys.stderr or sys.stdout                     # `2>&-`: say it where it can be read
+    if sys.stderr is None:          # closed, as by 2>&-: else the next file opened gets its number
+        os.dup2(1 if sys.stdout else os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     args = parse(argv)
     try:
         if args.workdir:
