@@ -1,22 +1,20 @@
 """A tiny run on two gloo ranks that is killed, stopped, damaged and starved, and ends with the same
 bits as the run that nobody touched.
 
-    pytest tests/chaos.py -m slow                       # about 9 minutes on 2 cores
-    python tests/chaos.py [SEED]                        # the same with a log, other moments
+    pytest tests/chaos.py -m slow -s                    # about 4 minutes on 2 cores
+    python tests/chaos.py [SEED]                        # the same, at other moments
 
 One job under `torchrun --max-restarts`, in this order: 20 SIGKILLs of either rank at random moments
-of every stage (the last three kinds after what follows), SIGTERM to one rank, the newest checkpoint
-cut in half while the job is down, a full disk (a tmpfs; without the right to mount one, a limit on
-the size of a file). Proven: tae/tae.safetensors, dit/model.safetensors, coupling.pt, the latents
-and metrics.csv are those of the untouched run, bit for bit; each time the work goes on at the last
-checkpoint that was in its place, and no more steps are lost than --train_*.every says (one that was
-being written counts as lost); what is damaged or cannot be written is named; nothing half written
-is left.
+of every stage (the last three after what follows), SIGTERM to one rank, the newest checkpoint cut
+in half, one bit of the newest flipped, a full disk (a tmpfs; without the right to mount one, a
+limit on the size of a file). Proven: tae/tae.safetensors, model.safetensors, coupling.pt, the
+latents, and the losses in log.jsonl are those of the untouched run, bit for bit; each time the work
+goes on at the last checkpoint that was whole, and no more steps are lost than --train_*.every says;
+what is damaged or cannot be written is named; nothing half written is left.
 """
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -32,13 +30,12 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERY = 4                       # steps that a kill costs at most
-APART = EVERY // 2              # between two checkpoints
+EVERY = 4                       # steps between checkpoints: the most that a kill costs
 TINY = f"""--device cpu --clips.count 1024 --train_tae.image_steps 40 --train_tae.steps 40
-  --train_tae.batch 2 --train_tae.image_batch 8 --train_tae.every {EVERY} --steps 80 --batch 8
+  --train_tae.batch 2 --train_tae.image_batch 8 --train_tae.every {EVERY} --steps 200 --batch 8
   --train_dit.every {EVERY} --dit.dim 48 --dit.depth 2 --text.width 32 --sample.prompts 4
   --sample.steps 3""".split()
-FOLDER = {"tae/image": "tae/image", "tae/video": "tae", "dit": "dit"}     # of the checkpoints
+TRAINED = ("tae/image", "tae/video", "dit")             # stages with checkpoints, in their folders
 KILLS = {"tae/image": 4, "tae/video": 4, "latents": 3, "coupling": 2, "dit": 4, "sample": 2,
          "report": 1}
 
@@ -76,7 +73,7 @@ class Job:
     def __init__(self, folder, log, restarts=30, limit=None):
         self.folder, self.log, self.old = folder, log, set()
         log.touch()
-        self.since, self.began = log.stat().st_size, time.time()
+        self.since, self.rows = log.stat().st_size, len(rows(folder))
         less = limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         with log.open("a") as out:
             self.agent = subprocess.Popen(
@@ -88,7 +85,7 @@ class Job:
                      "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
     def said(self):
-        """What was said since this start, or since the last restart that `ranks` saw."""
+        """What was said since this start."""
         with self.log.open("rb") as f:
             f.seek(self.since)
             return f.read().decode(errors="replace")
@@ -101,28 +98,21 @@ class Job:
             return len(found) == 2 and not self.old & set(found.values()) and found
         return wait("two ranks", new)
 
-    def fresh(self):
-        """Wait for the ranks that come after a kill, and listen only to them."""
-        found = self.ranks()
-        if self.old:
-            self.since, self.began = self.log.stat().st_size, time.time()
-        self.old = set()
-        return found
-
-    def inside(self, stage):
-        """Whether these ranks have begun this stage: its progress bar is there; report has none."""
-        if stage == "report":
-            return any(p.stat().st_mtime > self.began
-                       for p in self.folder.glob("reconstructions/*.gif"))
-        return f"{'sdot' if stage == 'coupling' else stage}:" in self.said()
-
     def stage(self):
-        """The last stage that these ranks have begun."""
-        return next((stage for stage in reversed(KILLS) if self.inside(stage)), "")
+        """The stage that the ranks of now work at; "" before the first."""
+        now = rows(self.folder)[self.rows :]
+        starts = [i for i, row in enumerate(now) if row.get("event") == "start"]
+        return after(now[-1]) if starts else ""
+
+    def reached(self, stage):
+        """Wait until the ranks of now have begun a stage, or a later one."""
+        self.ranks()
+        order = ["", *KILLS]
+        wait(f"{stage} to go on", lambda: order.index(self.stage()) >= order.index(stage))
 
     def signal(self, rank, number):
         found = self.ranks()
-        self.old = set(found.values())
+        self.old, self.rows = set(found.values()), len(rows(self.folder))
         os.kill(found[rank], number)
 
     def end(self, seconds=300):
@@ -142,26 +132,49 @@ class Job:
 # ---- what lies in a run folder ------------------------------------------------------------------
 
 
-def events(folder, what="start"):
-    path = folder / "events.jsonl"
-    rows = [json.loads(r) for r in path.read_text().splitlines()] if path.exists() else []
-    return [r for r in rows if r["event"] == what]
+def rows(folder):
+    """The rows of log.jsonl; one that a kill has cut is left out."""
+    path, found = folder / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def after(row):
+    """The stage at work after a row of log.jsonl."""
+    if row["stage"] == "run":
+        return ""
+    if row.get("event") != "done":
+        return row["stage"]
+    return {"tae": "latents", "latents": "coupling", "coupling": "dit", "dit": "sample",
+            "sample": "report", "report": "report"}[row["stage"]]
+
+
+def begins(folder, stage):
+    """The steps at which a stage was begun, or gone on with."""
+    return [r["step"] for r in rows(folder)
+            if r["stage"] == stage and r.get("event") in ("begin", "resume")]
+
+
+def losses(folder):
+    """{(stage, step): loss}; of a step that was made twice, the last."""
+    return {(r["stage"], r["step"]): r["loss"] for r in rows(folder) if "loss" in r}
 
 
 def steps(folder):
-    """Steps of the checkpoints in a folder that are in their place."""
-    return sorted(int(p.name[5:]) for p in folder.glob("step_*"))
+    """Steps of the checkpoints in a folder that are whole."""
+    return sorted(int(p.parent.name[5:]) for p in folder.glob("step_*/.metadata"))
 
 
 def damaged(folder):
     """Whatever is left half written in a run folder, or is not what its checksum says."""
-    bad = list(folder.rglob("*.tmp")) + list(folder.rglob("coupling.partial"))
-    sums = [(p.parent, json.loads(p.read_text())) for p in folder.rglob("sums.json")]
-    sums += [(p.parent, json.loads(p.read_text())["shards"])
-             for p in folder.glob("latents/index.json")]
-    for where, table in sums:
-        bad += [where / n for n, crc in table.items()
-                if f"{zlib.crc32((where / n).read_bytes()):08x}" != crc]
+    bad = list(folder.rglob("*.part"))
+    bad += [p for p in folder.rglob("step_*") if not (p / ".metadata").exists()]
+    bad += [p for p in folder.rglob("*.crc32")
+            if f"{zlib.crc32(p.with_suffix('').read_bytes()):08x}" != p.read_text()]
     for path in folder.rglob("*.safetensors"):
         load_file(path)                                             # or it raises
     return bad
@@ -169,12 +182,13 @@ def damaged(folder):
 
 def same(a, b):
     """Names of the results in which two run folders differ."""
-    names = ["tae/tae.safetensors", "dit/model.safetensors", "metrics.csv", "latents/captions.json"]
-    names += [str(p.relative_to(a)) for p in a.glob("latents/*.safetensors")]
+    names = ["tae/image.safetensors", "tae/tae.safetensors", "model.safetensors"]
+    names += [str(p.relative_to(a)) for p in a.glob("latents/*")]
     differ = [n for n in names if (a / n).read_bytes() != (b / n).read_bytes()]
     x, y = (torch.load(f / "coupling.pt", weights_only=True) for f in (a, b))
     flat = lambda v: v.tolist() if isinstance(v, torch.Tensor) else v
-    return differ + [f"coupling.pt {k}" for k in {**x, **y} if flat(x[k]) != flat(y[k])]
+    differ += [f"coupling.pt {k}" for k in {**x, **y} if flat(x[k]) != flat(y[k])]
+    return differ + ["log.jsonl"] * (losses(a) != losses(b))
 
 
 # ---- what is done to it -------------------------------------------------------------------------
@@ -197,65 +211,62 @@ def disk(folder):
 
 def untouched(folder, log):
     """The run that nobody touches -> seconds that it spent in each stage."""
-    job, seen = Job(folder, log), {}
+    job = Job(folder, log)
     try:
-        while job.agent.poll() is None:
-            for stage in KILLS:
-                if stage not in seen and job.inside(stage):
-                    seen[stage] = time.monotonic()
-            time.sleep(0.02)
         assert job.end() == 0, job.said()[-3000:]
     finally:
         job.kill()
-    assert set(seen) == set(KILLS)
-    ends = [*list(seen.values())[1:], time.monotonic()]
-    return {stage: end - began for (stage, began), end in zip(seen.items(), ends)}
+    seconds = dict.fromkeys(KILLS, 0.0)
+    for a, b in zip(rows(folder), rows(folder)[1:]):
+        if after(a) in seconds:
+            seconds[after(a)] += b["time"] - a["time"]
+    return seconds
 
 
 def kill(job, stage, rank, delay):
     """SIGKILL, some seconds after a stage has begun -> the stage it hit (a later one, if this one
     was over sooner than expected), and a check of what is lost."""
-    job.fresh()
-    order = ["", *KILLS]
-    wait(f"{stage} to go on", lambda: order.index(job.stage()) >= order.index(stage))
+    job.reached(stage)
     time.sleep(delay)
-    stage, there, before = job.stage(), 0, len(events(job.folder))
-    if stage in FOLDER:
-        there = max(steps(job.folder / FOLDER[stage]), default=0)
+    stage = job.stage()
+    there = max(steps(job.folder / stage), default=0) if stage in TRAINED else 0
+    before = len(rows(job.folder))
     job.signal(rank, signal.SIGKILL)
-    shown = [int(n) for n in re.findall(rf"{stage}: .*?\| (\d+)/\d+ \[", job.said())]
 
     def check():
         """Steps that were lost, None if the stage had ended."""
-        after = events(job.folder)[before:]
-        if stage not in FOLDER or not after or after[0]["stage"] != stage:
+        log = rows(job.folder)
+        start = next(i for i, r in enumerate(log) if i >= before and r.get("event") == "start")
+        first = next((r for r in log[start:] if r.get("event") in ("begin", "resume")), None)
+        made = [r["step"] for r in log[:start] if r["stage"] == stage and "loss" in r]
+        if stage not in TRAINED or first is None or first["stage"] != stage or not made:
             return None
-        assert after[0]["step"] >= there, f"{stage}: went on at {after[0]}, not at {there}"
-        lost = max(shown) - after[0]["step"]
-        assert lost <= EVERY, f"{stage}: {lost} steps lost"
-        return max(0, lost)
+        assert first["step"] >= there, f"{stage}: went on at {first}, not at {there}"
+        lost = made[-1] + 1 - first["step"]
+        assert 0 <= lost <= EVERY, f"{stage}: {lost} steps lost"
+        return lost
 
     return stage, check
 
 
-def stop(job):
-    """SIGTERM to one rank in the dit stage: a checkpoint, and exit status 0."""
-    job.fresh()
-    wait("dit to go on", lambda: job.inside("dit"))
-    time.sleep(1)
+def stop(job, beyond=0):
+    """SIGTERM to one rank in the dit stage, after step `beyond`: a checkpoint, exit status 0."""
+    job.reached("dit")
+    at = begins(job.folder, "dit")[-1]
+    wait("some steps", lambda: rows(job.folder)[-1]["step"] > max(beyond, at) + 1)
     job.signal(1, signal.SIGTERM)
     assert job.end(60) == 0, job.said()[-3000:]
-    at = events(job.folder, "stopped")[-1]
-    assert at["stage"] == "dit" and at["step"] == steps(job.folder / "dit")[-1]
+    last = rows(job.folder)[-1]
+    assert (last["stage"], last["event"]) == ("dit", "stopped"), last
+    assert last["step"] == steps(job.folder / "dit")[-1]
 
 
-def cut_in_half(folder):
-    """The biggest file of the newest checkpoint -> (that checkpoint, step of the one before)."""
-    before, newest = steps(folder)
-    path = folder / f"step_{newest:07d}"
+def harm(path, how):
+    """Cut the largest file of a checkpoint in half, or flip one bit of it."""
     big = max(path.iterdir(), key=lambda p: p.stat().st_size)
-    os.truncate(big, big.stat().st_size // 2)
-    return path, before
+    content = bytearray(big.read_bytes())
+    content[len(content) // 2] ^= 1
+    big.write_bytes(content[: len(content) // 2] if how == "cut in half" else content)
 
 
 def starve(folder, log, resize):
@@ -275,10 +286,9 @@ def starve(folder, log, resize):
         if resize:
             resize("512m")
     lines = [r for r in job.said().splitlines() if "could not be written" in r]
-    assert len(lines) == 1 and f"dit/step_{(kept[-1] // APART + 1) * APART:07d}" in lines[0], \
+    assert len(lines) == 1 and f"dit/step_{(kept[-1] // EVERY + 1) * EVERY:07d}" in lines[0], \
         job.said()[-3000:]
-    assert f"step_{kept[-1]:07d} is kept" in lines[0] and steps(folder / "dit") == kept
-    assert not damaged(folder)
+    assert "the one before is kept" in lines[0] and steps(folder / "dit") == kept
     return lines[0][lines[0].index("train.py:"):]
 
 
@@ -301,12 +311,15 @@ def torment(folder, log, resize, seconds, seed, say=print):
         kills(job, ["tae/image", "tae/video", "latents", "coupling", "dit"])
         stop(job)
         say("SIGTERM: checkpoint written, exit status 0")
-        newest, before = cut_in_half(folder / "dit")
-        job = Job(folder, log)
-        stop(job)
-        assert f"{newest}: damaged" in job.said()
-        assert events(folder)[-1]["step"] == before, "not the one before it"
-        say(f"{newest.name} cut in half: named as damaged, gone on at {before}")
+        for how in ("cut in half", "changed by one bit"):
+            before, newest = steps(folder / "dit")[-2:]
+            path = folder / f"dit/step_{newest:07d}"
+            harm(path, how)
+            job = Job(folder, log)
+            stop(job, newest)
+            assert f"{path}: damaged" in job.said()
+            assert begins(folder, "dit")[-1] == before, "not the one before it"
+            say(f"{path.name} {how}: named as damaged, gone on at {before}")
         say(starve(folder, log, resize))
         job = Job(folder, log)
         kills(job, ["sample", "report"])

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent / x) for x in ("", "../studies")]
 from bench_parallel import ADDRESS, SPACES, link, unlink  # noqa: E402
-from chaos import ROOT, damaged, events, load_file, steps, wait, workers  # noqa: E402
+from chaos import ROOT, begins, damaged, load_file, steps, wait, workers  # noqa: E402
 
 EVERY, STEPS = 10, 240
 TINY = f"""--device cpu --stage dit --clips.count 512 --train_tae.image_steps 4 --train_tae.steps 6
@@ -83,8 +83,8 @@ def meeting(agents, folder, number, ranks):
     def there():
         if (bad := next((a for a in agents if a.poll() is not None), None)) is not None:
             raise AssertionError(f"a node has ended, {bad.returncode}")
-        starts = [e for e in events(folder) if e["stage"] == "dit"]
-        at = starts[-1]["step"] if len(starts) == number else STEPS
+        starts = begins(folder, "dit")
+        at = starts[-1] if len(starts) == number else STEPS
         return max(steps(folder / "dit"), default=0) >= at + EVERY and (at,)
     (at,) = wait(f"meeting {number}", there, 150)
     assert [ranks_of(a) for a in agents] == [ranks] * ranks
@@ -118,7 +118,8 @@ def test_a_node_leaves_and_comes_back(tmp_path):
         done = subprocess.run([sys.executable, "train.py", "--workdir", str(one), *TINY], cwd=ROOT,
                               capture_output=True, text=True, env=ENV)
         assert done.returncode == 0, done.stderr[-3000:]
-        shutil.copytree(one, two, ignore=lambda d, names: {"dit", "events.jsonl"} & set(names))
+        shutil.copytree(one, two, ignore=lambda d, names: {
+            "dit", "log.jsonl", "model.safetensors"} & set(names))
         try:
             cut_and_joined(two, logs)
         except BaseException:
@@ -126,7 +127,7 @@ def test_a_node_leaves_and_comes_back(tmp_path):
                 print(log.read_text()[-4000:] if log.exists() else "")
             raise
     assert not damaged(two)
-    x, y = (load_file(f / "dit/model.safetensors") for f in (one, two))
+    x, y = (load_file(f / "model.safetensors") for f in (one, two))
     apart = max((x[k] - y[k]).abs().max().item() for k in x)
     print(f"weights of one process and of the nodes are at most {apart:.1e} apart")
     assert apart < 1e-4
