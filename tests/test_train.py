@@ -722,11 +722,11 @@ def test_a_run_from_the_weights_of_another_resumes_at_its_own(finished, tmp_path
 
 
 @pytest.mark.parametrize("how, flags, line", [
-    ("base", "--train_tae.steps 5", "--train_tae.steps: --base .* has settled it"),
-    ("base", "--tae 3d", "--variant: --base"), ("base", "--loss.kl 1", "--loss.kl: --base"),
-    ("init", "--tae.channels 4", "--tae.channels: --init"),
-    ("init", "--dit.depth 3", "--dit.depth: --init .* has settled it"),
-    ("init", "--text.width 64", "--text.width: --init"),
+    ("base", "--train_tae.steps 5", "--train_tae.steps 5: --base .* has settled it"),
+    ("base", "--tae 3d", "--variant 3d: --base"), ("base", "--loss.kl 1", "--loss.kl 1.0: --base"),
+    ("init", "--tae.channels 4", "--tae.channels 4: --init"),
+    ("init", "--dit.depth 3", "--dit.depth 3: --init .* has settled it"),
+    ("init", "--text.width 64", "--text.width 64: --init"),
     ("base", "--scale small", "--scale small: .* is a run of --scale toy"),
     ("init", "--base RUN", "one or the other")])
 def test_what_is_taken_over_is_no_flag(finished, tmp_path, capfd, how, flags, line):
@@ -866,10 +866,12 @@ def test_nobody_listening_ends_no_run(before_dit, finished, closed):
         command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, cwd=ROOT, env=ENV, timeout=400, text=True, stdout=writer,
-                          stderr=writer if "and" in closed else subprocess.PIPE)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENV, timeout=400, text=True,
+        stdout=writer if "stdout" in closed else subprocess.PIPE,
+        stderr=writer if "and" in closed else subprocess.PIPE)
     os.close(writer)
-    assert "Traceback" not in (done.stderr or "")
+    assert "Traceback" not in (done.stderr or "") + (done.stdout or "")
     assert figures(before_dit).keys() == figures(finished).keys()
     for name in ("index.html", "samples.gif", "model.safetensors"):
         assert (before_dit / name).stat().st_size > 0
@@ -947,14 +949,12 @@ def test_a_signal_outside_of_training_ends_at_once(finished, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_sigkill_in_each_stage(tmp_path):
+def test_sigkill_in_each_stage(finished, tmp_path):
     """Killed once in each stage and started again: the figures and weights of a run that was not.
     """
-    plain, killed = tmp_path / "plain", tmp_path / "killed"
-    p = started("--workdir", plain, *TINY)
-    assert p.communicate(timeout=400) and p.returncode == 0
+    killed = tmp_path / "killed"
     for sign in ("tae/image", "tae/video/step_*", "latents/shard_00000.safetensors", "dit/step_*",
-                 "samples", "reconstructions"):
+                 "samples"):
         p = started("--workdir", killed, *TINY)
         wait_for(p, lambda sign=sign: list(killed.glob(sign)))
         p.kill()
@@ -962,8 +962,10 @@ def test_sigkill_in_each_stage(tmp_path):
     assert not (killed / "report.json").exists()
     p = started("--workdir", killed, *TINY)
     assert p.communicate(timeout=400) and p.returncode == 0
-    assert figures(killed) == figures(plain) and losses(killed) == losses(plain)
-    same_files(killed, plain, "tae/tae.safetensors", "coupling.pt", "model.safetensors",
+    mine, there = figures(killed), figures(finished)
+    assert mine.pop("judge") and there.pop("judge")     # not asked in `finished`
+    assert mine == there and losses(killed) == losses(finished)
+    same_files(killed, finished, "tae/tae.safetensors", "coupling.pt", "model.safetensors",
                "samples/clips_0000.safetensors", "latents/shard_00001.safetensors")
 
 
@@ -1003,8 +1005,8 @@ def test_a_run_with_the_pretrained_encoders(folders, tmp_path, capfd):
     away.rename(tmp_path / "concepts")
     assert run(folder, *flags) == 0
     (tmp_path / "concepts").rename(away)
-    assert run(folder, *flags) == 0                     # nothing is left to do but the report
-
+    assert run(folder, *flags) == 2                     # a report validates on other captions
+    assert f"concepts {tmp_path / 'concepts'}: no such folder" in one_line(capfd)
     latents = train.Latents(folder / "latents")
     import transformers
     model = transformers.T5EncoderModel.from_pretrained(folders["words"], dtype=torch.bfloat16)
@@ -1063,7 +1065,7 @@ def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path):
                                "--train_dit.accumulate", parts)
         weights[mesh] = train.load_tensors(folder / "model.safetensors")
     plain = found.pop("")
-    assert len(plain) == 20 and plain[-1] < plain[0]
+    assert len(plain) == 20 == len(plain.unique())
     for mesh, other in found.items():
         assert torch.allclose(plain, other, rtol=1e-9, atol=0), (mesh, (plain - other).abs().max())
         for k, w in weights[""].items():
