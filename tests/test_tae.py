@@ -72,8 +72,8 @@ def test_parameters_and_rates():
 
 @pytest.mark.parametrize("cfg, change, message", [
     (TINY, {"variant": "4d"}, "variant 4d: not one of 2.5d, 3d, 2d"),
-    (TINY, {"mult": (1, 2)}, "space_stride 2 2 2: 1 numbers, 1 or 2, between 2 levels"),
-    (TINY, {"time_stride": (2, 3, 2)}, "time_stride 2 3 2: 3 numbers, 1 or 2, between 4 levels"),
+    (TINY, {"mult": (1, 2)}, "space_stride 2 2 2: must be 1 or 2 each, one stride less than the 2"),
+    (TINY, {"time_stride": (2, 3, 2)}, "time_stride 2 3 2: must be 1 or 2 each, one stride less"),
     (TINY, {"res_blocks": (1, 0, 1, 1)}, "res_blocks 1 0 1 1: a number for each of 4 levels, 1 or"),
     (TINY, {"channels": 3}, "channels 3: must be 4 or more"),
     (TINY, {"channels": 18}, "channels 18: must be a multiple of 4"),
@@ -483,6 +483,18 @@ def test_vidtwin_branches():
         parts = model.split(z)
         assert [tuple(p.shape[1:]) for p in parts] == model.shapes
         assert torch.equal(torch.cat([p.flatten(1) for p in parts], 1), z)
+
+
+def test_a_model_without_memory_is_filled_from_a_file():
+    """All that forward needs is in the state dict: positions, too."""
+    for cfg in (TINY, TWIN):
+        model = lively(cfg) if cfg is TWIN else TAE(cfg).eval()
+        with torch.device("meta"):
+            other = tae.autoencoder(cfg).eval()
+        other.load_state_dict(model.state_dict(), assign=True)
+        assert not any(v.is_meta for v in (*other.parameters(), *other.buffers()))
+        x = clips(1)
+        assert torch.equal(other.encode(x).mean, model.encode(x).mean)
 
 
 def test_vidtwin_reenacts():
