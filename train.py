@@ -47,6 +47,7 @@ import ctypes
 import fcntl
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -309,6 +310,22 @@ HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkp
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 
+
+def paper_scale(name: str, clips: ClipConfig, train_tae: TrainTAE, train_dit: TrainDiT) -> Config:
+    """The sizes of the papers, in bf16. They can be planned, and have never been run whole."""
+    return Config(
+        scale=name, coupling="independent", patch=(1, 2, 2), clips=clips,
+        tae=replace(autoencoder.PRESETS["paper"], checkpointing=True),
+        vidtwin=replace(autoencoder.VIDTWIN_PRESETS["paper"]),
+        loss=replace(autoencoder.LOSSES["paper"]),
+        train_tae=replace(train_tae, lr=1e-4, warmup=1000, every=1000, window=16, precision="bf16"),
+        text=replace(text_cond.PRESETS[name]), dit=replace(backbone.PRESETS[name]),
+        train_dit=replace(train_dit, warmup=2000, weight_decay=0.1, beta2=0.95, ema=0.9999,
+                          every=500, precision="bf16"),
+        sample=SampleConfig(steps=50, schedule="linear_quadratic", batch=1),
+    )
+
+
 SCALES: dict[str, Callable[[], Config]] = {
     # 2 CPU cores, minutes: 16 x 32 x 32 clips, latent (8, 4, 8, 8), 16 tokens
     "toy": lambda: Config(
@@ -341,26 +358,6 @@ SCALES: dict[str, Callable[[], Config]] = {
                            align=0.1),
         sample=SampleConfig(steps=50),
     ),
-}
-
-
-def paper_scale(name: str, clips: ClipConfig, train_tae: TrainTAE, train_dit: TrainDiT) -> Config:
-    """Give the sizes of the papers: their autoencoder, their text encoders, bf16. They are planned,
-    with --plan, and have never been run whole."""
-    return Config(
-        scale=name, coupling="independent", patch=(1, 2, 2), clips=clips,
-        tae=replace(autoencoder.PRESETS["paper"], checkpointing=True),
-        vidtwin=replace(autoencoder.VIDTWIN_PRESETS["paper"]),
-        loss=replace(autoencoder.LOSSES["paper"]),
-        train_tae=replace(train_tae, lr=1e-4, warmup=1000, every=1000, window=16, precision="bf16"),
-        text=replace(text_cond.PRESETS[name]), dit=replace(backbone.PRESETS[name]),
-        train_dit=replace(train_dit, warmup=2000, weight_decay=0.1, beta2=0.95, ema=0.9999,
-                          every=500, precision="bf16"),
-        sample=SampleConfig(steps=50, schedule="linear_quadratic", batch=1),
-    )
-
-
-SCALES |= {
     # 8 GPUs, weeks: 4 s at 8 frames a second, 256 px; 4 x 16 x 16 = 1024 tokens
     "1b": lambda: paper_scale(
         "1b", ClipConfig(frames=32, size=256, count=1_000_000, images=0.1, workers=8),
@@ -410,16 +407,14 @@ def finish(cfg: Config) -> Config:
     if len(c.shapes) > 1 and cfg.variant == "vidtwin":
         raise UserError("--variant vidtwin: its clips have one shape; without --clips.others and "
                         "--clips.images")
-    largest: list[tuple[int, ...]] = []                 # over all shapes, of each latent
-    for shape in c.shapes:
-        parts = parts_of(cfg, shape)
-        for (name, patch), (_, *size) in zip(cfg.patches.items(), parts):
+    streams, parts = [], [parts_of(cfg, shape) for shape in c.shapes]
+    for (name, patch), sizes in zip(cfg.patches.items(), zip(*parts)):
+        for shape, (_, *size) in zip(c.shapes, sizes):
             if len(patch) != 3 or min(patch) < 1 or any(n % p for n, p in zip(size, patch)):
                 raise UserError(f"--{name} {' '.join(map(str, patch))}: not three numbers that "
                                 f"divide the latent {tuple(size)} of {'x'.join(map(str, shape))}")
-        largest = [tuple(map(max, *pair)) for pair in zip(largest or parts, parts)]
-    streams = (backbone.Stream(C, tuple(patch), tuple(size))
-               for patch, (C, *size) in zip(cfg.patches.values(), largest))
+        C, *largest = map(max, zip(*sizes))
+        streams.append(backbone.Stream(C, tuple(patch), tuple(largest)))
     cfg.dit = replace(cfg.dit, streams=tuple(streams), text_dim=cfg.dit.dim)
     cfg.text = replace(cfg.text, dim=cfg.dit.dim)
     return cfg
@@ -427,12 +422,11 @@ def finish(cfg: Config) -> Config:
 
 def from_dict(kind, value: dict):
     """Make a config dataclass from JSON: lists become tuples, nested objects nested configs."""
-    default = kind()
-    if unknown := set(value) - {f.name for f in fields(kind)}:
-        raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
-    out = {}
+    default, out = vars(kind()), {}
     for name, v in value.items():
-        d = getattr(default, name)
+        if name not in default:
+            raise ValueError(f"unknown field {name}")
+        d = default[name]
         v = from_dict(type(d), v) if is_dataclass(d) else tuple(v) if isinstance(v, list) else v
         if not isinstance(v, (int, float) if type(d) is float else type(d)):
             raise ValueError(f"{name} {v!r}: not of the type of {d!r}")
@@ -476,19 +470,16 @@ def result_of(run: Path) -> Path:
 
 
 def read_ahead(fn: Callable, items: Iterable, workers: int = 0) -> Iterator:
-    """Give fn(item) of each item, in order, computed ahead by `workers` threads; with 0, just
-    before it is needed. Threads are enough: PyAV releases Python's lock while it decodes."""
+    """Like map(fn, items), computed ahead by `workers` threads if there are any. Threads are
+    enough: PyAV releases Python's lock while it decodes."""
     if not workers:
         yield from map(fn, items)
         return
-    ahead: collections.deque = collections.deque()
-    pool = ThreadPoolExecutor(workers)
+    items, pool = iter(items), ThreadPoolExecutor(workers)
+    ahead = collections.deque(pool.submit(fn, item) for item in itertools.islice(items, workers))
     try:
-        for item in items:
-            ahead.append(pool.submit(fn, item))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
         while ahead:
+            ahead.extend(pool.submit(fn, item) for item in itertools.islice(items, 1))
             yield ahead.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -561,8 +552,8 @@ class VideoFolder:
 
     def window(self, split: str, w: int, shape: tuple[int, int, int], done: float
                ) -> tuple[Tensor, float, str]:
-        """Window w: (T, h, w, 3) uint8, its frame rate, its caption. A video that cannot be read
-        any more is named once, and the next one takes its place."""
+        """Window w: (T, h, w, 3) uint8, frame rate, caption. A video that cannot be read any more
+        is named once, and the next one takes its place."""
         for k in range(len(self.videos)):
             video = self.videos[(w + k) % len(self.videos)]
             try:
@@ -593,8 +584,8 @@ class VideoFolder:
 
 
 def held_out(T: int, frames: int) -> int:
-    """The first frame that training does not see: of the last fifth, or of the last clip of T
-    frames if that is longer. 0 where two clips do not fit: then all of it is for both."""
+    """The first of the frames that are held out of training: the last fifth, or T frames if that is
+    more. 0 if the video is too short for that: then nothing is held out."""
     cut = min(int(0.8 * frames), frames - T)
     return cut if cut >= T else 0
 
@@ -602,10 +593,9 @@ def held_out(T: int, frames: int) -> int:
 def find_videos(cfg: Config) -> list[list]:
     """Look through --data -> [name, caption, frames, rate, height / width] of each video.
 
-    A video is what PyAV can open, in subfolders too, but for still pictures and hidden files. Its
-    caption stands in NAME.txt beside it, or in a metadata.csv (`file_name,text`) of its folder or
-    of one above. Every rank looks at some files; what is passed over is named. UserError where
-    nothing is left."""
+    A video is whatever PyAV can open, in subfolders too, except still pictures and hidden files.
+    Its caption stands in NAME.txt beside it, or in a metadata.csv (`file_name,text`) of its folder
+    or of a folder above. The files are shared out to the ranks; those passed over are named."""
     root = Path(cfg.data)
     if not root.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder")
@@ -691,17 +681,18 @@ def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
 
 
 def caption_of(path: Path, listed: str | None) -> str:
-    """The caption of a video, in NAME.txt or as listed in metadata.csv; "" if there is none.
-    UserError for one that is empty, no text, or not the same in both places."""
+    """The caption of a video, in NAME.txt or as listed in metadata.csv; "" if there is none."""
     beside = path.with_suffix(".txt")
-    told = read_text(beside).strip() if beside.exists() else None
+    told = read_text(beside).strip() if beside.exists() else listed
+    if told is None:
+        return ""
     if told and listed and told != listed:
         raise UserError(f"{path}: one caption in {beside.name}, another in metadata.csv")
-    caption = listed if told is None else told
-    if caption == "":
+    if not told:
         raise UserError(f"{path}: its caption is empty")
     with named(f"{path}: its caption is no text: "):
-        return caption and text_cond.clean(caption) and caption or ""
+        text_cond.clean(told)
+    return told
 
 
 def some_of(names: Iterable[str], most: int = 20) -> str:
@@ -722,12 +713,13 @@ def open_video(path: Path):
 
     container = av.open(str(path.absolute()), metadata_errors="replace")    # no `protocol:name`
     cover, best = av.stream.Disposition.attached_pic, container.streams.best("video")
-    streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context]
-    if not streams:
+    streams = [s for s in container.streams.video if s.codec_context]
+    films = [s for s in streams if not s.disposition & cover]
+    if not films:
         container.close()
-        raise ValueError("a cover picture and no video" if best else "no video stream")
+        raise ValueError("a cover picture and no video" if streams else "no video stream")
     # Not all covers say so: the stream with the most frames, or what FFmpeg thinks the main one.
-    stream = max(streams, key=lambda s: (s.frames, s.index == best.index))
+    stream = max(films, key=lambda s: (s.frames, s.index == best.index))
     stream.codec_context.thread_count = 1           # frame threads would hold many decoded frames
     return container, stream
 
@@ -745,8 +737,8 @@ def decoded(container, stream) -> Iterator:
 
 
 def probe(path: Path) -> tuple[int, float, float]:
-    """Measure a video -> (frames, frames a second, height / width as shown). Reads every packet,
-    and decodes one frame; raises whatever PyAV does where even that is not possible."""
+    """Measure a video -> (frames, frames a second, height / width as shown). Reads every packet and
+    decodes one frame; raises what PyAV raises if it cannot."""
     container, stream = open_video(path)
     with container:
         w, h, (a, b, _, _) = shown_as(next(decoded(container, stream)), stream.sample_aspect_ratio)
@@ -770,8 +762,8 @@ def probe(path: Path) -> tuple[int, float, float]:
 
 
 def counted(container) -> bool:
-    """Whether frames can only be counted: AVI and raw streams have no presentation times, and those
-    of MPEG program streams change with a seek."""
+    """Whether times are of no use and frames have to be counted: AVI and raw streams have none, and
+    those of MPEG program streams change with a seek."""
     no_times = 0x80                                                     # AVFMT_NOTIMESTAMPS
     return container.format.name in ("avi", "mpeg") or bool(container.format.flags & no_times)
 
@@ -804,32 +796,34 @@ def upright(frame, short_side: int, pixel_aspect) -> Tensor:
 
 
 def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float,
-                count: bool = False, ahead: float = 0) -> Tensor:
+                ahead: float = 0) -> Tensor:
     """Read T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
-    uint8. Frame k is shown at k / rate; where a picture is shown longer it is repeated, and so is
-    the last one where the video ends early. ValueError where it ends a second before `start`. With
-    `count`, or where times cannot be trusted, frames are counted from the beginning."""
+    uint8. Frame k is shown at k / rate seconds; a picture that is shown longer is repeated, and so
+    is the last one if the video ends early. ValueError if it ends a second before `start`.
+
+    Decoding begins at the key frame `ahead` seconds before `start`. If that proves to be too late,
+    it begins earlier; if times cannot be trusted, frames are counted from the first one on."""
     container, stream = open_video(path)
+    again = partial(read_window, path, start, interval, T, size, rate)
     out: list[Tensor] = []
     wanted = lambda: start + len(out) * interval
     with container:
-        count = count or counted(container)
+        count = ahead == math.inf or counted(container)
         origin, unit = stream.start_time or 0, float(stream.time_base)
         shape = stream.sample_aspect_ratio
         sought = not count and start / rate > ahead
-        if sought:                                          # to the key frame before it
+        if sought:
             container.seek(origin + int((start / rate - ahead) / unit), stream=stream)
-        last, at, before = None, -1, None
+        last, at = None, -1                                 # the frame before, and its number
         for frame in decoded(container, stream):
-            if not count and (frame.pts is None or before is not None and frame.pts <= before):
-                return read_window(path, start, interval, T, size, rate, count=True)
+            if not count and (frame.pts is None or last is not None and frame.pts <= last.pts):
+                return again(ahead=math.inf)
             # A frame follows the one before it, unless that was shown for longer: times may be a
             # little early or late.
             due = at + 1 if count else (frame.pts - origin) * unit * rate
-            at = round(due) if before is None or due >= at + 2 else at + 1
-            before = frame.pts
-            if sought and last is None and at > start:      # it went by the order of decoding
-                return read_window(path, start, interval, T, size, rate, ahead=2 * ahead + 1)
+            at = round(due) if last is None or due >= at + 2 else at + 1
+            if sought and last is None and at > start:      # a seek goes by the order of decoding
+                return again(ahead=2 * ahead + 1)
             while len(out) < T and wanted() < at:
                 out.append(upright(last or frame, size, shape))
             if len(out) < T and wanted() == at:
@@ -839,7 +833,7 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
                 break
         if not out:
             if sought and last is None:
-                return read_window(path, start, interval, T, size, rate, ahead=2 * ahead + 1)
+                return again(ahead=2 * ahead + 1)
             if last is None or start - at > max(rate, 3):
                 raise ValueError(f"nothing can be decoded from frame {start} on")
             out.append(upright(last, size, shape))
@@ -847,9 +841,8 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
 
 
 def save_gif(path: Path, frames: list, fps: float) -> None:
-    """Write Pillow images as a GIF. It counts hundredths of a second, and browsers show delays
-    below two of them as ten: delays alternate, so that the rate is right on average, and above 50
-    frames a second some are left out."""
+    """Write Pillow images as a GIF. Its delays are hundredths of a second, and browsers show those
+    below two as ten. So delays alternate, and above 50 frames a second some frames are left out."""
     if fps > 50:
         frames = [frames[int(k * fps / 50)] for k in range(math.ceil(len(frames) * 50 / fps))]
     ends = [round(100 * k / min(fps, 50)) for k in range(len(frames) + 1)]
@@ -914,28 +907,27 @@ def from_rank0(mine):
     return box[0]
 
 
-def share(n: int, index: int | None = None, of: int | None = None) -> range:
-    """This rank's part of n things that are shared out; or part `index` of `of`."""
-    i, ranks = (rank(), world_size()) if of is None else (index, of)
-    return range(i * n // ranks, (i + 1) * n // ranks)
+def share(n: int, index: int, parts: int) -> range:
+    """The numbers below n that make up part `index` of so many parts."""
+    return range(index * n // parts, (index + 1) * n // parts)
 
 
 @dataclass
 class Mesh:
-    """replicate x dp x sp ranks, outermost to innermost. FSDP2 shards the parameters over the dp x
-    sp ranks of one replica; the clips of a step are shared out to replicate x dp; the sp ranks of a
-    clip share its tokens (Ulysses). Only the dit stage knows sp: to the others all ranks are alike.
-    A replica of one rank is not sharded: DDP averages its gradients."""
+    """replicate x dp x sp ranks, outermost to innermost. The model is held `replicate` times, each
+    time sharded over dp x sp ranks (FSDP2), or whole where that is one rank (DDP). The clips of a
+    step are shared out to replicate x dp ranks; in the dit stage, sp ranks that have the same clips
+    share the tokens (`split_tokens`). In other stages all ranks have clips of their own."""
 
     replicate: int = 1
     dp: int = 1
     sp: int = 1
     reshard: bool = True                        # free a block's parameters after its forward pass
     weights: DeviceMesh | None = None           # of FSDP2; None: each rank has the whole model
-    tokens: sample_parallel.Axis | None = None  # the ranks that share this rank's clips
+    tokens: sample_parallel.Axis | None = None  # the sp ranks that share this rank's clips
     meeting: dist.ProcessGroup | None = None    # gloo, on GPUs too: `meet`
     files: dist.ProcessGroup | None = None      # gloo, for the thread that writes checkpoints: its
-                                                # messages must not meet the main thread's
+                                                # messages must not be taken for the main thread's
 
     @property
     def data(self) -> tuple[int, int]:
@@ -943,7 +935,7 @@ class Mesh:
         return rank() // self.sp, self.replicate * self.dp
 
     def meet(self, what: str) -> None:
-        """Wait for all ranks, up to a day, where one of them works alone; names who is missing."""
+        """A barrier for up to a day, since one rank may work alone; names the missing ranks."""
         if self.meeting is not None:
             try:
                 dist.monitored_barrier(self.meeting, timedelta(days=1), wait_all_ranks=True)
@@ -953,8 +945,7 @@ class Mesh:
 
 def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True,
               device: str = "cpu") -> Mesh:
-    """Arrange the ranks that there are; dp 0: as many as are left. UserError where they do not fit.
-    """
+    """Arrange all ranks in a mesh; dp 0: as many as are left."""
     dp = dp_of(world_size(), dp, sp, replicate)
     mesh = Mesh(replicate, dp, sp, reshard)
     if dist.is_initialized():
@@ -970,7 +961,7 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
 
 
 def dp_of(ranks: int, dp: int, sp: int, replicate: int) -> int:
-    """dp, or if 0 what is left of the ranks. UserError where these cannot be shared out."""
+    """dp, or if that is 0, what is left of the ranks. UserError unless all of them are used."""
     for flag, n in (("--sp", sp), ("--replicate", replicate)):
         if n < 1 or ranks % n:
             raise UserError(f"{flag} {n}: does not divide the {ranks} ranks")
@@ -983,12 +974,12 @@ def dp_of(ranks: int, dp: int, sp: int, replicate: int) -> int:
 
 def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", fresh: bool = True
           ) -> nn.Module:
-    """Make a model on this rank's device: whole on one rank and in copies, else sharded (FSDP2, a
-    block of the DiT by itself, in bf16 if asked; gradients are summed in fp32 all the same).
+    """Build a model on this rank's device, whole or sharded as the mesh says. Sharded by FSDP2,
+    each block of the DiT by itself; its products may be in bf16, its gradients are summed in fp32.
 
     Rank 0 initialises the whole model in its host's memory and sends each rank its shards, so the
-    model starts the same on any number of ranks, and no device ever holds all of it. Not fresh: a
-    checkpoint will fill it."""
+    model starts the same on any number of ranks, and no device ever holds all of it. With fresh
+    False a checkpoint will fill it."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     torch.manual_seed(run.cfg.seed + 1)
     if run.mesh.weights is None:
@@ -1012,10 +1003,9 @@ def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", f
 
 
 def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
-    """Sequence parallelism (--sp): from here on this rank carries its share of the tokens of a clip
-    through the blocks; attention trades tokens for heads (the sampler's Ulysses); every rank gets
-    the whole velocity. The model's code is unchanged: replacing patchify, positions, unpatchify and
-    block.attend is enough."""
+    """Sequence parallelism (--sp): let this rank carry only its share of a clip's tokens through
+    the blocks. Attention trades tokens for heads (Ulysses); every rank gets the whole velocity.
+    The model's code is unchanged: patchify, positions, unpatchify and block.attend are replaced."""
     sizes: list[int] = []                               # tokens of each rank; may be uneven
     patchify, positions, unpatchify = dit.patchify, dit.positions, dit.unpatchify
 
@@ -1039,7 +1029,7 @@ def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file; lines end with \\n. Bytes that are not utf-8 are named by a UserError."""
+    """Read a text file; lines end with \\n."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -1048,14 +1038,13 @@ def read_text(path: Path) -> str:
 
 
 def say(line: str) -> None:
-    """Tell the user on stderr, above the progress bars. A closed stderr ends nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
+    """Print a line on stderr, above the progress bars."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def reason(error: BaseException) -> str:
-    """The line of an error that says something, without what torch wraps it in."""
+    """The last line of an error, without what torch wraps it in."""
     causes = [e for e, _ in getattr(error, "failures", {}).values()] or [error]
     text = str(causes[0]).strip().splitlines() or [type(causes[0]).__name__]
     return text[-1][:200]
@@ -1145,8 +1134,8 @@ def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Read the pickled table of contents of a DCP checkpoint: it may name the classes of such a
-    table and nothing else. Dotted names are refused too: they reach any module through those."""
+    """Read the pickled table of contents of a DCP checkpoint, which may name the classes of such a
+    table and nothing else, also not through a dotted name."""
 
     allowed = {
         "torch.distributed.checkpoint.metadata": {
@@ -1216,9 +1205,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")      
 
 
 class Checkpoints:
-    """DCP checkpoints step_N of one model, written by a thread behind the training (async_save);
-    the last two are kept. One is whole if it has a .metadata, which DCP writes last, when all ranks
-    have written their files."""
+    """The checkpoints of one model, folders step_N in DCP's format. A thread writes them behind the
+    training (async_save), and the last two are kept. A checkpoint is whole if it has a .metadata:
+    DCP writes that last, when all ranks have written their files."""
 
     def __init__(self, folder: Path, state: dict, mesh: Mesh):
         self.folder, self.state, self.mesh = folder, state, mesh
@@ -1262,8 +1251,8 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(self) -> int:
-        """Fill the state from the newest checkpoint that is sound -> its step; 0 if there is none,
-        UserError if there are some and none is sound."""
+        """Fill the state from the newest sound checkpoint -> its step; 0 if there is none at all.
+        """
         for path in from_rank0(self.whole()):
             try:
                 self.check(path)
@@ -1280,8 +1269,8 @@ class Checkpoints:
         return 0
 
     def check(self, path: Path) -> None:
-        """Raise ValueError, on all ranks, if a file is not what was written; each rank looks at
-        some."""
+        """Raise ValueError, on all ranks, if a file is not what was written; ranks share the files.
+        """
         sums, wrong = sorted(path.glob("*.crc32")), ""
         try:
             for file in sums[rank() :: world_size()]:
@@ -1352,8 +1341,7 @@ class Run:
 
 
 def generator(*key) -> torch.Generator:
-    """A CPU generator that depends on the key alone, e.g. (seed, "dit", step): not on ranks,
-    restarts or devices."""
+    """A CPU generator that depends on nothing but the key, e.g. (seed, "dit", step)."""
     g, text = torch.Generator(), repr(key).encode()
     return g.manual_seed(zlib.crc32(text) | zlib.crc32(text[::-1]) << 32)
 
@@ -1365,10 +1353,10 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}       # blocked at the
 
 
 def listen() -> None:
-    """Hear Ctrl-C, SIGTERM and SIGUSR1, which SLURM sends before it takes the machine, in a thread
-    of its own. While a model trains, the first one lets the step end and writes a checkpoint;
-    elsewhere, and at the second one, the process ends at once: nothing is ever half written. A
-    handler in the main thread would have to wait for whatever that waits for."""
+    """Wait for Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before it takes the machine) in a
+    thread. While a model trains, the first signal makes `optimize` write a checkpoint and stop.
+    Otherwise, and at a second signal, the process ends at once: no file is ever half written. A
+    handler in the main thread would be delayed by whatever that thread is waiting for."""
 
     def hear() -> None:
         name = signal.Signals(signal.sigwait(SIGNALS)).name
@@ -1391,8 +1379,9 @@ def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
 
 
 def adamw(weights: dict[str, nn.Parameter], t: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; matrices and kernels decay, biases do not, nor do tables and embeddings, whose seldom
-    used rows would only shrink. Its state is laid out at once, for a checkpoint to be read into."""
+    """Make AdamW with weight decay for matrices and kernels. Biases have none, nor do tables and
+    embeddings, whose rarely used rows would only shrink. Its state is laid out at once, so that a
+    checkpoint can be loaded into it."""
     table = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
     decay = [p for k, p in weights.items() if p.ndim >= 2 and not table(k)]
     rest = [p for k, p in weights.items() if p.ndim < 2 or table(k)]
@@ -1412,9 +1401,9 @@ def mean_over_ranks(*values: Tensor) -> list[float]:
     return (told / world_size()).tolist()
 
 
-def averaged_over_copies(run: Run, model: nn.Module) -> nn.Module:
-    """The model itself; or DDP around it, where each rank has a copy. find_unused_parameters keeps
-    DDP from sorting its buckets anew after the first step: a resumed run would add up gradients in
+def data_parallel(run: Run, model: nn.Module) -> nn.Module:
+    """Wrap a model in DDP if each of several ranks has a copy. find_unused_parameters keeps DDP
+    from sorting its buckets anew after the first step: a resumed run would add up gradients in
     another order."""
     if run.mesh.weights is not None or world_size() == 1:
         return model
@@ -1424,13 +1413,12 @@ def averaged_over_copies(run: Run, model: nn.Module) -> nn.Module:
 
 def forward_backward(net: nn.Module, parts: list[tuple], bf16: bool) -> Tensor:
     """Compute the gradients of a step, one part of this rank's clips after the other -> the loss.
-    DDP sends gradients behind the last part."""
-    loss = 0.0
+    DDP sends them once, behind the last part."""
+    loss, device = 0.0, next(net.parameters()).device.type
     for k, part in enumerate(parts):
-        wait = isinstance(net, DistributedDataParallel) and k + 1 < len(parts)
-        device = next(net.parameters()).device.type
+        not_yet = isinstance(net, DistributedDataParallel) and k + 1 < len(parts)
         with (torch.autocast(device, torch.bfloat16, enabled=bf16),
-              net.no_sync() if wait else contextlib.nullcontext()):
+              net.no_sync() if not_yet else contextlib.nullcontext()):
             part_loss = net(*part) / len(parts)
         part_loss.backward()
         loss = loss + part_loss.detach()
@@ -1442,12 +1430,12 @@ def optimize(run: Run, stage: str, model: nn.Module, t: TrainConfig, steps: int,
     """Train a model from `place` for `steps` -> its averaged weights, whole, on rank 0.
 
     batch(step) gives the arguments of model.forward, which returns a scalar loss: one tuple for
-    each part of this rank's clips. It is a pure function of the step, so to resume is to begin at
-    another number. Checkpoints go to the run's folder `stage`/step_*.
+    each part of this rank's clips. It is a pure function of the step, so resuming is starting the
+    loop at another number. Checkpoints are written to the run's folder `stage`/step_*.
 
     A step whose loss or gradient is not finite changes nothing; three in a row are a UserError."""
     weights = dict(model.named_parameters())
-    optimizer, net, bad = adamw(weights, t), averaged_over_copies(run, model), 0
+    optimizer, net, bad = adamw(weights, t), data_parallel(run, model), 0
     average = {k: p.detach().clone() for k, p in weights.items()} if t.ema else {}
     checkpoints = Checkpoints(run.folder / stage, {
         "model": {k: p.data for k, p in weights.items()}, "average": average,
@@ -1463,8 +1451,8 @@ def optimize(run: Run, stage: str, model: nn.Module, t: TrainConfig, steps: int,
         loss = forward_backward(net, parts, t.precision == "bf16")
         norm = nn.utils.clip_grad_norm_(weights.values(), t.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # A checkpoint is written behind one forward and backward pass, and is there before the next
-        # step counts: so a kill never loses more than `every` steps.
+        # The checkpoint of the last step is being written behind this forward and backward pass.
+        # It must be on the disk before the weights change: a kill never loses more than `every`.
         checkpoints.wait()
 
         # All ranks agree on the loss, and whether any of them was asked to stop.
@@ -1567,8 +1555,8 @@ def train_tae(run: Run, clips) -> None:
 
 
 def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
-    """The `batch` of the autoencoder: frames; or windows, among them images [MG s3.1.1], and at the
-    end whole clips as the DiT will see them."""
+    """Make the `batch` of the autoencoder: frames; or windows, some of them images [MG s3.1.1], and
+    at the end whole clips as the DiT will see them."""
     cfg, t = run.cfg, run.cfg.train_tae
     steps, n = (t.steps, t.batch) if video else (t.image_steps, t.image_batch)
 
@@ -1579,7 +1567,7 @@ def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
              1 if image or not video else t.window)
         shape = T, cfg.clips.size, cfg.clips.size
         x = torch.stack([clips.clip("train" if finishing else "tae", step * n + i, shape,
-                                    step / steps)[0] for i in share(n)])
+                                    step / steps)[0] for i in share(n, rank(), world_size())])
         return [(x.to(run.device), step, generator(cfg.seed, "tae", video, step, rank()))]
 
     return batch
@@ -1597,7 +1585,7 @@ def streamed(cfg: Config, shape: tuple[int, int, int]) -> dict[str, bool]:
 @torch.no_grad()
 def encoded(run: Run, tae: autoencoder.Autoencoder, clips, split: str, rows: Iterable[int],
             shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, list[str], object]]:
-    """Give (clips, captions, posterior) of these rows, as many at once as memory takes."""
+    """Read and encode these clips -> (clips, captions, posterior), several at a time."""
     rows, n = list(rows), max(1, min(32, LARGE // math.prod(shape)))
     whole = max(n // CROPS, 1) * CROPS          # a window is decoded once for all of its crops
 
@@ -1631,51 +1619,44 @@ def shards_of(clips, count: int) -> dict[str, tuple[tuple[int, int, int], list[i
 
 def encode_latents(run: Run, clips) -> None:
     """Make latents/: shards with mean and logvar of each clip, its caption, and what the frozen
-    part of the text encoders makes of that. A shard that is there is kept; a damaged one is named
-    and encoded again."""
-    folder, text = run.folder / "latents", run.cfg.text
-    index = folder / "index.json"
-    if run.cfg.base and not run.has("latents/index.json") and same_latents(run.cfg):
+    part of the text encoders makes of that. Shards that exist are kept; a damaged one is named and
+    encoded again. With --base the shards of that run are shared if they are the same."""
+    cfg, folder = run.cfg, run.folder / "latents"
+    if cfg.base and not run.has("latents/index.json") and same_latents(cfg):
         if rank() == 0:
-            link(Path(run.cfg.base) / "latents", folder)
+            link(Path(cfg.base) / "latents", folder)
         run.mesh.meet(f"{folder}")
-    shards = shards_of(clips, run.cfg.clips.count)
-    mine = list(shards)[rank() :: world_size()]
-    todo = [name for name in mine if not readable(folder / name)]
-    again = run.has("latents/index.json")
-    for name in todo if again else ():
-        say(f"{folder / name}: damaged or missing, encoded again")
-    if not any(from_all(bool(todo))) and again:
+    shards, complete = shards_of(clips, cfg.clips.count), run.has("latents/index.json")
+    todo = [name for name in list(shards)[rank() :: world_size()] if not readable(folder / name)]
+    if complete and not any(from_all(bool(todo))):
         return
     if todo:
-        tae, text = load_tae(run), text_cond.TextConditioner(text).to(run.device)
-    bar = tqdm(total=sum(len(shards[n][1]) for n in todo), desc="latents", unit="clip",
-               disable=rank() != 0)
-    for name in todo:
+        tae, text = load_tae(run), text_cond.TextConditioner(cfg.text).to(run.device)
+    for name in tqdm(todo, "latents", unit="shard", disable=rank() != 0):
+        if complete:
+            say(f"{folder / name}: damaged or missing, encoded again")
         shape, rows = shards[name]
         mean, logvar, captions = [], [], []
         for _, told, posterior in encoded(run, tae, clips, "train", rows, shape):
             mean.append(posterior.mean.cpu())
             logvar.append(posterior.logvar.cpu())
             captions += told
-            bar.update(len(told))
         unique = list(dict.fromkeys(captions))          # crops of one window share their caption
         features = {f"text.{k}": v for k, v in text.encode(unique).items()}
         save_tensors(folder / name, {
             "mean": torch.cat(mean), "logvar": torch.cat(logvar), **features,
             "caption": torch.tensor([unique.index(c) for c in captions])},
             captions=json.dumps(captions))
-    bar.close()
     run.mesh.meet(f"{folder}")
     if rank() == 0:
         rows = []
         for name in shards:
             with opened(folder / name) as f:
                 rows.append([name, *f.get_slice("mean").get_shape()])
-        if again:                                       # other numbers, perhaps: solve it again
+        if complete:                                    # perhaps other numbers: solve it again
             (run.folder / "coupling.pt").unlink(missing_ok=True)
-        write_json(index, rows)
-    run.mesh.meet(f"{index}")
+        write_json(folder / "index.json", rows)
+    run.mesh.meet(f"{folder}/index.json")
 
 
 def same_latents(cfg: Config) -> bool:
@@ -1688,8 +1669,7 @@ def same_latents(cfg: Config) -> bool:
 
 
 def link(source: Path, folder: Path) -> None:
-    """Share the files of a folder with another, whole or not at all; copy them where the file
-    system has no hard links."""
+    """Make a folder of hard links to the files of another; of copies where links cannot be."""
     if not (source / "index.json").exists():
         raise UserError(f"{source}: no latents there; first: torchrun train.py --workdir "
                         f"{source.parent} --stage latents")
@@ -1708,9 +1688,9 @@ def link(source: Path, folder: Path) -> None:
 
 
 class Latents:
-    """The data set that the DiT is trained on: what `encode_latents` wrote. Files are mapped into
-    memory when they are asked for, a thousand at a time: what is not asked for stays on the disk.
-    Clips are numbered through the shards; those of one shape follow each other."""
+    """The data set of the dit stage, written by `encode_latents`. Shards are mapped into memory on
+    demand, and the last thousand stay so. Clips are numbered through all shards; those of one shape
+    follow each other."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
@@ -1808,7 +1788,8 @@ def couple_latents(run: Run) -> None:
 
 class TextToVideo(nn.Module):
     """What the dit stage trains: text projections (and toy encoders) and the DiT; its forward is
-    the loss. widths: features a token of each pretrained encoder, so that none has to be there."""
+    the loss. widths: the width of each pretrained encoder, so that none of them has to be loaded.
+    """
 
     def __init__(self, cfg: Config, widths: dict[str, int] | None = None):
         super().__init__()
@@ -1821,12 +1802,6 @@ class TextToVideo(nn.Module):
         P, mask = self.text(features, drop)
         loss = flow.loss(lambda x, t: self.dit(x, t, P, mask), x1, x0, t, self.flow)
         return loss + self.align * self.text.align(features, x1) if self.align else loss
-
-
-def noise(key: tuple, rows: Iterable[int], shape: torch.Size) -> Tensor:
-    """These rows of a batch of noise: each has a generator of its own, so that no rank draws
-    another's."""
-    return torch.stack([torch.randn(shape, generator=generator(*key, i)) for i in rows])
 
 
 def train_dit(run: Run) -> None:
@@ -1858,8 +1833,8 @@ def train_dit(run: Run) -> None:
 
 def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
                 ) -> Callable[[int], list[tuple]]:
-    """The `batch` of the dit stage. Everything random comes from the step's number, for the whole
-    batch of all ranks; each rank takes its rows, in --train_dit.accumulate parts."""
+    """Make the `batch` of the dit stage. All random numbers are drawn from the step, for the batch
+    of all ranks; each rank takes its rows, in --train_dit.accumulate parts."""
     cfg, t, tae = run.cfg, run.cfg.train_dit, statistics_of(run)
     mine, buckets, coupling = share(t.batch, *run.mesh.data), latents.buckets(), None
     dtype = torch.promote_types(PRECISIONS[t.precision], torch.float32)  # bf16: products alone
@@ -1879,11 +1854,13 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
         times = flow.sample_t(t.batch, cfg.flow, g)[mine]
         drop = text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)[mine]
         rows = clips.start + torch.randint(len(clips), (t.batch,), generator=g)
-        draw = lambda what, rows=mine: noise((cfg.seed, what, step), rows, shape)
+        # Each clip's noise has a generator of its own, so that no rank draws another's.
+        draw = lambda what, numbers: torch.stack([torch.randn(
+            shape, generator=generator(cfg.seed, what, step, i)) for i in numbers])
 
         # Which noise meets which clip.
         if coupling is not None:    # the group by its frequency, then the noise picks the clip
-            x0 = draw("x0")
+            x0 = draw("x0", mine)
             groups = coupling.draw_group(t.batch, g)[mine] if cfg.coupling == "sdot" else None
             rows = coupling.couple(x0, groups)
         elif cfg.coupling == "minibatch":       # within captions, over the batch of all ranks
@@ -1892,10 +1869,10 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
                 torch.tensor([number[latents.captions[i]] for i in rows.tolist()]))[mine]
             rows = rows[mine]
         else:
-            x0, rows = draw("x0"), rows[mine]
+            x0, rows = draw("x0", mine), rows[mine]
 
         mean, logvar = latents.rows(rows)
-        x1 = tae.normalize(mean + (0.5 * logvar).exp() * draw("posterior"))
+        x1 = tae.normalize(mean + (0.5 * logvar).exp() * draw("posterior", mine))
         parts = []
         for part in zip(*(v.chunk(t.accumulate) for v in (rows, drop, x1, x0, times))):
             features = {k: v.to(run.device) for k, v in latents.text(part[0]).items()}
@@ -1949,12 +1926,11 @@ class Loaded:
             prompts = [p if p.startswith("FPS-") else f"FPS-{self.fps} {p}" for p in prompts]
         return self.text.encode(prompts)
 
-    def prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """P (B, L, D), mask (B, L) of the prompts, and P, mask of as many null prompts."""
-        return self.conditions(self.encode(prompts))
-
-    def conditions(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same from what `encode` gave."""
+    def prompts(self, prompts: list[str], features: dict[str, Tensor] | None = None
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """P (B, L, D), mask (B, L) of the prompts, and P, mask of as many null prompts. features:
+        what `encode` made of the prompts, if that was called before."""
+        features = features or self.encode(prompts)
         P, mask = self.text({k: v.to(self.device) for k, v in features.items()})
         return P, mask, *self.text.null_tokens(len(P))
 
@@ -1977,11 +1953,11 @@ class Loaded:
     @torch.no_grad()
     def generate(self, prompts: list[str], seeds: list[int] | None = None,
                  features: dict[str, Tensor] | None = None) -> Tensor:
-        """New clips (B, 3, T, H, W) in [-1, 1] for prompts, with classifier-free guidance; steps,
-        solver and scale as configured. seeds: one for each, 0 to B - 1 if not given. features: what
-        `encode` gave for the prompts. ValueError where they do not match."""
+        """Sample clips (B, 3, T, H, W) in [-1, 1] for prompts, with classifier-free guidance;
+        steps, solver and scale as configured. seeds: one for each, by default 0 to B - 1. features:
+        as in `prompts`."""
         s = self.cfg.sample
-        P, mask, P0, mask0 = self.conditions(features or self.encode(prompts))
+        P, mask, P0, mask0 = self.prompts(prompts, features)
         seeds = list(range(len(prompts)) if seeds is None else seeds)
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds {seeds}: must be one for each of {len(prompts)} prompts")
@@ -1994,9 +1970,9 @@ class Loaded:
 
 def load_run(path: str | Path, device: str | torch.device = "cpu",
              prepare: Callable[[nn.Module], object] = lambda dit: None) -> Loaded:
-    """Load a finished run: its folder, or a copy of its model.safetensors. Reads safetensors and
-    JSON only; on device "meta" no weights at all, for what only asks for shapes. prepare(dit) may
-    take blocks out of the DiT first: what is not there is not read, and takes no memory."""
+    """Load a finished run, given its folder or a copy of its model.safetensors. prepare(dit) may
+    first take blocks out of the DiT, which are then not read. On device "meta" no weights are read,
+    for callers that ask for shapes only."""
     device, file = torch.device(device), result_of(Path(path))
     cfg, widths = read_config(file), {}
     if cfg.text.mode == "pretrained":           # the encoders themselves may be elsewhere
@@ -2018,8 +1994,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu",
 
 def make_samples(run: Run) -> None:
     """Make samples/: a GIF (toy world) or an MP4 for each prompt, the clips as tensors, and
-    index.json. Each rank makes some batches; files are written by a thread while the next batch is
-    sampled, and what is there is kept."""
+    index.json. Ranks share the batches; a thread writes files while the next batch is sampled. What
+    an earlier start has made is kept."""
     folder, cfg, n = run.folder / "samples", run.cfg, run.cfg.sample.batch
     if cfg.data:
         captions = list(dict.fromkeys(Latents(run.folder / "latents").captions))
@@ -2033,9 +2009,9 @@ def make_samples(run: Run) -> None:
     file = lambda i: folder / f"clips_{i:04d}.safetensors"
     mine = [i for i in range(0, len(todo), n)[rank() :: world_size()] if not readable(file(i))]
 
-    def write(i: int, clips: Tensor, fps: list[int]) -> None:
-        for j, clip in enumerate(clips):
-            write_video(folder / f"{i + j:04d}.{suffix}", clip, fps[j])
+    def write(i: int, clips: Tensor) -> None:
+        for j, clip in enumerate(clips, i):
+            write_video(folder / f"{j:04d}.{suffix}", clip, loaded.fps_of(prompts[j]))
         save_tensors(file(i), {"clips": clips})             # the mark that all of them are there
 
     if mine:
@@ -2043,15 +2019,11 @@ def make_samples(run: Run) -> None:
             folder.mkdir(exist_ok=True)
         loaded = load_run(run.folder, run.device)
         features = loaded.encode(prompts)                   # no encoder is loaded twice
-        with ThreadPoolExecutor(1) as pool, tqdm(total=len(mine) * n, desc="sample", unit="clip",
-                                                 disable=rank() != 0) as bar:
-            written = []
-            for i in mine:
-                clips = loaded.generate(prompts[i : i + n], range(i, min(i + n, len(todo))),
-                                        {k: v[i : i + n] for k, v in features.items()}).cpu()
-                fps = [loaded.fps_of(p) for p in prompts[i : i + n]]
-                written.append(pool.submit(write, i, clips, fps))
-                bar.update(len(clips))
+        with ThreadPoolExecutor(1) as pool:
+            written = [pool.submit(write, i, loaded.generate(
+                prompts[i : i + n], range(i, min(i + n, len(todo))),
+                {k: v[i : i + n] for k, v in features.items()}).cpu())
+                for i in tqdm(mine, "sample", unit="batch", disable=rank() != 0)]
             for future in written:
                 future.result()
     run.mesh.meet(f"{folder}")
@@ -2064,6 +2036,11 @@ def make_samples(run: Run) -> None:
 # ---- 7. The report -------------------------------------------------------------------------------
 
 
+KINDS = {"trained": "Prompts like those of training",               # of samples, in their order
+         "heldout": "Combinations of colour, shape and direction that training never showed",
+         "words": "Words of two and three letters", "words_heldout": "Words never trained on"}
+
+
 def make_report(run: Run, clips) -> dict:
     """Make report.json (every figure by name), samples.gif, curves.png and index.html."""
     if rank() != 0:
@@ -2072,8 +2049,7 @@ def make_report(run: Run, clips) -> dict:
     loaded = load_run(folder, run.device)
     report: dict = {"scale": cfg.scale, "seed": cfg.seed, "data": cfg.data or "toy world",
                     "coupling": cfg.coupling}
-    report["tae_psnr_db"], z, captions = reconstruct(run, loaded.tae, clips)
-    report["dit_val_loss"] = validation_loss(loaded, z, captions)
+    report["tae_psnr_db"], report["dit_val_loss"] = on_held_out(run, loaded, clips)
     report["parameters"] = {name: sum(p.numel() for p in m.parameters()) for name, m in (
         ("tae", loaded.tae), ("text", loaded.text), ("dit", loaded.dit))}
     rows = read_json(folder / "samples/index.json")
@@ -2089,8 +2065,7 @@ def make_report(run: Run, clips) -> dict:
     report["machine"] = {"threads": torch.get_num_threads(), "device": str(run.device),
                          "ranks": world_size(), "torch": torch.__version__}
     draw_curves(folder / "curves.png", run.losses())
-    kinds = ("trained", "heldout", "words", "words_heldout")
-    shown = [i for kind in kinds for i, r in enumerate(rows) if r["kind"] == kind]
+    shown = [i for kind in KINDS for i, r in enumerate(rows) if r["kind"] == kind]
     shown = shown[:: max(1, len(rows) // 24)][:24]
     contact_sheet(folder / "samples.gif", [made[i] for i in shown],
                   [rows[i]["prompt"] for i in shown], cfg.clips.fps)
@@ -2100,12 +2075,12 @@ def make_report(run: Run, clips) -> dict:
 
 
 @torch.no_grad()
-def reconstruct(run: Run, tae: autoencoder.Autoencoder, clips
-                ) -> tuple[float, Tensor, list[str]]:
-    """PSNR over 64 held-out clips, their normalised latents and captions. The first twelve are
-    written to reconstructions/, each beside what the autoencoder makes of it."""
+def on_held_out(run: Run, loaded: Loaded, clips) -> tuple[float, float]:
+    """Measure 64 held-out clips -> (PSNR of the autoencoder, flow-matching loss of the DiT at ten
+    fixed times, Movie Gen's proxy for what people prefer). The first twelve clips are written to
+    reconstructions/, each beside what the autoencoder makes of it."""
     T, H, W = shape = run.cfg.clips.shape
-    folder, psnr, z, captions = run.folder / "reconstructions", [], [], []
+    tae, folder, psnr, z, captions = loaded.tae, run.folder / "reconstructions", [], [], []
     with writing(folder):
         folder.mkdir(exist_ok=True)
     for x, told, posterior in encoded(run, tae, clips, "heldout", range(64), shape):
@@ -2116,22 +2091,16 @@ def reconstruct(run: Run, tae: autoencoder.Autoencoder, clips
             write_video(folder / f"{i:02d}.gif", pair, run.cfg.clips.fps)
         z.append(tae.normalize(posterior.mean))
         captions += told
-    return round(torch.cat(psnr).mean().item(), 2), torch.cat(z), captions
-
-
-@torch.no_grad()
-def validation_loss(loaded: Loaded, x1: Tensor, captions: list[str]) -> float:
-    """Flow-matching loss on held-out latents at ten fixed times: Movie Gen's proxy for what people
-    prefer. As many clips at once as are sampled at once."""
     P, mask, _, _ = loaded.prompts(captions)
-    v_fn = lambda *all: torch.cat([loaded.dit(*part) for part in zip(
+    v_fn = lambda *all: torch.cat([loaded.dit(*part) for part in zip(       # as in sampling
         *(v.split(loaded.cfg.sample.batch) for v in (*all, P, mask)))])
-    return round(flow.validation_loss(v_fn, x1, loaded.cfg.flow, times=10)[0], 4)
+    loss, *_ = flow.validation_loss(v_fn, torch.cat(z), loaded.cfg.flow, times=10)
+    return round(torch.cat(psnr).mean().item(), 2), round(loss, 4)
 
 
 def judged(rows: list[dict], made: Tensor, seed: int) -> dict:
-    """Let the judge look at all samples, and add its verdict to each row -> prompt_accuracy, and
-    gap.random, the same on prompts shuffled among the clips: a judge must be seen to fail."""
+    """Add the judge's verdict to each row -> prompt_accuracy, and gap.random, the same with prompts
+    shuffled among the clips: a judge has to be seen to fail."""
     for row, clip in zip(rows, made):
         row["verdict"] = world.judge(clip, row["prompt"])
     by = lambda kind: [r["verdict"] for r in rows if r["kind"] == kind]
@@ -2148,9 +2117,9 @@ def judged(rows: list[dict], made: Tensor, seed: int) -> dict:
 
 
 def speed(run: Run) -> dict[str, float]:
-    """Clips a second of the dit stage, and model TFLOP a second of all ranks together: three
-    forward passes a step, whatever is computed twice. Divided by the maker's figure for the ranks
-    it is the model FLOPs utilisation."""
+    """Clips a second of the dit stage, and model TFLOP a second of all ranks together, counting
+    three forward passes a step. Divided by the peak of the ranks that is the model FLOPs
+    utilisation."""
     rows = [r for r in run.rows() if r["stage"] == "dit"]
     made = [(a, b) for a, b in zip(rows, rows[1:]) if "loss" in b and a.get("event") != "stopped"
             and b.get("event") != "resume"]
@@ -2168,10 +2137,11 @@ def speed(run: Run) -> dict[str, float]:
 
 def draw_curves(path: Path, losses: dict[str, dict[int, float]]) -> None:
     """Draw the loss of each stage, every step and running means."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, max(1, len(losses)), figsize=(4 * max(1, len(losses)), 3),
-                                squeeze=False)
-    for ax, (stage, points) in zip(axes[0], losses.items()):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * max(1, len(losses)), 3))
+    for k, (stage, points) in enumerate(losses.items()):
+        ax = figure.add_subplot(1, len(losses), k + 1)
         steps, values = (torch.tensor(v).double() for v in zip(*sorted(points.items())))
         ax.plot(steps, values, lw=0.4, alpha=0.4, color="C0")
         k = max(1, len(steps) // 50)
@@ -2181,16 +2151,6 @@ def draw_curves(path: Path, losses: dict[str, dict[int, float]]) -> None:
     figure.tight_layout()
     with writing(path):
         figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def pyplot():
-    """matplotlib.pyplot, without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
 
 
 def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int, columns: int = 6
@@ -2203,27 +2163,22 @@ def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int, 
 
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"),
                               11)
-    side, margin, below = 128, 8, 44
-    sheets, rows = [], -(-len(clips) // columns)
-    size = columns * (side + margin) + margin, rows * (side + below + margin) + margin
+    side, gap, below = 128, 8, 44
+    across, down = side + gap, side + below + gap
+    places = [(gap + i % columns * across, gap + i // columns * down) for i in range(len(clips))]
+    empty = Image.new("RGB", (columns * across + gap, places[-1][1] + down), "white")
+    for (x, y), title in zip(places, titles):
+        ImageDraw.Draw(empty).multiline_text(
+            (x, y + side + 2), "\n".join(textwrap.wrap(title, 22)[:3]), "black", font, spacing=1)
+    sheets = []
     for t in range(clips[0].shape[1]):
-        sheet = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(sheet)
-        for i, (clip, title) in enumerate(zip(clips, titles)):
-            x, y = margin + i % columns * (side + margin), margin + i // columns * (
-                side + below + margin)
+        sheet = empty.copy()
+        for place, clip in zip(places, clips):
             frame = ((clip[:, t].clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST),
-                        (x, y))
-            draw.multiline_text((x, y + side + 2), "\n".join(textwrap.wrap(title, 22)[:3]), "black",
-                                font, spacing=1)
+                        place)
         sheets.append(sheet.quantize(255, dither=Image.Dither.NONE))
     save_gif(path, sheets, fps)
-
-
-KINDS = {"trained": "Prompts like those of training",
-         "heldout": "Combinations of colour, shape and direction that training never showed",
-         "words": "Words of two and three letters", "words_heldout": "Words never trained on"}
 
 
 def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
@@ -2316,8 +2271,7 @@ def text_tokens(cfg: Config) -> int:
 
 
 def one_step(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool = False):
-    """A DiT with gradients, and a function that does its forward and backward pass on b clips of n
-    tokens."""
+    """A DiT with gradients, and a function that makes a step with b clips of n tokens."""
     s = dit.streams[0]                                      # n tokens in a row
     model = backbone.DiT(replace(dit, streams=(replace(s, size=(n * s.patch[0], *s.patch[1:])),)))
     for p in model.blocks.parameters() if bf16 else ():
@@ -2367,8 +2321,7 @@ def by_depth(figure: Callable, dit: backbone.DiTConfig, *args) -> int:
 
 def plan(cfg: Config, c: "Command") -> dict[str, dict[str, float]]:
     """What the dit stage costs on c.gpus GPUs: {"memory": bytes of the fullest rank, "wire": bytes
-    that a rank receives in a step, "step": sizes, FLOPs and seconds}. Every step is taken to be one
-    of the largest clips."""
+    that a rank receives in a step, "step": sizes, FLOPs and seconds}, for the largest clips."""
     t, dit, L = cfg.train_dit, cfg.dit, text_tokens(cfg)
     with torch.device("meta"):
         model = TextToVideo(cfg)
@@ -2455,22 +2408,17 @@ class Command:
         within(self, TINY, 1e9, "timeout", "memory", "peak", "utilisation", "link")
 
 
-PLANNED = {"gpus", "memory", "peak", "utilisation", "link"}
-
-
+PLANNED = {"gpus", "memory", "peak", "utilisation", "link"}             # only with --plan
 NAMES = {"variant": "tae", "text.mode": "text", "train_dit.steps": "steps",
-         "train_dit.batch": "batch"}                                    # a short name of a field
-
-
-source_of = lru_cache(inspect.getsource)
+         "train_dit.batch": "batch"}                                    # short names of fields
 
 
 def help_of(kind) -> dict[str, str]:
     """The comment beside each field of a dataclass."""
     found = {}
     for base in reversed(kind.__mro__[:-1]):
-        # inspect.getsource(base) parses the whole file anew for each class: a second a start.
-        text = source_of(sys.modules[base.__module__])
+        # inspect.getsource(base) would parse the whole file, each time: a second for all classes.
+        text = inspect.getsource(sys.modules[base.__module__])
         body = re.search(rf"^class {base.__name__}\b.*?(?=^\S|\Z)", text, re.M | re.S)[0]
         found |= dict(re.findall(r"^    (\w+): .*?  +# (.*)$", body, re.M))
     return found
@@ -2599,8 +2547,8 @@ def flat(config: dict, prefix: str = "") -> dict[str, object]:
 
 def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
              mesh: Mesh | None = None) -> Run:
-    """Open the run folder, new or continued, for this process alone. UserError for one of another
-    configuration (but for HOW), which is left as it is, and where nodes see different folders."""
+    """Open the run folder, new or continued, and keep other processes out. UserError for a run of
+    another configuration (except HOW), and if nodes see different folders."""
     path, run = folder / "config.json", Run(folder, cfg, device, mesh)
     if path.exists():
         there, mine = flat(asdict(read_config(folder))), flat(asdict(cfg))
@@ -2632,7 +2580,9 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
                         "rank 0 writes there; it has to be one folder for all nodes")
     if rank() == 0:
         (folder / "seen").unlink(missing_ok=True)
-        write_json(path, asdict(cfg))
+        text = json.dumps(asdict(cfg), indent=1)
+        if not path.exists() or read_text(path) != text:
+            write_text(path, text)
     run.mesh.meet(f"{path}")
     return run
 
@@ -2681,7 +2631,7 @@ def start_ranks(command: Command) -> torch.device:
 
 
 def copies(cfg: Config, command: Command, ranks: int) -> int:
-    """--replicate, or what suits: small models are copied, which sends least, large ones sharded.
+    """--replicate, or if that is 0: copies of small models, which send least; large ones sharded.
     """
     if command.replicate:
         return command.replicate
@@ -2692,8 +2642,7 @@ def copies(cfg: Config, command: Command, ranks: int) -> int:
 def known_videos(cfg: Config, folder: Path) -> list[list]:
     """The videos that a run began with, or the run whose latents it shares; else what is there."""
     places = [folder, Path(cfg.base)] if cfg.base and same_latents(cfg) else [folder]
-    tables = [p / "videos.json" for p in places if (p / "videos.json").exists()]
-    tables = from_rank0(tables)
+    tables = from_rank0([p / "videos.json" for p in places if (p / "videos.json").exists()])
     if not tables:
         return find_videos(cfg)
     videos = read_json(tables[0])
@@ -2715,8 +2664,7 @@ def work(cfg: Config, command: Command) -> None:
     mesh = make_mesh(command.dp, command.sp, copies(cfg, command, world_size()), command.reshard,
                      device.type)
     check_shares(cfg, mesh, folder)
-    made = (folder / "samples/index.json").exists()
-    if cfg.text.mode == "pretrained" and not made and rank() == 0:
+    if cfg.text.mode == "pretrained" and rank() == 0:
         with named("--text."):              # now, and not when captions or prompts are encoded
             text_cond.check_sources(cfg.text)
     clips = VideoFolder(cfg, known_videos(cfg, folder)) if cfg.data else ToyClips(cfg)
@@ -2740,29 +2688,47 @@ def work(cfg: Config, command: Command) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+class Stderr:
+    """stderr, until nobody reads it any more (2>&1 | head): a run does not end for that."""
+
+    def __init__(self):
+        if sys.stderr is None:              # closed, by 2>&-: else the next file gets its number
+            os.dup2(os.open(os.devnull, os.O_WRONLY) if sys.stdout is None else 1, 2)
+        self.stream = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:                     # or Python would try once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line -> exit status: 0, or 2 after one line about what the user can mend."""
-    if sys.stderr is None:                  # closed, as by 2>&-: else the next file gets its number
-        os.dup2(os.open(os.devnull, os.O_WRONLY) if sys.stdout is None else 1, 2)
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    try:
-        work(*parse(sys.argv[1:] if argv is None else argv))
-    except (UserError, OSError) as error:
-        if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            say(f"train.py: {error}")
-        return 2
-    except Stopped as error:
-        if rank() == 0:
-            say(f"train.py: {error}")
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not re.search("out of memory|DefaultCPUAllocator|calculation overflowed", str(error)):
-            raise
-        say(f"train.py: {reason(error)}. Less is taken with --train_dit.accumulate, "
-            "--dit.checkpointing true, in the tae stage --tae.checkpointing true; see --plan")
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """Run the command line -> exit status: 0, or 2 after one line about what the user can mend."""
+    with contextlib.redirect_stderr(Stderr()):
+        try:
+            work(*parse(sys.argv[1:] if argv is None else argv))
+        except (UserError, OSError) as error:
+            if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                say(f"train.py: {error}")
+            return 2
+        except Stopped as error:
+            if rank() == 0:
+                say(f"train.py: {error}")
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not re.search("out of memory|DefaultCPUAllocator|calculation overflowed",
+                             str(error)):
+                raise
+            say(f"train.py: {reason(error)}. Less is taken with --train_dit.accumulate, "
+                "--dit.checkpointing true, in the tae stage --tae.checkpointing true; see --plan")
+            return 2
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
     return 0
 
 
