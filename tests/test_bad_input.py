@@ -111,7 +111,7 @@ def listed(table):
 
 ROWS = [*listed(OUT_OF_BOUNDS), *of_another_type()]
 OTHERS = [      # where the other of two flags is named
-    ("--tae.mult 1 2", "--tae.space_stride 1 1: 1 numbers"),
+    ("--tae.mult 1 2", "--tae.space_stride 1 1: must be 1 or 2 each"),
     ("--vidtwin.width 100", "--vidtwin.heads 4: must divide a quarter of width 100"),
     ("--dit.dim 100", "--dit.heads 8: does not divide dim 100"),
     ("--clips.size 16 32", "unrecognized arguments: 32"), ("toy", "unrecognized arguments: toy"),
