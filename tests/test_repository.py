@@ -1,4 +1,5 @@
-"""What holds between the files: each runs alone, imports no sibling, and needs nothing unlisted."""
+"""What holds between the files: each runs alone, imports no sibling, needs nothing unlisted.
+What the READMEs name is there."""
 import ast
 import re
 import shutil
@@ -10,11 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["tae", "text_cond", "dit", "flow", "sdot", "sample_parallel"]
-FILES = [*STAGES, "train"]
+ALONE = [*STAGES, "world"]
+FILES = [*ALONE, "train"]
+READMES = [ROOT / "README.md", ROOT / "studies/README.md"]
 
 
 def tree(name):
-    return ast.parse((ROOT / f"{name}.py").read_text())
+    return ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
 
 
 def imports(nodes):
@@ -25,12 +28,56 @@ def imports(nodes):
             yield (node.module or "").split(".")[0]
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_imports_no_sibling(name):
+@pytest.mark.parametrize("name", ALONE)
+def test_a_file_imports_no_sibling(name):
     siblings = set(FILES) - {name}
     assert not siblings & set(imports(tree(name).body))
     inside = siblings & set(imports(ast.walk(tree(name))))
-    assert inside <= {"train"}, "only a command line may import train, inside a function"
+    assert inside <= ({"train"} if name == "sample_parallel" else set()), "but for its command line"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_imports_studies_or_tests(name):
+    others = {p.stem for folder in ("studies", "tests") for p in (ROOT / folder).glob("*.py")}
+    assert not {"studies", "tests", *others} & set(imports(ast.walk(tree(name))))
+
+
+def slug(heading):
+    """The anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_what_a_readme_names_is_there(path):
+    """Links and their anchors, pictures, and the scripts of its commands."""
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        there = path.parent / file if file else path
+        if "://" in link:
+            continue
+        assert there.exists(), link
+        headings = re.findall(r"^#+ (.*)$", there.read_text("utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in map(slug, headings), link
+    for script in re.findall(r"(?:python|torchrun|pytest) [^`\n|]*?([\w/]+\.py)\b", text):
+        assert (ROOT / script).exists() or (path.parent / script).exists(), script
+
+
+def test_every_picture_is_shown():
+    text = "".join(path.read_text(encoding="utf-8") for path in READMES)
+    assert not [p.name for p in (ROOT / "assets").iterdir() if f"assets/{p.name}" not in text]
+
+
+def test_the_repository_speaks_of_the_project_alone():
+    """Of no place where it was written: what is built of two parts here must stand nowhere."""
+    words = ["/wo" "rk/", "shared/re" "view", "sub" "agent", "Cla" "ude"]
+    files = [p for kind in ("*.py", "*.md", "*.toml", "*.txt", "run") for folder in (
+        "", "studies/", "tests/", ".ci/") for p in ROOT.glob(folder + kind)]
+    assert len(files) > 30
+    said = [(p.name, w) for p in files for w in words if w in p.read_text(encoding="utf-8")]
+    assert not said
 
 
 def test_everything_imported_is_required():
@@ -44,7 +91,7 @@ def test_everything_imported_is_required():
 
 
 def test_the_backbone_has_never_heard_of_ranks():
-    assert "distributed" not in (ROOT / "dit.py").read_text()
+    assert "distributed" not in (ROOT / "dit.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -75,7 +122,7 @@ def test_a_copied_file_runs_its_demo(name, tmp_path):
     assert list((tmp_path / "out" / name).iterdir()), "no figure"
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_copied_file_has_help_and_refuses_an_unknown_flag(name, tmp_path):
     """Both in one process: the seconds go to importing torch."""
     shutil.copy(ROOT / f"{name}.py", tmp_path)
