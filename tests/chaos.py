@@ -270,7 +270,7 @@ def harm(path, how):
 
 
 def starve(folder, log, resize):
-    """No space for the next checkpoint: one line that names it, and the earlier ones are whole."""
+    """No space for the next checkpoint: a line that names it, and the earlier ones are whole."""
     kept, limit = steps(folder / "dit"), None
     size = sum(p.stat().st_size for p in (folder / f"dit/step_{kept[-1]:07d}").iterdir())
     if resize:
@@ -285,11 +285,12 @@ def starve(folder, log, resize):
         job.kill()
         if resize:
             resize("512m")
-    lines = [r for r in job.said().splitlines() if "could not be written" in r]
+    lines = sorted({r[r.index("train.py:"):] for r in job.said().splitlines()
+                    if "could not be written" in r})                # each rank says the same
     assert len(lines) == 1 and f"dit/step_{(kept[-1] // EVERY + 1) * EVERY:07d}" in lines[0], \
         job.said()[-3000:]
     assert "the one before is kept" in lines[0] and steps(folder / "dit") == kept
-    return lines[0][lines[0].index("train.py:"):]
+    return lines[0]
 
 
 def torment(folder, log, resize, seconds, seed, say=print):
