@@ -307,7 +307,6 @@ DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.fr
 # Fields that change how a run is computed, not its result: they may differ when it is resumed.
 HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
        "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload"}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 
 
@@ -1523,27 +1522,27 @@ def train_tae(run: Run, clips) -> None:
     with named("--loss."):
         perceptual = autoencoder.vgg_perceptual() if cfg.loss.perceptual else None
     objective = partial(autoencoder.Objective, perceptual=perceptual)
+    image = lambda: autoencoder.TAE(replace(cfg.tae, variant="2d"))
 
-    if cfg.variant == "vidtwin":
-        build = lambda: objective(autoencoder.VidTwin(cfg.vidtwin), cfg.loss)
-    else:
-        image = lambda: autoencoder.TAE(replace(cfg.tae, variant="2d"))
-        if not run.has("tae/image.safetensors"):
-            plain = replace(cfg.loss, opl=0.0, gan=0.0)     # what refines comes when time is learnt
-            model = place(run, lambda: objective(image(), plain), t.precision)
-            state = optimize(run, "tae/image", model, t, t.image_steps,
-                             tae_batches(run, clips, False), cfg.workers)
-            run.save("tae/image.safetensors", only(state, "tae."))
-        trained = load_tensors(run.folder / "tae/image.safetensors")
+    if cfg.variant != "vidtwin" and not run.has("tae/image.safetensors"):
+        plain = replace(cfg.loss, opl=0.0, gan=0.0)     # refinements come when time is learnt
+        model = place(run, lambda: objective(image(), plain), t.precision)
+        state = optimize(run, "tae/image", model, t, t.image_steps, tae_batches(run, clips, False),
+                         cfg.workers)
+        run.save("tae/image.safetensors", only(state, "tae."))
 
-        def build() -> nn.Module:
-            flat = image()
-            if not next(flat.parameters()).is_meta:
-                flat.load_state_dict(trained, strict=False)
-            return objective(autoencoder.inflate(flat, cfg.tae.variant), cfg.loss)
+    def build() -> nn.Module:
+        if cfg.variant == "vidtwin":
+            return objective(autoencoder.VidTwin(cfg.vidtwin), cfg.loss)
+        tae = image()
+        if not next(tae.parameters()).is_meta:
+            tae.load_state_dict(load_tensors(run.folder / "tae/image.safetensors"), strict=False)
+        return objective(autoencoder.inflate(tae, cfg.tae.variant), cfg.loss)
+
     model = place(run, build, t.precision)
     state = optimize(run, "tae/video", model, t, t.steps, tae_batches(run, clips, True),
                      cfg.workers)
+
     tae = autoencoder.autoencoder(cfg.autoencoder_config).eval()
     if rank() == 0:
         tae.load_state_dict(only(state, "tae."), strict=False)
@@ -1837,7 +1836,7 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
     of all ranks; each rank takes its rows, in --train_dit.accumulate parts."""
     cfg, t, tae = run.cfg, run.cfg.train_dit, statistics_of(run)
     mine, buckets, coupling = share(t.batch, *run.mesh.data), latents.buckets(), None
-    dtype = torch.promote_types(PRECISIONS[t.precision], torch.float32)  # bf16: products alone
+    dtype = torch.float64 if t.precision == "fp64" else torch.float32    # bf16: products alone
     if cfg.coupling.startswith("sdot"):
         path = run.folder / "coupling.pt"
         try:
@@ -2588,7 +2587,7 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
 
 
 def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
-    """UserError where clips or heads cannot be shared out to the ranks, in what is still to do."""
+    """UserError if clips, heads or tokens cannot be shared out in the stages still to come."""
     parts = cfg.train_dit.accumulate
     todo = [("--batch", cfg.train_dit.batch, mesh.data[1] * parts)]
     if not (cfg.base or cfg.init or (folder / "tae/tae.safetensors").exists()):
@@ -2596,8 +2595,8 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
                  ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())]
     for flag, n, of in todo:
         if n % of:
-            raise UserError(f"{flag} {n}: not a multiple of {of}, the ranks that share it" + (
-                f" x --train_dit.accumulate {parts}" if flag == "--batch" and parts > 1 else ""))
+            raise UserError(f"{flag} {n}: not a multiple of {of}, the ranks that share it"
+                            + f" x --train_dit.accumulate {parts}" * (flag == "--batch"))
     fewest = min(tokens_of(cfg, parts_of(cfg, shape)[0]) for shape in cfg.clips.shapes)
     for what, most in (("attention heads", cfg.dit.heads), ("tokens in the smallest clip", fewest)):
         if mesh.sp > most:
@@ -2654,7 +2653,7 @@ def known_videos(cfg: Config, folder: Path) -> list[list]:
 
 
 def work(cfg: Config, command: Command) -> None:
-    """Ranks, clips, run folder, then stage after stage."""
+    """Print the plan; or arrange ranks, clips and run folder, then work through the stages."""
     if command.plan:
         command.replicate = copies(cfg, command, command.gpus)
         dp_of(command.gpus, command.dp, command.sp, command.replicate)
