@@ -2574,11 +2574,12 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
         (folder / "seen").touch()
     run.mesh.meet(f"{folder}/lock")
     sees = from_all((folder / "seen").exists())
+    if rank() == 0:
+        (folder / "seen").unlink(missing_ok=True)
     if not all(sees):
         raise UserError(f"--workdir {folder}: rank {sees.index(False)} does not see the files that "
                         "rank 0 writes there; it has to be one folder for all nodes")
     if rank() == 0:
-        (folder / "seen").unlink(missing_ok=True)
         text = json.dumps(asdict(cfg), indent=1)
         if not path.exists() or read_text(path) != text:
             write_text(path, text)
@@ -2595,8 +2596,8 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
                  ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())]
     for flag, n, of in todo:
         if n % of:
-            raise UserError(f"{flag} {n}: not a multiple of {of}, the ranks that share it"
-                            + f" x --train_dit.accumulate {parts}" * (flag == "--batch"))
+            raise UserError(f"{flag} {n}: not a multiple of {of}, the ranks that share it" + (
+                f" x --train_dit.accumulate {parts}" if flag == "--batch" and parts > 1 else ""))
     fewest = min(tokens_of(cfg, parts_of(cfg, shape)[0]) for shape in cfg.clips.shapes)
     for what, most in (("attention heads", cfg.dit.heads), ("tokens in the smallest clip", fewest)):
         if mesh.sp > most:
@@ -2706,13 +2707,22 @@ class Stderr:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def first_to_say(line: str) -> bool:
+    """Whether no other rank has said this: many errors meet all ranks alike."""
+    if not dist.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with contextlib.suppress(RuntimeError):
+        return dist.distributed_c10d._get_default_store().add(line, 1) == 1
+    return False                            # the store ended with rank 0, which has said why
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line -> exit status: 0, or 2 after one line about what the user can mend."""
     with contextlib.redirect_stderr(Stderr()):
         try:
             work(*parse(sys.argv[1:] if argv is None else argv))
         except (UserError, OSError) as error:
-            if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if first_to_say(str(error)):
                 say(f"train.py: {error}")
             return 2
         except Stopped as error:
