@@ -2681,6 +2681,8 @@ def work(cfg: Config, command: Command) -> None:
         run.mesh.meet(name)
         if name == command.stage:
             return
+        if any(from_all(STOP.is_set())):    # asked for when the last step had ended
+            raise Stopped(f"{name}: stopped after this stage; start again to continue")
     if report:
         try:
             print("\n".join(in_words(report)), f"\nlook at {run.folder / 'index.html'}", flush=True)
