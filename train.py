@@ -943,17 +943,21 @@ class Mesh:
 
 
 def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True,
-              device: str = "cpu") -> Mesh:
-    """Arrange all ranks in a mesh; dp 0: as many as are left."""
-    dp = dp_of(world_size(), dp, sp, replicate)
+              device: str = "cpu", timeout: float = 600.0) -> Mesh:
+    """Arrange all ranks in a mesh; dp 0: as many as are left. timeout: seconds that a rank waits
+    for the others in a collective, before it takes one of them for hung."""
+    dp, limit = dp_of(world_size(), dp, sp, replicate), timedelta(seconds=timeout)
     mesh = Mesh(replicate, dp, sp, reshard)
     if dist.is_initialized():
-        mesh.meeting, mesh.files = (dist.new_group(backend="gloo") for _ in range(2))
+        mesh.meeting, mesh.files = (dist.new_group(backend="gloo", timeout=limit)
+                                    for _ in range(2))
         ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
+        groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
+        for m, name in ((ranks, "replicate"), (ranks, "dp"), (groups, "sp")):
+            dist.distributed_c10d._set_pg_timeout(limit, m.get_group(name))     # torch: 30 minutes
         if dp * sp > 1:
             mesh.weights = ranks if replicate > 1 else ranks["dp"]
         if sp > 1:
-            groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
             group = groups.get_group("sp")
             mesh.tokens = sample_parallel.Axis(sp, dist.get_rank(group), group)
     return mesh
@@ -2662,7 +2666,7 @@ def work(cfg: Config, command: Command) -> None:
         return
     device, folder = start_ranks(command), Path(command.workdir or f"runs/{cfg.scale}")
     mesh = make_mesh(command.dp, command.sp, copies(cfg, command, world_size()), command.reshard,
-                     device.type)
+                     device.type, command.timeout)
     check_shares(cfg, mesh, folder)
     if cfg.text.mode == "pretrained" and rank() == 0:
         with named("--text."):              # now, and not when captions or prompts are encoded
