@@ -598,8 +598,10 @@ def find_videos(cfg: Config) -> list[list]:
     root = Path(cfg.data)
     if not root.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder")
-    there = sorted(path for path in root.rglob("*") if path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(root).parts))
+    there = from_rank0(sorted(
+        path for path in root.rglob("*") if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts))
+        if rank() == 0 else [])
     captions = read_captions(root, [p for p in there if p.name == "metadata.csv"])
     files = [p for p in there if p.suffix.lower() not in NO_VIDEOS]
 
@@ -1580,9 +1582,9 @@ SHARD = 256         # clips in one file of latents
 LARGE = 2**23       # pixels of a clip from which on the autoencoder sees one frame at a time
 
 
-def streamed(cfg: Config, shape: tuple[int, int, int]) -> dict[str, bool]:
-    """The arguments with which encode and decode keep a clip of T x H x W within memory."""
-    return {"stream": True} if math.prod(shape) > LARGE and cfg.variant != "vidtwin" else {}
+def large(shape: tuple[int, int, int]) -> bool:
+    """Whether encode and decode have to stream a clip of T x H x W to keep it within memory."""
+    return math.prod(shape) > LARGE
 
 
 @torch.no_grad()
@@ -1600,7 +1602,7 @@ def encoded(run: Run, tae: autoencoder.Autoencoder, clips, split: str, rows: Ite
     for xs, captions in read_ahead(read, parts, run.cfg.workers):
         for k, x in enumerate(xs.split(n)):
             yield (x, captions[k * n : (k + 1) * n],
-                   tae.encode(x.to(run.device), **streamed(run.cfg, shape)))
+                   tae.encode(x.to(run.device), stream=large(shape)))
 
 
 def load_tae(run: Run) -> autoencoder.Autoencoder:
@@ -1944,8 +1946,8 @@ class Loaded:
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents (B, C, T', H', W') -> clips (B, 3, T, H, W) in [-1, 1]."""
-        T, H, W = self.cfg.clips.shape
-        x = self.tae.decode(self.tae.denormalize(z), T, (H, W), **streamed(self.cfg, (T, H, W)))
+        T, H, W = shape = self.cfg.clips.shape
+        x = self.tae.decode(self.tae.denormalize(z), T, (H, W), stream=large(shape))
         return x.clamp(-1, 1)
 
     def schedule(self, steps: int | None = None, name: str | None = None) -> Tensor:
@@ -2087,7 +2089,7 @@ def on_held_out(run: Run, loaded: Loaded, clips) -> tuple[float, float]:
     with writing(folder):
         folder.mkdir(exist_ok=True)
     for x, told, posterior in encoded(run, tae, clips, "heldout", range(64), shape):
-        again = tae.decode(posterior.mean, T, (H, W), **streamed(run.cfg, shape)).cpu()
+        again = tae.decode(posterior.mean, T, (H, W), stream=large(shape)).cpu()
         psnr.append(autoencoder.psnr(again, x))
         for i, (a, b) in enumerate(zip(x[: max(0, 12 - len(captions))], again), len(captions)):
             pair = torch.cat([a, torch.full_like(a[..., :2], -1), b], dim=-1)
@@ -2124,8 +2126,7 @@ def speed(run: Run) -> dict[str, float]:
     three forward passes a step. Divided by the peak of the ranks that is the model FLOPs
     utilisation."""
     rows = [r for r in run.rows() if r["stage"] == "dit"]
-    made = [(a, b) for a, b in zip(rows, rows[1:]) if "loss" in b and a.get("event") != "stopped"
-            and b.get("event") != "resume"]
+    made = [(a, b) for a, b in zip(rows, rows[1:]) if "loss" in b]
     seconds = sum(b["time"] - a["time"] for a, b in made)
     if not seconds:
         return {}
@@ -2138,19 +2139,24 @@ def speed(run: Run) -> dict[str, float]:
             "tflop_per_second": float(f"{3 * work * rate / 1e12:.4g}")}
 
 
-def draw_curves(path: Path, losses: dict[str, dict[int, float]]) -> None:
-    """Draw the loss of each stage, every step and running means."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * max(1, len(losses)), 3))
-    for k, (stage, points) in enumerate(losses.items()):
-        ax = figure.add_subplot(1, len(losses), k + 1)
+def plot_losses(figure, losses: dict[str, dict[int, float]]) -> None:
+    """Plot {stage: {step: loss}} side by side, every step and running means."""
+    for i, (stage, points) in enumerate(losses.items(), 1):
+        ax = figure.add_subplot(1, len(losses), i)
         steps, values = (torch.tensor(v).double() for v in zip(*sorted(points.items())))
         ax.plot(steps, values, lw=0.4, alpha=0.4, color="C0")
         k = max(1, len(steps) // 50)
         ax.plot(*([part.mean() for part in v.split(k)] for v in (steps, values)), color="C0")
         ax.set(title=f"{stage}: loss", xlabel="step", yscale="log")
         ax.grid(alpha=0.3, which="both")
+
+
+def draw_curves(path: Path, losses: dict[str, dict[int, float]]) -> None:
+    """Write the losses of a run as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * max(1, len(losses)), 3))
+    plot_losses(figure, losses)
     figure.tight_layout()
     with writing(path):
         figure.savefig(path, dpi=110)
@@ -2737,7 +2743,7 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped as error:
             if rank() == 0:
                 say(f"train.py: {error}")
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not re.search("out of memory|DefaultCPUAllocator|calculation overflowed",
                              str(error)):
                 raise

@@ -67,8 +67,7 @@ def draw(clip, maps, labels, path):
 
 
 def main():
-    parser = common.Parser(__doc__, "attention")
-    parser.add_argument("run", type=common.Path, help="a finished toy run")
+    parser = common.Parser(__doc__, "attention", of_run=True)
     parser.add_argument("prompt", nargs="?", default='a red sign saying "A" moving left')
     args = parser.parse_args()
     run = train.load_run(args.run)

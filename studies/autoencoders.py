@@ -146,9 +146,8 @@ def draw(table, path):
 
 
 def main():
-    parser = common.Parser(__doc__, "autoencoders")
+    parser = common.Parser(__doc__, "autoencoders", seeds=True)
     parser.add_argument("--seconds", type=common.positive, default=180.0, help="CPU, each model")
-    parser.add_argument("--seeds", type=common.whole, default=3)
     parser.add_argument("--job", nargs=3, metavar=("VARIANT", "FASTEST", "SEED"), help="internal")
     args = parser.parse_args()
     folder = args.out / f"models-{args.seconds:g}s"

@@ -53,10 +53,8 @@ def seconds_per_step(cfg, B=64, L=14, rounds=6):
 
 
 def main():
-    parser = common.Parser(__doc__, "conditionings")
-    parser.add_argument("run", type=common.Path, help="a finished toy run")
+    parser = common.Parser(__doc__, "conditionings", of_run=True, seeds=True)
     parser.add_argument("--seconds", type=common.positive, default=220.0, help="CPU, each run")
-    parser.add_argument("--seeds", type=common.whole, default=3)
     args = parser.parse_args()
     cfg, plan = train.load_run(args.run, "meta").cfg.dit, args.out / "seconds.json"
     args.out.mkdir(parents=True, exist_ok=True)

@@ -132,10 +132,8 @@ def main():
     if "--workdir" in sys.argv:                         # one run of train.py, with Projected in it
         sdot.Coupling = Projected
         sys.exit(train.main(sys.argv[1:]))
-    parser = common.Parser(__doc__, "couplings")
-    parser.add_argument("run", type=common.Path, help="a finished toy run")
+    parser = common.Parser(__doc__, "couplings", of_run=True, seeds=True)
     parser.add_argument("--steps", type=common.whole, default=400, help="training steps of each")
-    parser.add_argument("--seeds", type=common.whole, default=3)
     args = parser.parse_args()
     steps = {"train_dit.steps": args.steps}
     variants = {c: {"coupling": c, **steps} for c in COUPLINGS}

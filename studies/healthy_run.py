@@ -71,14 +71,7 @@ def picture(losses, frames, prompts, path):
     plt = common.pyplot()
     figure = plt.figure(figsize=(1.5 * len(prompts) + 0.5, 3 + 1.4 * len(frames) + 0.8))
     above, below = figure.subfigures(2, 1, height_ratios=(3, 1.4 * len(frames) + 0.8))
-    for ax, (stage, points) in zip(above.subplots(1, len(losses), squeeze=False)[0],
-                                   losses.items()):
-        steps, values = (torch.tensor(v).double() for v in zip(*sorted(points.items())))
-        ax.plot(steps, values, lw=0.4, alpha=0.4, color="C0")
-        k = max(1, len(steps) // 50)
-        ax.plot(*([part.mean() for part in v.split(k)] for v in (steps, values)), color="C0")
-        ax.set(title=f"{stage}: loss", xlabel="step", yscale="log")
-        ax.grid(alpha=0.3, which="both")
+    train.plot_losses(above, losses)
     axes = below.subplots(len(frames), len(prompts), squeeze=False)
     for row, (percent, images) in zip(axes, frames.items()):
         for ax, image, prompt in zip(row, images, prompts):
@@ -93,8 +86,7 @@ def picture(losses, frames, prompts, path):
 
 
 def main():
-    parser = common.Parser(__doc__, "healthy_run")
-    parser.add_argument("run", type=common.Path, help="a finished toy run")
+    parser = common.Parser(__doc__, "healthy_run", of_run=True)
     parser.add_argument("--prompts", type=common.whole, default=40, help="that are judged")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,8 @@ from text_cond import ENCODERS
 
 
 def main():
-    parser = common.Parser(__doc__, "text_encoders")
-    parser.add_argument("run", type=common.Path, help="a finished toy run")
+    parser = common.Parser(__doc__, "text_encoders", of_run=True, seeds=True)
     parser.add_argument("--steps", type=common.whole, default=400, help="training steps of each")
-    parser.add_argument("--seeds", type=common.whole, default=3)
     args = parser.parse_args()
     steps = {"train_dit.steps": args.steps}
     variants = {"all three": {}} | {f"without {name}": {"text.without": name} for name in ENCODERS}
