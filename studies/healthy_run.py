@@ -107,7 +107,7 @@ def main():
                            for i in range(0, len(asked), 32)])
         right = world.accuracy([world.judge(clip, p) for clip, p in zip(clips, asked)])
         steps = round(percent / 100 * len(dit))
-        near = [dit[i] for i in range(max(0, steps - len(dit) // 40), steps)]
+        near = [dit[i] for i in range(max(0, steps - max(1, len(dit) // 40)), steps)]
         print(f"| {percent} % | {sum(near) / len(near):.3f} | "
               + " | ".join(f"{right[k]:.2f}" if k in right else "" for k in FIGURES) + " |")
         if percent in SHOWN:
