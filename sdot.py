@@ -1,6 +1,6 @@
-"""sdot.py: semi-discrete optimal transport. Which noise becomes which clip, before training.
+"""sdot.py: which noise becomes which clip, decided before training by semi-discrete transport.
 
-    latents y_1..y_M --> solve: one number h_j per latent, so that each cell of noise has its mass
+    latents y_1..y_M --> solve: one number h_j per latent, so that each cell gets its share of noise
     (groups: captions)    |                                 (once; kept in coupling.pt)
                           v
     x0 ~ N(0, I) ----> couple: argmax_j <x0, y_j> + h_j ----> row of the clip that x0 trains towards
@@ -16,37 +16,38 @@ optimal pairing of ALL noise with ALL clips: the noise that belongs to clip j is
 
 ANY h gives a pairing that is optimal for the masses that its cells happen to have. The solver only
 has to make these masses equal to the frequencies b_j of the clips. The dual problem is concave and
-its gradient is b_j - P(x in L_j). So: draw noise, count how much falls into each cell, lower h
-where it was too much. That is the algorithm: no Sinkhorn iterations, no M x M matrix. After S
+its gradient is b_j - P(x in L_j). So: draw noise, count how much falls into each cell, and lower
+h_j where it was too much. That is the algorithm: no Sinkhorn iterations, no M x M matrix. After S
 noises the relative mass error is about sqrt(M / S), in any dimension: the error of counting itself.
 
 Papers.  [AF] AlignFlow, arXiv 2510.15038 (the map, eq. 6; one problem per class; stored pairs).
 [PASGD] 2510.27340 (averaged SGD on the dual, as in POT's ot.semidiscrete).  [C2OT] 2503.10636 (a
-coupling that ignores captions makes the noise depend on the caption; at sampling time it does not).
+coupling that ignores captions makes the noise of training depend on the caption; the noise of
+sampling does not).
 Neighbours of AlignFlow.  [SDFM] Apple's SD-FM, 2509.25519: the same cells, found by SGD for up to
 2.6 million images, and the unbiased chi-square that stops our solver.  "Optimal transport flow
-matching by design", 2606.04092, changes the noise instead of the pairs: with a low-frequency
-version of the clip as x0 the identity coupling is optimal, so there is nothing to solve, but a
-second small model must then sample x0.
+matching by design", 2606.04092, changes the noise instead of the pairs: if x0 is a low-frequency
+version of the clip, the identity coupling is optimal and there is nothing to solve, but a second
+small model must sample x0.
 
 Contract.  latents (M, ...) normalised like the model's data, fp32; from a VAE the posterior MEANS
 (train on a sample of the posterior of the chosen row). groups (M,) int64: equal for the clips that
 share a caption (or a `cluster` of captions). x0 (B, ...) ~ N(0, I), shaped like a latent, never
 changed. couple(x0, groups) -> (B,) int64 rows of the data set.  Draw the group by its frequency,
 then the noise independently of it; then the noise picks the clip. So x0 given a caption is N(0, I).
-Augmentations that can be listed, such as flips, enter as rows of their own (row mod M is the clip);
-encode the flipped CLIP, since the flipped latent is another thing. Random crops cannot be listed.
+Flips and other augmentations that can be listed enter as rows of their own (row mod M is the clip):
+flip the clip, then encode it, since a flipped latent is not the latent of the flipped clip.
 
 Run.   python sdot.py      # cells.gif, convergence beside POT, an epoch of pairs: 20 s on one core
 
 Differences from the paper.  [AF] runs Adam (amsgrad) on a softmax-smoothed histogram from g = 0 for
-a fixed number of steps. Here: hard cells, a start and a step size from a formula (section 4, ours),
-an averaged iterate, and a stop by measured mass error: 130 noises per clip for 10 %. The CIFAR-10
-recipe of [AF] draws 1000 (for 3 %); cut to 400 it stays far from that (studies/bench_sdot.py).
-[AF] pairs the noise before training and stores (seed, index). Here train.py calls `couple` in its
-loop, and `pairs` is the paper's way. `rebalance` moves surplus noise by optimal transport, where
-[AF] moves it to any cell. Captions replace classes. Of two exact copies of a clip one gets their
-common cell and the other is never drawn: the same content, equally often.
+a fixed number of steps, with an exponential average. Here: hard cells, a start and a step size from
+a formula (section 4, ours), Polyak's average, and a stop by measured mass error: 130 to 160 noises
+per clip for 10 %. The CIFAR-10 recipe of [AF] draws 1000 (for 3 %); shortened to 400 it ends far
+above 10 % (studies/bench_sdot.py). [AF] pairs the noise before training and stores (seed, index):
+`pairs` does so, while train.py calls `couple` in its loop. `rebalance` moves surplus noise by
+optimal transport, [AF] to any cell that is short of it. Captions replace classes. Of two identical
+clips one gets the whole cell and the other is never drawn; their content is drawn as often.
 
 Letters.  M latents, N targets of one problem, d numbers in a latent, b (N,) masses, h (N,) dual
 weights, p (N,) measured cell masses, sigma, tau the scales of section 4, S noises used so far.
@@ -55,6 +56,7 @@ weights, p (N,) measured cell masses, sigma, tau the scales of section 4, S nois
 import argparse
 import hashlib
 import io
+import itertools
 import math
 import os
 import sys
@@ -77,7 +79,7 @@ def smallest(Y: Tensor, steps: int = 200, batch: int = 1024) -> Tensor:
     allows: 5 % error after 400 noises per target.
     """
     sigma = (Y - Y.mean(0)).norm(dim=1)                          # (N,) std of the score <x, y_j>
-    h = average = -3 * sigma                                     # 3: about the best of N scores
+    h = average = -3 * sigma                 # the best of some 500 scores is about 3 sigma
     for t in range(1, steps + 1):
         cell = (torch.randn(batch, Y.shape[1]) @ Y.T + h).argmax(1)        # (batch,) draw noise,
         p = torch.bincount(cell, minlength=len(Y)) / batch                 # (N,) count its cells,
@@ -88,9 +90,10 @@ def smallest(Y: Tensor, steps: int = 200, batch: int = 1024) -> Tensor:
 
 # ---- 2. Configuration ----------------------------------------------------------------------------
 # sgd reaches the error of counting where targets are spread out. adam has 1.5 times that error, but
-# finds a step size for each target: better for tight clusters of clips and for fewer than 8
+# finds a step size for each target, which helps with tight clusters of clips and in fewer than 8
 # dimensions. auto tries sgd, and goes on with adam if the error is still more than 1.5 times the
-# target. pot is POT's ot.semidiscrete with our start and step size; it has no stop and no blocks.
+# target. pot is POT's ot.semidiscrete with our start and step size. It does not stop by error, and
+# computes all scores of a step at once.
 Solver = Literal["auto", "sgd", "adam", "pot"]
 
 
@@ -99,14 +102,14 @@ class SDOTConfig:
     """How the dual weights are found. Step and temperature are in units of tau (section 4)."""
 
     solver: Solver = "auto"    # auto: sgd, then adam if that missed its target | sgd | adam | pot
-    target: float = 0.1        # rms relative mass error to stop at; [SDFM] sees no gain below 0.22
+    target: float = 0.1        # rms relative mass error to stop at; [SDFM]: no gain below 0.22
     budget: float = 4.0        # draw at most this many times N / target^2 noises
     lr: float = 0.0            # first step in units of tau; 0 = 0.5, for adam 0.3
     temperature: float = 0.0   # softmax in place of argmax: [AF]'s eps_entropic in units of tau
     ema: float = 0.0           # average iterates by this factor: [AF]'s ema_param; 0 = Polyak
     cluster: int = 32          # clips in a group, at least, where captions are unique
     memory: int = 64           # MiB for one block of scores: bounds memory whatever N is
-    seed: int = 0              # of the noise that solves
+    seed: int = 0              # seed of the noise that is drawn to solve
 
     def __post_init__(self):
         if self.solver not in (choices := get_args(Solver)):
@@ -119,11 +122,6 @@ class SDOTConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: must be 0 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema {self.ema}: must lie in [0, 1)")
-
-
-# The solver scales itself, so the sizes differ only where a data set fills more than a block.
-PRESETS = {"toy": SDOTConfig(), "small": SDOTConfig(),
-           **{size: SDOTConfig(memory=1024) for size in ("1b", "5b", "30b")}}
 
 
 # ---- 3. Cells ------------------------------------------------------------------------------------
@@ -161,38 +159,39 @@ def assign(x: Tensor, Y: Tensor, h: Tensor, memory: int = 64) -> Tensor:
 def chi_square(counts: Tensor, b: Tensor) -> float:
     """Estimate sum_j (p_j - b_j)^2 / b_j without bias from a histogram of fresh noise [SDFM].
 
-    Its root is the rms relative mass error. The obvious estimate, with p_j = counts_j / S, is no
-    use: it shows sqrt(N / S) even for perfect cells. This one may fall below 0 for perfect cells.
+    Its root is the rms relative mass error. The obvious estimate, with p_j = counts_j / S, is
+    useless: it shows sqrt(N / S) even for perfect cells. This one may be below 0 for perfect cells.
     """
     n, S = counts.double(), counts.sum().item()
     return ((n * (n - 1) / b).sum() / (S * (S - 1))).item() - 1
 
 
 def rms(chi2: float) -> float:
-    """Take the root of an unbiased chi-square, which may be slightly negative."""
+    """Compute the root of an unbiased chi-square, which may be slightly negative."""
     return math.sqrt(max(0.0, chi2))
 
 
 # ---- 4. Where to start and how far to step -------------------------------------------------------
-# Both follow from one approximation, which is ours. The cell of x is the largest of the scores
-# z_j + h_j with z_j = <x, y_j - mean>, which are Gaussian with standard deviation sigma_j. In many
-# dimensions the scores are nearly independent, and then cell j has the mass
-#     p_j = int phi(u) Phi((sigma_j u + h_j) / sigma)^(N-1) du.
-# Integrate its derivatives by parts, at equal scores, with m = E max of N standard normals:
+# Both follow from one approximation, which is ours. The cell of x is the largest of z_j + h_j. The
+# scores z_j = <x, y_j - mean> are Gaussian with standard deviation sigma_j. In many dimensions they
+# are nearly independent, and then cell j has the mass
+#     p_j = int phi(u) Phi((sigma_j u + h_j) / sigma)^(N-1) du,
+# if the others have one sigma. Integrate its derivatives at sigma_j = sigma, h_j = 0 by parts, with
+# m = E max of N standard normals:
 #     dp_j/dh_j = (1/N) m / sigma          dp_j/dsigma_j = (1/N) (E max^2 - 1) / sigma.
 # * Start: a target far from the mean (large sigma_j) wins too often. h_j = -q sigma_j with
 #   q = (E max^2 - 1) / m corrects that. Mass error of this start, N = 500: 0.59 in 64 dimensions
 #   and 0.36 in 1024. The start g = 0 of [AF] and POT has 2.6 and 10.7. In fewer than 8 dimensions
-#   scores are anything but independent and the start is poor; adam repairs it, with more noise.
-# * Step: tau_j = sigma_j / m makes h_j -= tau_j (p_j / b_j - 1) a Newton step with the diagonal of
-#   the Hessian. All steps below are multiples of tau, so scaling or moving the latents changes
-#   nothing. A step size in the usual variable g = 2 h + |y|^2 has no natural scale: |y|^2 varies 50
-#   times more than the h we look for.
+#   scores are far from independent and the start is poor; adam repairs it, with more noise.
+# * Step: with tau_j = sigma_j / m, h_j -= tau_j (p_j / b_j - 1) is a Newton step with the Hessian's
+#   diagonal alone. All steps below are multiples of tau, so scaling or moving the latents changes
+#   nothing. A step size in the usual variable g = 2 h + |y|^2 has no natural scale: |y|^2
+#   varies 28 times more than the h we look for (500 latents of 1024 numbers).
 def expected_max(n: int) -> tuple[float, float]:
     """Compute (m, q) of the comment above for n standard normals by quadrature; (0, 0) for n = 1.
 
-    m(2) = 0.56, m(10) = 1.54, m(1000) = 3.24, m(10^6) = 4.86. The growth of m with n is all that
-    more targets can bring (see `gain`).
+    m(2) = 0.56, m(10) = 1.54, m(1000) = 3.24, m(10^6) = 4.86. More targets help only as much as m
+    grows with n (see `gain`).
     """
     if n < 2:
         return 0.0, 0.0
@@ -204,7 +203,7 @@ def expected_max(n: int) -> tuple[float, float]:
 
 
 def score_std(Y: Tensor, b: Tensor) -> Tensor:
-    """Compute sigma (N,) float64: the standard deviation of each centred score, |y_j - mean|.
+    """Compute sigma (N,) float64, the standard deviation of each centred score: |y_j - mean|.
 
     Centring makes N scores slightly anti-correlated. The factor sqrt(N / (N - 1)) corrects this and
     makes the formulas above exact for N = 2.
@@ -215,7 +214,7 @@ def score_std(Y: Tensor, b: Tensor) -> Tensor:
 
 
 def gain(sigma: Tensor, b: Tensor, base: float) -> float:
-    """Predict which share of the squared transport cost coupling saves, 2 m sigma / (d + E|y|^2).
+    """Predict the share of the squared transport cost that coupling saves: 2 m sigma / base.
 
     Random pairs cost E|x - y|^2 = d + E|y|^2 (`base`), optimal pairs base - 2 E<x, y_phi(x)>, and
     the best of N nearly independent scores is m sigma. For unit latents this is m(N) / sqrt(d):
@@ -225,10 +224,9 @@ def gain(sigma: Tensor, b: Tensor, base: float) -> float:
 
 
 def in_own_span(Y: Tensor) -> Tensor:
-    """Express (N, d) targets in coordinates of their own span: (N, r <= N - 1), inner products of
-    the centred targets unchanged.
+    """Express (N, d) targets in coordinates of the space they span: (N, r), r <= N - 1.
 
-    N targets differ in only N - 1 directions of the noise, whatever d is. So the 20 clips of one
+    Inner products of the centred targets do not change, and only they matter: the 20 clips of one
     caption, 2048 numbers each, are exactly a problem in 19 dimensions.
     """
     y = Y.double() - Y.double().mean(0)
@@ -238,14 +236,14 @@ def in_own_span(Y: Tensor) -> Tensor:
 
 
 # ---- 5. The solver -------------------------------------------------------------------------------
-BLOCK = 256    # noises with one key: a step's unit of work, the same for any number of ranks
+BLOCK = 256    # noises drawn with one key, and the unit of work that ranks share
 
 
 @dataclass
 class Solution:
-    """Dual weights of one problem, and what fresh noise measured of their cells."""
+    """The dual weights of one problem, and what fresh noise says of their cells."""
     h: Tensor                  # (N,) float64, <b, h> = 0
-    solver: str = "sgd"        # that finished
+    solver: str = "sgd"        # the one that finished
     samples: int = 0           # noises drawn to solve, S
     chi2: float = 0.0          # unbiased chi-square of the cell masses
     inner: float = 0.0         # E <x, y_phi(x)>, phi the pairing
@@ -255,124 +253,157 @@ def solve(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = 
           ranks: bool = False, on_step: Callable[[int, Tensor], None] | None = None) -> Solution:
     """Solve one problem by stochastic ascent of the dual: [AF algorithm 1] with other parts.
 
-    targets (N, ...), mass (N,) or uniform. Draws 1.3 N / target^2 noises, as the rms error of 1.1
-    sqrt(N / S) demands, then measures, and continues while the error is above the target (by more
-    than chance) and the budget lasts. `key` gives problems with one seed different noise. ranks:
-    all ranks of torch.distributed split each step's noise (from 512 on) and add their counts; any
-    number of ranks gives the same bits, because counts are integers (with a temperature: up to
-    rounding). So does starting again after a kill. on_step(samples, h) sees each iterate.
+    targets (N, ...), mass (N,) or uniform. `key` gives problems with one seed different noise.
+    ranks: all ranks of torch.distributed split each step's noise (from 512 on) and add their
+    counts. Any number of ranks, and a solve that is started again, give the same bits, because
+    noise is keyed and counts are integers (with a temperature: up to rounding). on_step(samples, h)
+    sees each iterate.
     """
     cfg = cfg or SDOTConfig()
-    Y = targets.flatten(1).float()                                             # (N, d)
-    N = len(Y)
-    b = torch.ones(N, dtype=torch.float64) if mass is None else mass.double()
-    b = (b / b.sum()).to(Y.device)                                             # (N,)
-    if Y.shape[1] / 2 > N - 1 and N <= 4096:             # eigenvectors of more rows cost too much
-        Y = in_own_span(Y)
-    if Y.shape[1] == 0:                                  # one target: all noise is in its cell
-        return Solution(torch.zeros_like(b))
-    sigma, (m, q) = score_std(Y, b), expected_max(N)
-    tau = sigma.clamp_min(1e-3 * sigma.mean()) / m
-    # A step's own counting error is sqrt(N / batch) tau. Averaging removes it for any batch size if
-    # there are enough steps (64 or more), so batches are as large as that allows.
-    needed = N / cfg.target ** 2                         # S where sqrt(N / S) is the target
-    batch = max(32, min(max(2 * BLOCK, N // 4), int(needed / 64)))
-    # chi_square has standard deviation sqrt(2 N) / noises. We measure until this is a quarter of
-    # target^2. For a small group that would take more noise than solving it; there a rougher
-    # measurement will do, since errors are averaged over groups.
-    test_noises = int(min(4 * math.sqrt(2 * N) / cfg.target ** 2, needed / 4)) + 2
-    world, rank = 1, 0
-    if ranks and batch >= 2 * BLOCK:                     # a smaller problem each rank solves whole
-        import torch.distributed as dist
-        world, rank = dist.get_world_size(), dist.get_rank()
+    problem = Problem(targets, mass, cfg, key, ranks, on_step)
+    if problem.Y.shape[1] == 0:                          # one target: all noise is in its cell
+        return Solution(torch.zeros_like(problem.b))
+    if cfg.solver == "pot":
+        return solve_with_pot(problem)
+    if cfg.solver == "adam":
+        return adam(problem)
+    found = averaged_sgd(problem)
+    if cfg.solver == "auto" and problem.samples < problem.budget and problem.misses(found, 1.5):
+        # Some clips are so close that a step of tau jumps over both cells, or there are few
+        # dimensions. Adam gives each target its own step, down to 1e-3 tau.
+        return adam(problem)
+    return found
 
-    def count(h: Tensor, purpose: int, step: int, total: int) -> tuple[Tensor, float]:
-        """Draw `total` noises: histogram (N,) over the cells, mean <x, y_phi(x)> (of tests only).
-        purpose: 0 to solve, 1 to test; a part of the key."""
-        counts, inner, h = torch.zeros_like(b), 0.0, h.float()
-        for i in range(rank * BLOCK, total, world * BLOCK):
-            x = keyed_noise((cfg.seed, key, purpose, step, i // BLOCK), min(BLOCK, total - i),
-                            Y.shape[1], Y.device)                              # (256, d)
-            if cfg.temperature and purpose == 0:
-                for part in x.split(max(1, cfg.memory * 2 ** 18 // N)):
-                    score = torch.addmm(h, part, Y.T) / (cfg.temperature * tau.mean())
-                    counts += score.softmax(1).sum(0)
+
+class Problem:
+    """Targets Y (N, d) with masses b (N,), their scales, and how far the solver has come."""
+
+    def __init__(self, targets, mass, cfg, key, ranks, on_step):
+        Y = targets.flatten(1).float()                                         # (N, d)
+        N = len(Y)
+        b = torch.ones(N, dtype=torch.float64) if mass is None else mass.double()
+        b = (b / b.sum()).to(Y.device)                                         # (N,)
+        if Y.shape[1] / 2 > N - 1 and N <= 4096:         # eigenvectors of more rows cost too much
+            Y = in_own_span(Y)
+        self.cfg, self.key, self.Y, self.N, self.b, self.on_step = cfg, key, Y, N, b, on_step
+        if Y.shape[1] == 0:
+            return
+        sigma, (m, q) = score_std(Y, b), expected_max(N)
+        self.tau = sigma.clamp_min(1e-3 * sigma.mean()) / m
+        # The start of section 4, with unequal masses to first order.
+        self.h = self.average = self.centred(-q * sigma + self.tau * (N * b).log())
+        self.step, self.samples = 0, 0
+        self.needed = N / cfg.target ** 2                # S where sqrt(N / S) is the target
+        self.budget = cfg.budget * self.needed
+        # A step's own counting error is sqrt(N / batch) tau. Averaging removes it for any batch
+        # size if there are 64 steps or more, so batches are as large as that allows.
+        self.batch = max(32, min(max(2 * BLOCK, N // 4), int(self.needed / 64)))
+        # chi_square has standard deviation sqrt(2 N) / noises. We measure until this is a quarter
+        # of target^2. For a small group that would take more noise than solving it; there a rougher
+        # measurement will do, since errors are averaged over groups.
+        self.test_noises = int(min(4 * math.sqrt(2 * N) / cfg.target ** 2, self.needed / 4)) + 2
+        self.world, self.rank = 1, 0
+        if ranks and self.batch >= 2 * BLOCK:            # each rank solves smaller ones whole
+            self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+
+    def centred(self, h: Tensor) -> Tensor:              # a constant added to all h changes no cell
+        return h - self.b @ h
+
+    def count(self, h: Tensor, test: bool, total: int) -> tuple[Tensor, float]:
+        """Draw `total` noises: histogram (N,) over the cells, mean <x, y_phi(x)> (if test)."""
+        counts, inner, h = torch.zeros_like(self.b), 0.0, h.float()
+        for i in range(self.rank * BLOCK, total, self.world * BLOCK):
+            x = keyed_noise((self.cfg.seed, self.key, int(test), self.step, i // BLOCK),
+                            min(BLOCK, total - i), self.Y.shape[1], self.Y.device)     # (256, d)
+            if self.cfg.temperature and not test:
+                for part in x.split(max(1, self.cfg.memory * 2 ** 18 // self.N)):
+                    score = torch.addmm(h, part, self.Y.T)
+                    counts += (score / (self.cfg.temperature * self.tau.mean())).softmax(1).sum(0)
                 continue
-            index = assign(x, Y, h, cfg.memory)
-            counts += torch.bincount(index, minlength=N)
-            inner += (x * Y[index]).sum().item() if purpose == 1 else 0.0
-        if world > 1:
+            index = assign(x, self.Y, h, self.cfg.memory)
+            counts += torch.bincount(index, minlength=self.N)
+            inner += (x * self.Y[index]).sum().item() if test else 0.0
+        if self.world > 1:
             both = torch.cat([counts, counts.new_tensor([inner])])
-            dist.all_reduce(both)
+            torch.distributed.all_reduce(both)
             counts, inner = both[:-1], both[-1].item()
         return counts, inner / total
 
-    def measured(h: Tensor, solver: str, step: int, samples: int) -> Solution:
-        counts, inner = count(h, 1, step, test_noises)
-        return Solution(h, solver, samples, chi_square(counts, b), inner)
+    def mass_error(self) -> Tensor:
+        """Estimate the relative errors (N,) of the cell masses from one batch of fresh noise."""
+        self.step, self.samples = self.step + 1, self.samples + self.batch
+        return self.count(self.h, False, self.batch)[0] / (self.batch * self.b) - 1
 
-    def centred(h: Tensor) -> Tensor:                    # a constant added to all h changes no cell
-        return h - b @ h
+    def move(self, by: Tensor, weight: float) -> None:
+        """Lower h by tau x `by` and average; `weight` is the new h's (`ema` overrides it)."""
+        self.h = self.centred(self.h - self.tau * by)
+        weight = 1 - self.cfg.ema if self.cfg.ema else weight
+        self.average = torch.lerp(self.average, self.h, weight)
+        if self.on_step:
+            self.on_step(self.samples, self.h)
 
-    h = average = centred(-q * sigma + tau * (N * b).log())      # section 4; b to first order
-    if cfg.solver == "pot":
-        h, samples = solve_with_pot(Y, b, h, tau, cfg, key, batch)
-        return measured(centred(h), "pot", 0, samples)
-    solver = "adam" if cfg.solver == "adam" else "sgd"
-    most, chance = cfg.budget * needed, math.sqrt(2 * N) / test_noises
-    samples, step, test_at = 0, 0, 1.3 * needed
-    began, t, moments = 0, 0, torch.stack([b, b]) * 0            # t: steps of this solver
-    while True:
-        step, t = step + 1, t + 1
-        error = count(h, 0, step, batch)[0] / (batch * b) - 1    # (N,) relative mass error, noisy
-        if solver == "sgd":
-            # A cell that is 1000 times too large at the start would fall by 500 tau, and then climb
-            # back by one step size at a time. So errors larger than counting noise are clipped.
-            error = torch.minimum(error, 2 + 6 / (batch * b).sqrt())
-            move = (cfg.lr or 0.5) * t ** (-2 / 3) * error
-            weight = 2 / (t + 1)                         # average with weights 1, 2, 3, ...
-        else:                                            # torch.optim.Adam, betas 0.9 and 0.99,
-            last = max(1, math.ceil(min(2.6 * needed, most - began) / batch))  # lr x 0.001 at last
-            moments = torch.stack([0.9 * moments[0] + 0.1 * error,
-                                   0.99 * moments[1] + 0.01 * error ** 2])
-            lr = (cfg.lr or 0.3) * 1e-3 ** min(1.0, t / last)
-            move = lr * moments[0] / (1 - 0.9 ** t) / (
-                (moments[1] / (1 - 0.99 ** t)).sqrt() + 1e-8)
-            weight = 1 / max(1, t - last // 2)           # average of the second half
-        h = centred(h - tau * move)
-        average = torch.lerp(average, h, 1 - cfg.ema if cfg.ema else weight)
-        samples += batch
-        if on_step:
-            on_step(samples, h)
-        spent = samples >= most
-        if spent or (t == last if solver == "adam" else samples >= test_at):
-            found, test_at = measured(average, solver, step, samples), 1.25 * samples
-            excess = found.chi2 - chance
-            if spent or solver == "adam" or excess <= cfg.target ** 2:
+    def measured(self, solver: str) -> Solution:
+        """Measure the cells of the average with noise that no step has used."""
+        counts, inner = self.count(self.average, True, self.test_noises)
+        return Solution(self.average, solver, self.samples, chi_square(counts, self.b), inner)
+
+    def misses(self, found: Solution, factor: float) -> bool:
+        """Tell whether the rms error is above factor x target, by more than chance."""
+        chance = math.sqrt(2 * self.N) / self.test_noises
+        return found.chi2 - chance > (factor * self.cfg.target) ** 2
+
+
+def averaged_sgd(p: Problem) -> Solution:
+    """Take steps of size t^(-2/3), average them with weights 1, 2, 3, ..., until the target is met.
+
+    The rms error is about 1.1 sqrt(N / S), so the first test comes after 1.3 N / target^2 noises.
+    The budget ends it too, and so does, with `auto`, an error that is far off.
+    """
+    cfg, test_at = p.cfg, 1.3 * p.needed
+    for t in itertools.count(1):
+        # A cell that is 1000 times too large at the start would fall by 500 tau, and then climb
+        # back by one step size at a time. So errors larger than counting noise are clipped.
+        error = torch.minimum(p.mass_error(), 2 + 6 / (p.batch * p.b).sqrt())
+        p.move((cfg.lr or 0.5) * t ** (-2 / 3) * error, 2 / (t + 1))
+        if p.samples >= min(test_at, p.budget):
+            found, test_at = p.measured("sgd"), 1.25 * p.samples
+            if (p.samples >= p.budget or not p.misses(found, 1.0)
+                    or cfg.solver == "auto" and p.misses(found, 1.5)):
                 return found
-            if cfg.solver == "auto" and excess > 2.25 * cfg.target ** 2:
-                # sgd does not get there: clips so close that a step of tau jumps over both cells,
-                # or few dimensions. Adam gives each target its own step, down to 1e-3 tau.
-                solver, t, h, began = "adam", 0, average, samples
 
 
-def solve_with_pot(Y: Tensor, b: Tensor, h: Tensor, tau: Tensor, cfg: SDOTConfig, key: int,
-                   batch: int) -> tuple[Tensor, int]:
-    """Solve the same problem by POT's ot.semidiscrete [PASGD] -> (weights, noises used).
+def adam(p: Problem) -> Solution:
+    """Take torch.optim.Adam's steps, betas 0.9 and 0.99, over 2.6 N / target^2 noises, while the
+    step size falls to 1/1000. Average the second half of the iterates."""
+    p.h, first, second = p.average, torch.zeros_like(p.b), torch.zeros_like(p.b)
+    last = max(1, math.ceil(min(2.6 * p.needed, p.budget - p.samples) / p.batch))
+    for t in range(1, last + 1):
+        error = p.mass_error()
+        first, second = 0.9 * first + 0.1 * error, 0.99 * second + 0.01 * error ** 2
+        lr = (p.cfg.lr or 0.3) * 1e-3 ** (t / last)
+        p.move(lr * first / (1 - 0.9 ** t) / ((second / (1 - 0.99 ** t)).sqrt() + 1e-8),
+               1 / max(1, t - last // 2))
+    return p.measured("adam")
 
-    With POT's defaults (lr0 = sqrt(N batch), g = 0, entropy 0.1), which are absolute numbers in the
-    unit of g, 15 to 75 % of the cells of latents stay empty; our start and step repair that. The
-    cost -<x, y> makes POT's g our h. It has no stop by error, and each rank does it all.
+
+def solve_with_pot(p: Problem) -> Solution:
+    """Solve the same problem by POT's ot.semidiscrete [PASGD].
+
+    POT's defaults (lr0 = sqrt(N batch), g = 0, entropy 0.1) are absolute numbers in the unit of g,
+    and leave 15 to 75 % of the cells of latents empty; our start and step repair that. The cost
+    -<x, y> makes POT's g our h. POT does not stop by error, and each rank solves alone.
     """
     from ot.semidiscrete import solve_semidiscrete  # imported here: it takes seconds
-    N, d = Y.shape
-    steps = max(1, math.ceil(min(2.0, cfg.budget) * N / cfg.target ** 2 / batch))
-    g = torch.Generator(Y.device).manual_seed(cfg.seed * 1_000_003 + key)
+    cfg, (N, d) = p.cfg, p.Y.shape
+    steps = max(1, math.ceil(min(2.0, cfg.budget) * N / cfg.target ** 2 / p.batch))
+    g = torch.Generator(p.Y.device).manual_seed(cfg.seed * 1_000_003 + p.key)
     h = solve_semidiscrete(
-        Y, lambda n: torch.randn(n, d, generator=g, device=Y.device), b.float(),
+        p.Y, lambda n: torch.randn(n, d, generator=g, device=p.Y.device), p.b.float(),
         metric=lambda x, y: -(x @ y.T), reg=0.0, decreasing_reg=False, max_iter=steps,
-        batch_size=batch, lr0=(cfg.lr or 0.5) * tau.median().item() * N, init_potential=h.float())
-    return h.double(), steps * batch
+        batch_size=p.batch, lr0=(cfg.lr or 0.5) * p.tau.median().item() * N,
+        init_potential=p.h.float())
+    p.samples, p.average = steps * p.batch, p.centred(h.double())
+    return p.measured("pot")
 
 
 # ---- 6. Groups -----------------------------------------------------------------------------------
@@ -399,8 +430,8 @@ def cluster(embeddings: Tensor, size: int = 32, seed: int = 0, rounds: int = 20)
     """Group (M, E) embeddings by k-means, with `size` or more rows in each group -> (M,) int64 ids.
 
     Large groups have a price: inside one the noise tells clips with different captions apart, so
-    the model may trust the noise instead of the caption. So have small ones: m(size) is all there
-    is to gain, 1.4 for 8 clips, 2.1 for 32, 3.0 for 500. The method is ours.
+    the model may trust the noise instead of the caption. Small groups have another: the gain grows
+    with m(size), which is 1.4 for 8 clips, 2.1 for 32, 3.0 for 500. The method is ours.
     """
     E = embeddings.flatten(1).float()
     M, k = len(E), max(1, len(E) // (2 * size))
@@ -412,7 +443,7 @@ def cluster(embeddings: Tensor, size: int = 32, seed: int = 0, rounds: int = 20)
         n = torch.bincount(ids, minlength=len(centres))
         total = torch.zeros_like(centres).index_add_(0, ids, E)
         centres = torch.where(n[:, None] > 0, total / n.clamp_min(1)[:, None], centres)
-    while True:                                          # dissolve half of the groups too small
+    while True:                              # dissolve half of the groups that are too small
         ids = nearest()
         n = torch.bincount(ids, minlength=len(centres))
         small = (n < size).sum().item()
@@ -426,8 +457,8 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor) -> Tens
     exactly b_j n noises (rounded).
 
     The counts of a finite set of noises fluctuate even if the cells are perfect: with K noises per
-    clip, 37 % are in the wrong cell for K = 1 and 13 % for K = 10. Those nearest to a wall are
-    moved, by POT's exact solver; [AF] moves them to any cell that is short of noise, which costs
+    clip, 37 % of them are too many where they are for K = 1, 13 % for K = 10. POT's exact solver
+    moves those nearest to a wall. [AF] moves them to any cell that is short of noise, which loses
     34 % of the gain for K = 1 and 13 % for K = 10 (measured). Time and memory grow with the square
     of the noises moved: 2 s and 0.2 GiB for 4000 clips.
     """
@@ -435,7 +466,8 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor) -> Tens
     n, N = len(x), len(Y)
     share = b.double() * n
     quota, count = share.floor().long(), torch.bincount(index, minlength=N)
-    # what rounding left: the largest remainders, and among equals a cell that has the noise already
+    # Rounding down leaves places over: for the largest remainders, and among equals for cells that
+    # hold a surplus.
     left = n - quota.sum().item()
     quota[torch.argsort(share - quota + 1e-6 * (count > quota), descending=True)[:left]] += 1
     short = ((quota - count) > 0).nonzero()[:, 0]
@@ -462,9 +494,9 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor) -> Tens
 
 # ---- 7. The coupling of a data set ---------------------------------------------------------------
 class Coupling:
-    """Noise -> row of the data set, inside groups. Made by `fit`, kept by `save` and `load`.
+    """Maps noise to rows of the data set, inside groups. Made by `fit`, kept by `save` and `load`.
 
-    The latents are held sorted by group, so that the targets of a group are a slice of them.
+    Latents are kept sorted by group, so that the targets of a group are a slice.
     """
 
     def __init__(self, cfg: SDOTConfig, latents: Tensor, groups: Tensor, mass: Tensor, h: Tensor,
@@ -485,7 +517,7 @@ class Coupling:
             device=None, **flags) -> "Coupling":
         """Solve every group: latents (M, ...), groups (M,) ids or None for one, mass (M,) or equal.
 
-        ranks: share the work on groups of about 300 clips or more over torch.distributed. device:
+        ranks: share groups of about 300 clips or more among the ranks of torch.distributed. device:
         where to solve, if not where the latents are. flags: fields of the config.
         """
         cfg, M = replace(cfg or SDOTConfig(), **flags), len(latents)
@@ -495,7 +527,7 @@ class Coupling:
             raise ValueError(f"latents: row {finite.long().argmin()} has NaN or infinity")
         groups = torch.zeros(M).long() if groups is None else torch.as_tensor(groups).long().cpu()
         mass = torch.ones(M) if mass is None else torch.as_tensor(mass).cpu()
-        assert groups.shape == mass.shape == (M,) and (mass > 0).all(), "one of each for each clip"
+        assert groups.shape == mass.shape == (M,) and (mass > 0).all(), "groups (M,), mass (M,) > 0"
         mass = mass.double() / mass.double().sum()
         found = {"latents": fingerprint(latents), "samples": 0, "chi2": 0.0, "gain": 0.0,
                  "expected": 0.0}
@@ -561,9 +593,9 @@ class Coupling:
     def pairs(self, epoch: int = 0, repeat: int = 1) -> tuple[Tensor, Tensor]:
         """Pair a whole epoch beforehand [AF stage 2]: keys and rows, both (repeat M,) int64.
 
-        For loaders that read clips in an order of their own. Each clip comes exactly `repeat` times
-        (with masses: in proportion), rebalanced inside its group. A pair is two integers, since
-        `noise(keys)` draws its noise again. Rows are sorted by group; shuffle them.
+        For loaders that read clips in their own order. Each clip comes exactly `repeat` times (with
+        masses: in proportion), rebalanced inside its group. A pair is two integers, since
+        `noise(keys)` draws its noise again. Pairs are sorted by group: shuffle them.
         """
         keys, rows, used = [], [], epoch << 32                     # no two epochs share a key
         for i, j in zip(self.ends, self.ends[1:]):
@@ -602,7 +634,7 @@ class Coupling:
 
     # -- keep
     def save(self, path: str | Path) -> None:
-        """Write all but the latents, of which only a fingerprint is kept; whole or not at all."""
+        """Write everything but the latents (a fingerprint stands for them), whole or not at all."""
         buffer, part = io.BytesIO(), Path(f"{path}.part")
         torch.save({"format": 2, "cfg": asdict(self.cfg), "groups": self.groups,
                     "mass": self.mass, "h": self.h.cpu(), "found": self.found}, buffer)
