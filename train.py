@@ -2332,55 +2332,43 @@ def by_depth(figure: Callable, dit: backbone.DiTConfig, *args) -> int:
 
 
 def plan(cfg: Config, c: "Command") -> dict[str, dict[str, float]]:
-    """What the dit stage costs on c.gpus GPUs: {"memory": bytes of the fullest rank, "wire": bytes
-    that a rank receives in a step, "step": sizes, FLOPs and seconds}, for the largest clips."""
+    """What the dit stage costs on c.gpus GPUs: {"memory": bytes of the fullest rank, "step": sizes,
+    FLOPs and seconds}, for the largest clips."""
     t, dit, L = cfg.train_dit, cfg.dit, text_tokens(cfg)
     with torch.device("meta"):
         model = TextToVideo(cfg)
     params, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.dit.blocks[0]))
     rest = params - dit.depth * block
     N = max(tokens_of(cfg, parts_of(cfg, shape)[0]) for shape in cfg.clips.shapes)
-    S, R, K = c.gpus // c.replicate, c.replicate, t.accumulate      # S ranks share one of R models
+    S = c.gpus // c.replicate                   # ranks that share one of the models
     bf16, e = t.precision == "bf16", 2 if t.precision == "bf16" else 4
-    n, b = -(-N // c.sp), -(-t.batch * c.sp // (c.gpus * K))
+    n, b = -(-N // c.sp), -(-t.batch * c.sp // (c.gpus * t.accumulate))
     held = 2 if c.reshard else dit.depth        # whole blocks: one at work, one on its way
     memory = {
         "weights, gradients, Adam": 16 * params / S, "moving average": 4 * bool(t.ema) * params / S,
         "whole blocks, one's gradient": (S > 1) * (held * e + e + 4) * block,
         "whole rest": (S > 1) * 4 * rest, "bf16 copies": (S == 1 and bf16) * 2 * params,
         "activations": by_depth(activation_bytes, dit, b, n, L, bf16)}
-    wire = {                                    # all-gather forward, and again backward
-        "all-gather of weights": K * (1 + c.reshard) * (S - 1) / S
-                                 * (e * dit.depth * block + 4 * rest),
-        "reduce-scatter of gradients": K * (S - 1) / S * 4 * params,
-        "all-reduce over replicas": (K if S > 1 else 1) * (R - 1) / R * 8 * params / S,
-        "all-to-all of q, k, v, output": (3 if dit.checkpointing else 2) * (c.sp - 1) / c.sp
-                                         * 4 * dit.depth * K * b * n * dit.dim * e}
     flops = t.batch * by_depth(step_flops, dit, N, L)
-    compute = flops / (c.gpus * c.peak * 1e12 * c.utilisation)
-    sending = sum(wire.values()) / (c.link * 1e9)
-    return {"memory": memory, "wire": wire, "step": {
+    seconds = flops / (c.gpus * c.peak * 1e12 * c.utilisation)
+    return {"memory": memory, "step": {
         "parameters": params, "N": N, "L": L, "clips of a rank": b, "flops": flops,
-        "compute": compute, "sending": sending,
-        "days": t.steps * max(compute, sending) / 86400}}
+        "seconds": seconds, "days": t.steps * seconds / 86400}}
 
 
 def print_plan(cfg: Config, c: "Command") -> None:
     """Print a plan, and what does not fit."""
-    memory, wire, step = plan(cfg, c).values()
+    memory, step = plan(cfg, c).values()
     t, total = cfg.train_dit, sum(memory.values())
     shares = c.gpus // c.sp * t.accumulate
     print(f"{step['parameters'] / 1e9:.3f} B parameters on {c.gpus} GPUs: {c.replicate} copies, "
           f"each sharded over {c.gpus // c.replicate}; {c.sp} share the tokens of a clip\n"
           f"a step: {t.batch} clips, {step['clips of a rank']} at a time on a rank; "
           f"{step['N']:,} video tokens and {step['L']} text tokens a clip")
-    for title, table in (("memory of a rank", memory), ("received by a rank in a step", wire)):
-        print(f"{title}: {sum(table.values()) / 1e9:.3g} GB")
-        print("".join(f"  {k:30} {v / 1e9:10.3f} GB\n" for k, v in table.items() if v), end="")
-    print(f"a step: {step['flops']:.4g} FLOP, {step['compute']:.3g} s of compute at "
-          f"{100 * c.utilisation:g} % of {c.peak:g} TFLOP/s; {step['sending']:.3g} s of sending at "
-          f"{c.link:g} GB/s, in part behind it\n"
-          f"{t.steps:,} steps: {step['days']:.3g} days of the longer of the two")
+    print(f"memory of a rank: {total / 1e9:.3g} GB")
+    print("".join(f"  {k:30} {v / 1e9:10.3f} GB\n" for k, v in memory.items() if v), end="")
+    print(f"a step: {step['flops']:.4g} FLOP, {step['seconds']:.3g} s at {100 * c.utilisation:g} % "
+          f"of {c.peak:g} TFLOP/s\n{t.steps:,} steps: {step['days']:.3g} days")
     for wrong, line in (
             (total > 1e9 * c.memory, f"{total / 1e9:.3g} GB > {c.memory:g} GB; less is taken with "
              "--dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, --gpus"),
@@ -2412,15 +2400,14 @@ class Command:
     memory: float = 80.0  # --plan: of each, GB
     peak: float = 989.0  # --plan: TFLOP/s of each, as the maker says (989: an H100 in bf16)
     utilisation: float = 0.4  # --plan: share of the peak that is reached
-    link: float = 50.0  # --plan: GB/s that each can receive (50: 400 Gbit/s)
 
     def __post_init__(self):
         within(self, 0, 10**7, "dp", "replicate")
         within(self, 1, 10**7, "sp", "gpus")
-        within(self, TINY, 1e9, "timeout", "memory", "peak", "utilisation", "link")
+        within(self, TINY, 1e9, "timeout", "memory", "peak", "utilisation")
 
 
-PLANNED = {"gpus", "memory", "peak", "utilisation", "link"}             # only with --plan
+PLANNED = {"gpus", "memory", "peak", "utilisation"}                     # only with --plan
 NAMES = {"variant": "tae", "text.mode": "text", "train_dit.steps": "steps",
          "train_dit.batch": "batch"}                                    # short names of fields
 

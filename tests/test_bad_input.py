@@ -22,9 +22,9 @@ OUT_OF_BOUNDS = """
     --scale huge / --stage dits / --text clip / --tae vidtwn / --coupling ot / --device tpu
     --steps -1 / --steps=1e3 / --batch 0 / --batch 2.5 / --timeout 0 / --timeout -3
     --dp -1 / --dp 3 / --sp 0 / --sp 2 / --replicate -1 / --replicate 3 / --reshard maybe
-    --peak -1 --plan / --gpus 0 --plan / --gpus 1.5 --plan / --memory 0 --plan / --link -1 --plan
+    --peak -1 --plan / --gpus 0 --plan / --gpus 1.5 --plan / --memory 0 --plan
     --utilisation 0 --plan / --plan=yes / --dp 3 --plan --gpus 8 / --sp 3 --plan --gpus 8
-    --gpus 2 / --memory 40 / --link 3 / --utilisation 0.5 / --peak 3
+    --gpus 2 / --memory 40 / --utilisation 0.5 / --peak 3
     --scael toy / --clip 1 / --tae.variant 3d / --dit.text_dim 64 / --text.dim 64 / --dit.streams 1
     --phases progressive / --export x.safetensors / --dit.num_classes 3 / --step 5
     --workdir '' / --data '' / --base '' / --init '' / --data none / --base none / --init none
