@@ -2064,7 +2064,6 @@ def make_report(run: Run, clips) -> dict:
         if (folder / "judge.json").exists():
             report["judge"] = read_json(folder / "judge.json")
         report |= judged(rows, made, cfg.seed)
-    report["dit"] = speed(run)
     report["seconds"] = run.seconds()
     report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
     report["machine"] = {"threads": torch.get_num_threads(), "device": str(run.device),
@@ -2119,24 +2118,6 @@ def judged(rows: list[dict], made: Tensor, seed: int) -> dict:
     random.Random(f"shuffle/{seed}").shuffle(order)
     shuffled = [world.judge(made[i], rows[j]["prompt"]) for i, j in zip(trained, order)]
     return {"prompt_accuracy": figures, "gap": {"random": world.accuracy(shuffled)}}
-
-
-def speed(run: Run) -> dict[str, float]:
-    """Clips a second of the dit stage, and model TFLOP a second of all ranks together, counting
-    three forward passes a step. Divided by the peak of the ranks that is the model FLOPs
-    utilisation."""
-    rows = [r for r in run.rows() if r["stage"] == "dit"]
-    made = [(a, b) for a, b in zip(rows, rows[1:]) if "loss" in b]
-    seconds = sum(b["time"] - a["time"] for a, b in made)
-    if not seconds:
-        return {}
-    latents, cfg = Latents(run.folder / "latents"), run.cfg
-    L = text_tokens(cfg)
-    work = sum(len(clips) * sum(backbone.flops(cfg.dit, tokens_of(cfg, shape), L))
-               for shape, clips in latents.buckets()) / len(latents)
-    rate = len(made) * cfg.train_dit.batch / seconds
-    return {"clips_per_second": float(f"{rate:.4g}"),
-            "tflop_per_second": float(f"{3 * work * rate / 1e12:.4g}")}
 
 
 def plot_losses(figure, losses: dict[str, dict[int, float]]) -> None:
@@ -2240,9 +2221,6 @@ def in_words(report: dict) -> list[str]:
     lines.append("parameters: " + ", ".join(f"{k} {v / 1e6:.1f} M"
                                             for k, v in report["parameters"].items()))
     lines.append("seconds: " + ", ".join(f"{k} {v:,.0f}" for k, v in report["seconds"].items()))
-    if report["dit"]:
-        lines.append("training of the DiT: {clips_per_second:.3g} clips a second, "
-                     "{tflop_per_second:.3g} TFLOP a second".format(**report["dit"]))
     return lines
 
 

@@ -107,7 +107,7 @@ def same_files(a, b, *names):
 def figures(folder):
     """What a report says, but for what depends on the clock."""
     report = json.loads((folder / "report.json").read_text())
-    return {k: v for k, v in report.items() if k not in ("seconds", "machine", "dit")}
+    return {k: v for k, v in report.items() if k not in ("seconds", "machine")}
 
 
 def one_line(capfd):
@@ -142,7 +142,7 @@ def test_a_run_leaves_what_it_promises(finished):
                                                 "heldout", "words", "words_heldout"}
     assert report["gap"]["random"].keys() >= {"color", "shape", "direction"}
     assert {"tae", "latents", "coupling", "dit", "sample", "total"} <= report["seconds"].keys()
-    assert report["dit"].keys() == {"clips_per_second", "tflop_per_second"} and report["judge"]
+    assert report["judge"]
 
 
 def test_the_page_opens_with_samples_and_verdicts(finished):
@@ -235,8 +235,8 @@ def test_frame_rates_are_told_where_they_were(data, asked):
     assert [loaded.fps_of(p) for p in ("a", "FPS-15 a", "FPS-29.7 a", "FPS-x a")] == [8, 15, 30, 8]
 
 
-def test_the_log_tells_seconds_and_speed(copy):
-    """10 steps of 8 clips at 2 s, a step that was made twice, and an hour in which nobody worked;
+def test_the_log_tells_seconds(tmp_path):
+    """10 steps of 2 s, a step that was made twice, and an hour in which nobody worked;
     a row that was cut by a kill is left out, and the next one is not."""
     rows = [("run", 0, 0, "start"), ("dit", 0, 5, "begin")]
     rows += [("dit", s, 7 + 2 * s, None) for s in range(6)]
@@ -244,24 +244,13 @@ def test_the_log_tells_seconds_and_speed(copy):
     rows += [("dit", s, 3597 + 2 * s, None) for s in range(5, 10)] + [("dit", 0, 3616, "done")]
     lines = [json.dumps({"time": t, "stage": stage, "step": s} | (
         {"event": event} if event else {"loss": 1.0})) for stage, s, t, event in rows]
-    (copy / "log.jsonl").write_text("\n".join(lines) + '\n{"time": 36')
-    r = opened(copy)
+    r = train.Run(tmp_path, None)
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"time": 36')
     r.log("run", 0, event="start")
     assert r.rows()[-1]["event"] == "start" and len(r.rows()) == len(rows) + 1
     assert sorted(r.losses()["dit"]) == list(range(10))
-    (copy / "log.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     assert r.seconds() == {"dit": 5 + 12 + 5 + 11}
-    found = train.speed(r)
-    assert found["clips_per_second"] == pytest.approx(8 / 2, rel=1e-3)
-    with torch.device("meta"):
-        dit = train.TextToVideo(r.cfg).dit
-    L = train.text_tokens(r.cfg)
-    from torch.utils.flop_counter import FlopCounterMode
-    x, t, P = (torch.empty(*s, device="meta") for s in ((8, 8, 2, 8, 8), (8,), (8, L, 48)))
-    with FlopCounterMode(display=False) as counter:
-        dit(x, t, P)
-    assert found["tflop_per_second"] == pytest.approx(
-        3 * counter.get_total_flops() / 2e12, rel=2e-3)
 
 
 # ---- resuming ------------------------------------------------------------------------------------
