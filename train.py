@@ -1625,11 +1625,16 @@ def shards_of(clips, count: int) -> dict[str, tuple[tuple[int, int, int], list[i
 def encode_latents(run: Run, clips) -> None:
     """Make latents/: shards with mean and logvar of each clip, its caption, and what the frozen
     part of the text encoders makes of that. Shards that exist are kept; a damaged one is named and
-    encoded again. With --base the shards of that run are shared if they are the same."""
+    encoded again. With --base the folder is a link to that run's, if they would be the same."""
     cfg, folder = run.cfg, run.folder / "latents"
     if cfg.base and not run.has("latents/index.json") and same_latents(cfg):
         if rank() == 0:
-            link(Path(cfg.base) / "latents", folder)
+            there = Path(cfg.base).resolve() / "latents"
+            if not (there / "index.json").exists():
+                raise UserError(f"{there}: no latents there; first: torchrun train.py --workdir "
+                                f"{cfg.base} --stage latents")
+            with writing(folder):
+                folder.symlink_to(there)
         run.mesh.meet(f"{folder}")
     shards, complete = shards_of(clips, cfg.clips.count), run.has("latents/index.json")
     todo = [name for name in list(shards)[rank() :: world_size()] if not readable(folder / name)]
@@ -1671,25 +1676,6 @@ def same_latents(cfg: Config) -> bool:
                     if k.startswith(("clips.", "text.", "data")) and k not in free}
                    for c in (read_config(cfg.base), cfg))
     return other == mine
-
-
-def link(source: Path, folder: Path) -> None:
-    """Make a folder of hard links to the files of another; of copies where links cannot be."""
-    if not (source / "index.json").exists():
-        raise UserError(f"{source}: no latents there; first: torchrun train.py --workdir "
-                        f"{source.parent} --stage latents")
-
-    def share_file(a: str, b: str) -> None:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copyfile(a, b)
-
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    with writing(folder):
-        shutil.copytree(source, part, copy_function=share_file)
-        os.replace(part, folder)
 
 
 class Latents:
