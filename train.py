@@ -2607,14 +2607,7 @@ def known_videos(cfg: Config, folder: Path) -> list[list]:
     """The videos that a run began with, or the run whose latents it shares; else what is there."""
     places = [folder, Path(cfg.base)] if cfg.base and same_latents(cfg) else [folder]
     tables = from_rank0([p / "videos.json" for p in places if (p / "videos.json").exists()])
-    if not tables:
-        return find_videos(cfg)
-    videos = read_json(tables[0])
-    kinds = [str, str, int, float, float]
-    if not (isinstance(videos, list) and videos and all(
-            isinstance(row, list) and [type(v) for v in row] == kinds for row in videos)):
-        raise UserError(f"{tables[0]}: damaged; remove it, and --data is looked through again")
-    return videos
+    return read_json(tables[0]) if tables else find_videos(cfg)
 
 
 def work(cfg: Config, command: Command) -> None:
