@@ -17,9 +17,11 @@ tae/video/step_* and dit/step_*.
 
 This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, and the toy world of
 world.py), and adds what they do not have: videos, ranks, checkpoints, the loop, the command line.
-Read `optimize` first (section 5): it trains both models, and saves and loads their checkpoints.
-`train_dit` and `dit_batches` (section 6) make a training step out of noise, latents and text.
-`place` and `split_tokens` (section 3) are all that --dp and --sp change.
+Read `optimize` first (section 5): it trains both models, and calls `Checkpoints` (section 4), which
+writes and reads the step_* folders. `dit_batches` (section 6) makes what a step of the DiT trains
+on, noise, latents and text; `TextToVideo.forward` makes the loss out of it. `Mesh`, `place` and
+`split_tokens` (section 3) are all that --dp, --replicate and --sp change. `work` (section 9) goes
+through the stages.
 
 Run.   torchrun train.py --scale toy                    # all stages; no download, no GPU, no data
        torchrun train.py --scale toy --data DIR --workdir runs/mine       # captioned videos
@@ -619,7 +621,7 @@ def find_videos(cfg: Config) -> list[list]:
         found = list(tqdm(pool.map(look, mine), desc="videos", total=len(mine), unit="file",
                           leave=False, delay=3, disable=rank() != 0))
     every = from_all(found)
-    rows = [every[i % world_size()][i // world_size()] for i in range(len(files))]
+    rows = [every[i % world_size()][i // world_size()] for i in range(len(files))]  # as in `files`
     videos = [row for row in rows if isinstance(row, list)]
     if rank() == 0:
         tell_of_videos(cfg, videos, [row for row in rows if isinstance(row, str)],
@@ -754,12 +756,12 @@ def probe(path: Path) -> tuple[int, float, float]:
     if len(times) < 2:
         raise ValueError("a still picture")
     if len(times) < 3 or counted(container) or None in times:
-        return max(1, len(times)), usual if usual < 1000 else 25.0, aspect
+        return len(times), usual if usual < 1000 else 25.0, aspect  # 1000: no rate, but a clock's
     times = torch.tensor(sorted(set(times))).double() * unit
     gaps, span = times.diff(), (times[-1] - times[0]).item()
     mean, median = gaps.mean().item(), gaps.median().item()
     gap = mean if mean < 2 * median else median                     # not steady: the usual gap
-    return max(1, round(span / gap) + 1), 1 / gap, aspect
+    return round(span / gap) + 1, 1 / gap, aspect
 
 
 def counted(container) -> bool:
@@ -786,10 +788,10 @@ def upright(frame, short_side: int, pixel_aspect) -> Tensor:
     w, h, (a, b, c, d) = shown_as(frame, pixel_aspect)
     scale = short_side / min(w, h)
     w, h = max(short_side, round(w * scale)), max(short_side, round(h * scale))
-    clear = any(part.is_alpha for part in frame.format.components)
-    x = torch.from_numpy(frame.to_ndarray(format="rgba" if clear else "rgb24", width=w, height=h,
+    alpha = any(part.is_alpha for part in frame.format.components)
+    x = torch.from_numpy(frame.to_ndarray(format="rgba" if alpha else "rgb24", width=w, height=h,
                                           interpolation="AREA"))
-    if clear:
+    if alpha:
         x = (x[..., :3].float() * x[..., 3:] / 255).round().byte()
     if abs(b) > abs(a):                                     # turned by a quarter
         x, a, d = x.transpose(0, 1), c, b
@@ -983,8 +985,9 @@ def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", f
     each block of the DiT by itself; its products may be in bf16, its gradients are summed in fp32.
 
     Rank 0 initialises the whole model in its host's memory and sends each rank its shards, so the
-    model starts the same on any number of ranks, and no device ever holds all of it. With fresh
-    False a checkpoint will fill it."""
+    model starts the same on any number of ranks, and no device ever holds all of it. `build` is
+    also called on device "meta", where it has no weights to load. With fresh False a checkpoint
+    will fill the model."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     torch.manual_seed(run.cfg.seed + 1)
     if run.mesh.weights is None:
@@ -1864,11 +1867,11 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
 
         mean, logvar = latents.rows(rows)
         x1 = tae.normalize(mean + (0.5 * logvar).exp() * draw("posterior", mine))
-        parts = []
-        for part in zip(*(v.chunk(t.accumulate) for v in (rows, drop, x1, x0, times))):
-            features = {k: v.to(run.device) for k, v in latents.text(part[0]).items()}
-            parts.append((features, part[1].to(run.device),
-                          *(v.to(run.device, dtype) for v in part[2:])))
+        parts = []                              # arguments of TextToVideo.forward
+        for i, dropped, *rest in zip(*(v.chunk(t.accumulate) for v in (rows, drop, x1, x0, times))):
+            features = {k: v.to(run.device) for k, v in latents.text(i).items()}
+            parts.append((features, dropped.to(run.device),
+                          *(v.to(run.device, dtype) for v in rest)))
         return parts
 
     return batch
