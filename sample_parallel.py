@@ -9,12 +9,12 @@
         '-----------------------------'    '-----------------------------'
       CFG-parallel   prompt and null text on two groups; one all-gather of v a step [XD]
       PipeFusion     blocks on stages, patches flow through; K, V of later patches are stale [PF]
-      Ring           tokens on ranks, K and V go round [RA]
-      Ulysses        tokens on ranks, but within attention heads on ranks [UL]
+      Ring           tokens on ranks; K and V travel round the ring [RA]
+      Ulysses        tokens on ranks; inside attention, heads on ranks [UL]
       parallel VAE   rows of the picture on ranks, to decode the clip [XD]; or tiles in time [MG]
 
-The model is not touched and knows nothing of ranks. Only self-attention mixes tokens, so each mode
-is one callable in the place of `block.attend(q, k, v)`, and they nest:
+The model stays as it is and knows nothing about ranks. Only self-attention mixes tokens, so each
+mode is one callable in the place of `block.attend(q, k, v)`, and they nest:
     Ulysses( StaleKV( Ring or plain attention ) )
 What is left is a schedule: who works on which tokens when. `emulate`, right below, is the whole
 algorithm in one process, without ranks; many ranks must produce what it produces.
@@ -27,10 +27,10 @@ Contract.  ParallelSampler(model, mesh).sample(x0, text, mask, null, null_mask, 
     x0 (B, ...) noise, fp32; text (B, L, D_text); mask (B, L) bool, True = attend
     -> x1 like x0, on every rank. x0 and text are broadcast from rank 0, so a different seed on
        another rank cannot turn the clip into noise.
-    model: any with these seams; those on tokens must accept slices of the token axis
+    model: any with these methods (its seams); those on tokens must accept slices of the token axis
         patchify(x) -> (B,N,P)      positions(x.shape) -> (N,D)      condition(t (B,)) -> c
         embed(tokens) -> h (B,n,D)  blocks[i](h, pos, c, text, mask) -> h      head(h, c) -> (B,n,P)
-        blocks[i].attend(q, k, v), its self-attention, each (B, heads, n, head_dim), assignable
+        blocks[i].attend(q, k, v), its self-attention, each (B, heads, n, head_dim): replaceable
         unpatchify(tokens, x.shape) -> x        optional: token_mask(x.shape) -> (N,P) bool or None
 
 Run.   python sample_parallel.py       # every mode on a tiny model, and a time line   (25 s)
@@ -39,26 +39,26 @@ Run.   python sample_parallel.py       # every mode on a tiny model, and a time 
 
 Which mode.  CFG-parallel first, it is nearly free. Then Ulysses inside a node with fast links,
 PipeFusion across slow ones (its traffic does not grow with depth, and a rank needs only its own
-blocks), Ring where Ulysses runs out of heads. What one rank sends in a step of the 30b model at
-73,728 tokens, a row in bf16, over 8 ranks (CFG: 2), by `traffic`: Ring 76 GB, behind the compute;
-Ulysses 19 GB, which it waits for; PipeFusion 0.9 GB, behind the compute; CFG-parallel 0.02 GB.
+blocks), Ring where Ulysses runs out of heads. Bytes that one rank sends in a step of the 30b model
+(73,728 tokens, one row, bf16, 8 ranks, for CFG 2), by `traffic`: Ring 76 GB while it computes,
+Ulysses 19 GB that it waits for, PipeFusion 0.9 GB while it computes, CFG-parallel 0.02 GB. Ring
+inside PipeFusion sends its whole K, V cache round for each patch: M times Ring's traffic.
 
 Differences from the paper.
-    - PipeFusion for video: xDiT has it for image models only. vLLM-Omni (pull requests 4302, 6098)
-      has it for Wan 2.2, ChituDiffusion (branch feat/pp) for Wan 2.1: they report bands in the clip
-      and no steady gain. Patches here are bands of frames by default (--patch-axis), not of rows.
-    - Uneven shares everywhere (tokens, heads, patches, blocks), without padding, which would be
-      attended to. xDiT, Wan and diffusers ask for divisibility.
-    - Ring inside PipeFusion sends the whole K, V cache round at every micro-step: M times the
-      traffic of Ring. Correct, and seldom worth it; Ulysses inside PipeFusion sends no more.
-    - At least one warm-up step, as is xDiT's default. With 0, which it allows, the first step
-      attends to K, V that a dummy run left in the cache.
+    - PipeFusion for video. xDiT has it for image models only; a fork (pds-amd/xDiT) adds Wan 2.2,
+      Raylight Wan 2.1. It is proposed for Wan 2.2 in vLLM-Omni (pull requests 4302, 6098) and for
+      Wan 2.1 in ChituDiffusion (3), which reports bands, changed shapes and no consistent speed-up.
+      Patches are bands of frames here by default (--patch-axis), bands of rows in xDiT.
+    - Uneven shares everywhere (tokens, heads, patches, blocks), and no padding, since padding would
+      be attended to. xDiT and Wan require divisibility, diffusers by default.
+    - At least one warm-up step, which is xDiT's default. xDiT also allows none: its first step then
+      attends to K, V that a dummy run has left in the cache.
     - Euler only: with two evaluations a step, "the previous step's K, V" would be half a step old.
-    - No tensor parallelism (PipeFusion and FSDP share out the weights), no data parallelism.
+    - No tensor parallelism (PipeFusion and FSDP divide the weights), no data parallelism.
 
 Letters.  B samples, b rows of a batch (2B with guidance in one process); N video tokens, n those of
 a rank or a patch; P numbers in a token; D width; M patches; S steps; W warm-up steps; U, R Ulysses
-and Ring degrees; L text tokens, but blocks where bytes are counted; t flow time.
+and Ring degrees; L text tokens (in `traffic`: blocks); t flow time.
 """
 import argparse
 import itertools
@@ -100,14 +100,14 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
         no_exchange    each patch sees itself alone: what independent tiles are
     (Fresh and stale K, V are as in the figures of [PF] and [DF].)
 
-    How many stages a pipeline has does not occur here: cutting the *blocks* among ranks changes who
-    computes, not what. ParallelSampler is tested against this function."""
+    The number of pipeline stages does not occur here: dividing the *blocks* among ranks changes who
+    computes, not what is computed. ParallelSampler is tested against this function."""
     one_of("mode", mode, ("exact", "pipefusion", "distrifusion", "no_exchange"))
     ts = (torch.linspace(0, 1, steps + 1) if ts is None else ts).to(x0.device)          # (S + 1,)
     M = 1 if mode == "exact" else patches
     text, mask = both_branches(len(x0), text, mask, null, null_mask)                    # (b, L, D)
     b, dtype = len(text), next(model.parameters()).dtype
-    order = token_order(model, x0.shape, patch_axis, x0.device) if M > 1 else slice(None)
+    order = token_order(model, x0.shape, patch_axis, x0.device)                         # (N,)
     x = model.patchify(x0.float())[:, order].clone()               # (B, N, P): the state of the ODE
     pos, real = model.positions(x0.shape)[order], data_columns(model, x0.shape, order)
     everything = slice(None)
@@ -120,8 +120,8 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
             new[block] = torch.stack((k, v))
             return attention(q, k, v)
         new[block][..., part, :] = torch.stack((k, v))
-        if mode == "pipefusion":                        # the last step's K, V of later patches are
-            return attention(q, *new[block])            # still there
+        if mode == "pipefusion":                        # later patches still have the last step's
+            return attention(q, *new[block])
         seen = old[block].clone()
         seen[..., part, :] = new[block][..., part, :]
         return attention(q, *seen)
@@ -143,14 +143,14 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
 
 
 def guide(v, guidance):
-    """Classifier-free guidance of a batch with both: v_null + guidance (v_prompt - v_null)."""
+    """Guide a batch of prompts, then null texts: v_null + guidance (v_prompt - v_null)."""
     prompt, null = v.chunk(2)
     return null + guidance * (prompt - null)
 
 
 def both_branches(B, text, mask=None, null=None, null_mask=None):
-    """Prompt and null text as one batch, prompts first: (text (b, L, D), mask (b, L) or None). The
-    shorter text is padded with tokens that the mask hides."""
+    """Join prompt and null text in one batch, prompts first: (text (b, L, D), mask (b, L) or None).
+    The shorter text is padded with tokens that the mask hides."""
     if null is None:
         return text, mask
     L = max(text.shape[1], null.shape[1])
@@ -163,15 +163,15 @@ def both_branches(B, text, mask=None, null=None, null_mask=None):
 
 
 def data_columns(model, shape, rows):
-    """(n, P) or (n, 1): 1 where these tokens have data. A token of several latents laid flat has
-    columns that are not its own; `embed` must find zeros there at every step."""
+    """Mark with 1 the columns in which these tokens have data: (n, P) or (n, 1). Where several
+    latents are laid flat, a token has columns of the other latents: there x must stay zero."""
     mask = model.token_mask(shape) if hasattr(model, "token_mask") else None
     return (torch.ones_like(model.positions(shape)[:, :1]) if mask is None else mask)[rows].float()
 
 
 @contextmanager
 def swapped_attention(attends):
-    """{block: callable}: within this context the blocks attend so, afterwards as before."""
+    """Let each block attend by its callable of {block: callable}, within this context only."""
     before = {block: block.attend for block in attends}
     try:
         for block, attend in attends.items():
@@ -190,21 +190,20 @@ def one_of(name, value, choices):
 
 
 def split(n, parts):
-    """n things over parts, as equal as can be: split(7, 3) = [3, 2, 2]. The only rule of sharing in
-    this file."""
+    """Share n things as equally as possible: split(7, 3) = [3, 2, 2]. All shares here follow it."""
     return [n // parts + (i < n % parts) for i in range(parts)]
 
 
 def spans(sizes):
-    """[3, 2, 2] -> the slices 0:3, 3:5, 5:7."""
+    """Turn sizes [3, 2, 2] into the slices 0:3, 3:5, 5:7."""
     ends = list(itertools.accumulate(sizes, initial=0))
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
 def token_order(model, shape, axis, device=None):
-    """(N,) permutation that makes bands along `axis` (t, h, w) runs of tokens, else in order.
+    """Sort the model's tokens by their place along `axis` (t, h, w), so that a band is a run: (N,).
 
-    It asks the model itself: patchify a video whose every value is its own coordinate."""
+    The model itself tells the places: patchify a video whose values are coordinates."""
     one_of("patch-axis", axis, ("t", "h", "w"))
     if len(shape) != 5:                     # several latents laid flat: they have no common axis
         if axis != "t":
@@ -218,13 +217,13 @@ def token_order(model, shape, axis, device=None):
 
 
 class Layout:
-    """Which tokens a rank has: M patches of consecutive tokens, each cut into R x U shares.
+    """Says which tokens a rank has: M patches of consecutive tokens, each cut into R x U shares.
 
     `order` sorts the N tokens so that a patch is a run: for bands of frames it is the model's own
     order, for bands of rows or columns a permutation. Nothing else changes, because positions
-    travel with their tokens. A rank holds its share of *every* patch, one after another
-    (patch-major), during the warm-up too: so a rank owns the same tokens from first to last, and a
-    micro-step overwrites exactly the K, V rows that the warm-up wrote."""
+    travel with their tokens. A rank holds its share of *every* patch, one after another, during the
+    warm-up too: so it owns the same tokens from first to last, and the work on a patch overwrites
+    exactly the K, V rows that the warm-up wrote."""
 
     def __init__(self, order, M=1, R=1, U=1):
         if len(order) < M * R * U:
@@ -234,50 +233,50 @@ class Layout:
         self.counts = torch.tensor([split(n, R * U) for n in split(len(order), M)]).view(M, R, U)
 
     def tokens(self, m, r):
-        """How many tokens of patch m (None: of all) each Ulysses member of ring rank r has."""
+        """Count the tokens of patch m (None: of all) of each Ulysses member of ring rank r."""
         return (self.counts[:, r].sum(0) if m is None else self.counts[m, r]).tolist()
 
     def cached(self):
-        """How many K, V rows each ring rank holds: all patches, all its Ulysses members."""
+        """Count the K, V rows of each ring rank: all patches, all its Ulysses members."""
         return self.counts.sum((0, 2)).tolist()
 
     def rows(self, r, u):
-        """Indices into the model's tokens of what rank (r, u) holds, patch-major."""
+        """List the model's tokens that rank (r, u) holds, patch after patch: (n,) indices."""
         patches = self.order.split(split(len(self.order), self.M))
         return torch.cat([patch[spans(n.flatten().tolist())[r * self.U + u]]
                           for patch, n in zip(patches, self.counts)])
 
     def local(self, m, r, u):
-        """Where patch m (None: everything) lies within the rows of rank (r, u)."""
+        """Find patch m (None: everything) within the rows of rank (r, u)."""
         return slice(None) if m is None else spans(self.counts[:, r, u].tolist())[m]
 
     def slot(self, m, r):
-        """Where patch m lies within the K, V cache of ring rank r."""
+        """Find patch m within the K, V cache of ring rank r."""
         return spans(self.counts[:, r].sum(1).tolist())[m]
 
     def splice(self, r):
-        """Permutation from the order in which a warm-up's all-to-all delivers K, V to the cache's.
+        """Permute K, V from the order in which a warm-up's all-to-all delivers them to the cache's.
 
         The trap of PipeFusion x Ulysses. A warm-up delivers rows by rank, u0: p0 p1 | u1: p0 p1.
-        Later micro-steps deliver one patch, p0: u0 u1, which must land on the very rows that it
-        replaces: so the cache is kept by patch, p0: u0 u1 | p1: u0 u1. This is the rule of [XD] for
-        its hybrids: every rank of a sequence group must hold the same fresh K, V. With the orders
-        mixed up a patch overwrites half of itself and half of a neighbour, and the clip looks as if
-        nothing had happened (0.4 % off on the demo's model, where staleness costs 1 %)."""
+        Later an exchange delivers one patch, p0: u0 u1, which must replace its own rows: so the
+        cache is kept by patch, p0: u0 u1 | p1: u0 u1. This is the rule of [XD] for its hybrids:
+        every rank of a sequence group must hold the same fresh K, V. With the orders mixed up a
+        patch overwrites half of itself and half of a neighbour, and the clip looks as if nothing
+        had happened (0.4 % off on the demo's model, where staleness costs 1 %)."""
         patch = [torch.full((self.counts[m, r, u],), m, device=self.order.device)
                  for u in range(self.U) for m in range(self.M)]
         return torch.cat(patch).argsort(stable=True)
 
 
 # ---- 3. Ranks, and what they send ----------------------------------------------------------------
-# Outermost to innermost, as in [XD]: neighbouring ranks, on the fastest links, do Ulysses, which
-# talks in every layer; CFG, which talks once a step, and PipeFusion, once a patch, may cross nodes.
+# Outermost to innermost, as in [XD]. Ulysses communicates in every layer, so its ranks are
+# neighbours, on the fastest links. CFG (once a step) and PipeFusion (once a patch) may cross nodes.
 AXES = ("cfg", "pp", "ring", "ulysses")
 
 
 @dataclass
 class Axis:
-    """One axis of the mesh as this rank sees it: how many ranks, which one it is, their group."""
+    """An axis of the mesh as seen by this rank: the number of ranks, its own index, the group."""
     size: int = 1
     index: int = 0
     group: object = None
@@ -285,7 +284,7 @@ class Axis:
 
 def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, guided=True,
                   depth=None, heads=None, steps=None):
-    """Raise ValueError for what can be known to be wrong before any rank talks: the same on all."""
+    """Raise ValueError, the same on all ranks and before they communicate, for what cannot work."""
     product = cfg * pp * ring * ulysses
     for wrong, line in (
             *((n < 1, f"{name} {n}: must be 1 or more") for name, n in
@@ -306,9 +305,9 @@ def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, gu
 
 
 def make_mesh(cfg=1, pp=1, ring=1, ulysses=1, device="cpu"):
-    """The DeviceMesh (cfg, pp, ring, ulysses) over all ranks; None in a process on its own.
+    """Make the DeviceMesh (cfg, pp, ring, ulysses) over all ranks; None in a single process.
 
-    torch accepts a mesh smaller than the world, and leaves the other ranks out. We do not."""
+    torch accepts a mesh smaller than the world and leaves the other ranks out. We do not."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     check_degrees(world, cfg, pp, ring, ulysses)
     if not dist.is_initialized():
@@ -317,7 +316,7 @@ def make_mesh(cfg=1, pp=1, ring=1, ulysses=1, device="cpu"):
 
 
 def everyone(value):
-    """[the value of each rank], on every rank."""
+    """Gather a list of the values of all ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -329,11 +328,10 @@ SENT = Counter()        # bytes that this rank has sent, by purpose: `traffic` p
 
 
 def exchange(parts, shapes, axis, what):
-    """All-to-all of any sizes: parts[u] goes to member u, and a tensor of shapes[u] comes from it.
+    """Exchange tensors of any sizes: parts[u] goes to member u, one of shapes[u] comes from it.
 
-    The exchange is posted, and waited for when one of the results is first used: so two that are
-    posted together overlap, and so does the compute in between. It has a gradient, the exchange
-    back."""
+    The call returns at once, and the first use of a result waits. So exchanges that are started
+    together overlap with each other and with compute. The gradient is the exchange back."""
     sizes, counts = [p.numel() for p in parts], [math.prod(s) for s in shapes]
     SENT[what] += (sum(sizes) - sizes[axis.index]) * parts[0].element_size()
     sent = torch.cat([p.reshape(-1) for p in parts])
@@ -342,25 +340,25 @@ def exchange(parts, shapes, axis, what):
 
 
 def gather(x, sizes, dim, axis, what="gather"):
-    """Everybody's x, of `sizes` along dim, joined there; on every rank. Its gradient: each rank
+    """Join the x of all ranks, of `sizes` along dim, on every rank. In the backward pass each rank
     gets the sum over ranks of the gradients of its own rows."""
     shape = lambda n: [*x.shape[:dim], n, *x.shape[dim + 1:]]
     return torch.cat(exchange([x] * axis.size, [shape(n) for n in sizes], axis, what), dim)
 
 
 # ---- 4. Attention over ranks ---------------------------------------------------------------------
-# Each takes q, k, v (b, heads, n, head_dim) after positions and norms, and answers for the rows of
-# q, as the model's own attention would. Text needs nothing: in cross-attention every rank has all
-# of it. (Where text and video share one sequence, as in MM-DiT, the text must enter each attention
-# exactly once, not once per ring rank. Cross-attention spares us that.)
+# Each takes q, k, v (b, heads, n, head_dim) after positions and norms, and returns what the model's
+# own attention would return for the rows of q. Cross-attention needs no care: every rank has all of
+# the text. (Where text and video share one sequence, as in MM-DiT, the text must enter each
+# attention exactly once, not once per ring rank.)
 class Ulysses:
     """DeepSpeed-Ulysses [UL]: an all-to-all turns (all heads, my tokens) into (my heads, all
-    tokens), a second one turns the answer back.
+    tokens), a second one turns the output back.
 
-    core: the attention inside, over the tokens of all U members: plain, Ring or StaleKV. `tokens`
-    says how many each member has: a list, which the schedule may refill between calls. Neither
-    tokens nor heads need to divide. Q, K and V travel in one message. The result is that of one
-    process up to rounding: a matrix product of fewer rows may sum in another order."""
+    core: the attention inside, over the tokens of all U members: plain, Ring or StaleKV. tokens:
+    how many each member has, a list that the schedule may refill between calls. Neither tokens nor
+    heads need to divide. Q, K and V travel in one message. The result is that of one process up to
+    rounding: a matrix product of fewer rows may sum in another order."""
 
     def __init__(self, axis, core=attention, tokens=None):
         self.axis, self.core, self.tokens = axis, core, tokens
@@ -384,7 +382,7 @@ class Ulysses:
 
 
 class UlyssesInPieces:
-    """Ulysses on some heads at a time: all pieces are posted at once, and one travels while another
+    """Ulysses on some heads at a time: all pieces are sent at once, and one travels while another
     is computed. (On gloo a blocking exchange cost a third of the step.)"""
 
     def __init__(self, axis, cores, tokens):
@@ -402,10 +400,10 @@ class UlyssesInPieces:
 
 
 def attention_lse(q, k, v):
-    """Attention over some of the keys, with what is needed to merge it with the rest:
+    """Attend to some of the keys, and return what is needed to merge the result with the rest:
     o = softmax(q k^T / sqrt(d)) v  and  lse = log sum exp(q k^T / sqrt(d)), (b, heads, n), fp32.
-    The fused kernels have the lse at hand and never build (n, n); on a GPU that is so for 16-bit
-    numbers only, and the definition serves for small sizes."""
+    The fused kernels compute lse anyway and never build (n, n). On a GPU they take 16-bit numbers
+    only; the definition serves the rest, for small sizes."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
@@ -415,19 +413,19 @@ def attention_lse(q, k, v):
 
 
 class Ring:
-    """Ring attention [RA]: queries stay, K and V go round in R - 1 hops behind the compute.
+    """Ring attention [RA]: queries stay, K and V travel round in R - 1 hops behind the compute.
 
     Two partial softmaxes merge exactly, in fp32 [RA, FA: the online softmax]:
         o += sigmoid(lse_i - lse) (o_i - o),   lse = logaddexp(lse, lse_i)
-    Not causal, so the ranks have equal work as they are and no zigzag order is needed. Both
-    directions of a hop are posted together: a blocking send before the receive would deadlock."""
+    Attention is not causal, so the ranks have equal work and no zigzag order is needed. Both
+    directions of a hop start together: a blocking send before the receive would deadlock."""
 
     def __init__(self, axis, sizes):
         self.axis, self.sizes = axis, sizes                     # K, V rows of each ring rank
 
     def __call__(self, q, k, v):
         R, r, group = self.axis.size, self.axis.index, self.axis.group
-        # Contiguous: the fused op trusts q's strides, the messages those of kv.
+        # The fused op and the messages need contiguous tensors.
         q, kv = q.contiguous(), torch.stack((k, v)).contiguous()            # kv (2, b, h, n_r, d)
         o = lse = None
         for hop in range(R):
@@ -453,22 +451,22 @@ class Ring:
 
 @dataclass
 class Position:
-    """Where the schedule stands; the attentions look here."""
+    """Where the schedule stands; the attentions read it."""
     step: int = 0
     patch: int | None = None        # None: all tokens (warm-up, and without PipeFusion)
 
 
 class StaleKV:
-    """PipeFusion's attention [PF]: Q of one patch against K, V of all, of which the later ones are
-    one step old.
+    """PipeFusion's attention [PF]: the queries of one patch meet K, V of all patches, and those of
+    later patches are one step old.
 
-    Warm-up: attend to everything, keep K, V. Then patch m writes its rows and attends to the whole
-    cache: patches 0..m are of this step, m+1..M-1 of the last, on average a fresh share of (M+1)/2M
-    where DistriFusion has 1/M (our count). The cache is made anew for each sample, so that K, V of
-    another prompt, or of another batch size after guidance was switched, never get in.
+    The warm-up attends to everything and keeps K, V. After it patch m writes its rows and attends
+    to the whole cache: patches 0..m are of this step, m+1..M-1 of the last. On average (M+1)/2M of
+    it is fresh, with DistriFusion 1/M (our count). Each sample starts with a new cache, so K, V of
+    another prompt, or of another batch size after guidance was switched, never enter.
 
-    K, V are kept after the Ulysses exchange (all rows, my heads: no extra traffic), or per Ring
-    rank (my rows, all heads)."""
+    K, V are kept as they come out of the Ulysses exchange (all rows, my heads: no extra traffic),
+    or per Ring rank (my rows, all heads)."""
 
     def __init__(self, core, layout, r, at):
         self.core, self.layout, self.r, self.at = core, layout, r, at
@@ -486,12 +484,12 @@ class StaleKV:
 
 
 class DistriFusion:
-    """Baseline [DF]: every rank does its own patch, all at once; K, V of the others are one step
-    old and travel behind the compute of a whole step."""
+    """The baseline [DF]: all ranks work at once, each on its own patch; K, V of the others are one
+    step old and travel behind the compute of a whole step."""
 
     def __init__(self, axis, sizes, warmup, at):
         self.axis, self.sizes, self.warmup, self.at = axis, sizes, warmup, at
-        self.coming = None                                      # posted in this layer a step ago
+        self.coming = None                                      # sent in this layer a step ago
 
     def __call__(self, q, k, v):
         kv, last, me = torch.stack((k, v)), self.coming, self.axis.index
@@ -501,13 +499,13 @@ class DistriFusion:
         return attention(q, *torch.cat([*parts[:me], kv, *parts[me + 1:]], dim=3))
 
     def finish(self):
-        """Wait for what the last step has posted, and nobody will use."""
+        """Wait for what the last step has sent, although nobody will use it."""
         torch.cat(self.coming, dim=3)
 
 
 # ---- 5. The sampler ------------------------------------------------------------------------------
 def inbox(shapes, dtype, src, group, device):
-    """Yield the messages of one rank. The irecv of the next is posted before one is handed out, so
+    """Yield the messages from one rank. Before one is yielded, the receive of the next starts, so
     that it arrives while we compute. gloo sends bytes, no shapes: both ends must know them."""
     coming = None
     for shape in (*shapes, None):
@@ -521,10 +519,10 @@ def inbox(shapes, dtype, src, group, device):
 
 
 class Outbox:
-    """Messages to one rank, whose tensors must stay alive and unchanged until they are gone.
+    """Sends messages to one rank, and keeps each tensor alive until it has left.
 
-    most: sends in flight at most, which bounds the memory. Below M it would deadlock, since stage 0
-    receives a patch's latent only M micro-steps after it was sent."""
+    most: how many may be on their way, which bounds the memory. Below M it would deadlock, since
+    stage 0 receives a patch's latent only after it has worked on M patches more."""
 
     def __init__(self, what, dst, group, most):
         self.what, self.dst, self.group, self.most, self.flying = what, dst, group, most, deque()
@@ -541,15 +539,46 @@ class Outbox:
             self.flying.popleft()[1].wait()
 
 
+class Share:
+    """Holds what one rank has of a sample: tokens, the same from the first step to the last, and
+    text: of both branches of guidance, or with cfg 2 of its own."""
+
+    def __init__(self, sampler, x0, text, mask, null, null_mask, ts):
+        s, self.model = sampler, sampler.model
+        positions, self.guided = self.model.positions(x0.shape), null is not None
+        order = token_order(self.model, x0.shape, s.patch_axis, x0.device)
+        self.layout = Layout(order, s.M, s.ring.size, s.ulysses.size)
+        self.rows = self.layout.rows(s.ring.index, s.ulysses.index)             # (n,)
+        self.pos = positions[self.rows]                                         # (n, D)
+        self.real = data_columns(self.model, x0.shape, self.rows)               # (n, P) or (n, 1)
+        self.x = self.model.patchify(x0)[:, self.rows].clone()                  # (B, n, P) fp32
+        self.text, self.mask = both_branches(len(x0), text, mask, null, null_mask)
+        if s.cfg.size == 2:
+            self.text = self.text.chunk(2)[s.cfg.index]                         # (b, L, D_text)
+            self.mask = None if self.mask is None else self.mask.chunk(2)[s.cfg.index]
+        self.ts = ts.to(x0.device)                      # here, once: each such copy stops the CPU
+        self.dtype = next(self.model.parameters()).dtype
+
+    def embed(self, part):
+        """Embed some of the tokens, once for each branch: (b, n, D)."""
+        x = torch.cat([self.x[:, part]] * (len(self.text) // len(self.x)))
+        return self.model.embed(x.to(self.dtype))
+
+    def condition(self, i):
+        """Compute the model's condition c at the start of step i."""
+        return self.model.condition(self.ts[i].expand(len(self.text)))
+
+
 class ParallelSampler:
     """Samples any model with the seams of the contract (module docstring) over `make_mesh(...)`.
 
-        patches      M; 0: as many as stages      warmup      W whole steps before the pipe fills
-        patch_axis   bands of frames (t), rows (h) or columns (w)
-        distrifusion the baseline instead, on the mesh's ring axis
+        patches       M; 0: as many as stages
+        warmup        W whole steps before the pipeline fills
+        patch_axis    bands of frames (t), rows (h) or columns (w)
+        distrifusion  the baseline instead, on the mesh's ring axis
     `settings` are those with which `emulate` makes the same clip. After a sample, `sent` holds the
-    bytes sent in its steps (without those that deal out noise and text, and put the clip together,
-    once each), `expected` what `traffic` predicts, `items` the schedule: (step, patch or None)."""
+    bytes that its steps sent (without the one broadcast of noise and text and the one reduction of
+    the clip), `expected` what `traffic` predicts, `items` the schedule: (step, patch or None)."""
 
     def __init__(self, model, mesh=None, patches=0, warmup=1, patch_axis="t",
                  distrifusion=False):
@@ -566,8 +595,8 @@ class ParallelSampler:
                       heads=getattr(config, "heads", None))
         one_of("patch-axis", patch_axis, ("t", "h", "w"))
         if getattr(config, "conditioning", None) == "in_context":
-            raise ValueError("conditioning in_context: its time token is no video token, parallel "
-                             "sampling cannot place it")
+            raise ValueError("conditioning in_context: parallel sampling has no place for its time "
+                             "token")
         piped = self.pp.size > 1
         if distrifusion and (piped or self.ulysses.size > 1):
             raise ValueError("distrifusion: needs pp 1 and ulysses 1")
@@ -583,10 +612,10 @@ class ParallelSampler:
             self._open_links(mesh, next(model.parameters()).device)
 
     def _open_links(self, mesh, device):
-        """A group for each link of a pipeline's circle, used in one direction. NCCL runs a group's
-        messages in the order of their posting: with two links in a group, a send would wait behind
-        the receive of a later patch. And it connects a pair at its first message, where both wait
-        for each other: so that message is sent here, link by link."""
+        """Make a group for each link of a pipeline's circle, used in one direction. NCCL runs the
+        messages of a group in the order of the calls: with two links in a group, a send would wait
+        behind the receive of a later patch. And it connects a pair at its first message, where both
+        wait for each other: so that message is sent here, link by link."""
         one = torch.zeros(1, device=device)
         for line in rearrange(mesh.mesh, "c p r u -> (c r u) p").tolist():
             for a, b in zip(line, line[1:] + line[:1]):
@@ -599,7 +628,7 @@ class ParallelSampler:
                     dist.irecv(one, a, group).wait()
 
     def _agree(self, **mine):
-        """Raise ValueError on all ranks if one was called otherwise: they would hang."""
+        """Raise ValueError on all ranks if one was called with other arguments: they would hang."""
         first, *others = everyone(mine)
         for rank, theirs in enumerate(others, 1):
             for name, value in theirs.items():
@@ -616,9 +645,9 @@ class ParallelSampler:
     @torch.no_grad()
     def sample(self, x0, text, mask=None, null=None, null_mask=None, guidance=1.0, steps=50,
                ts=None, progress=False):
-        """x0 (B, ...), text (B, L, D_text), mask (B, L); null (B or 1, L', D_text) turns guidance
-        on. -> x1 like x0, on every rank. ts (S+1,) is a schedule from 0 to 1; without it `steps`
-        equal steps. progress: a bar, on rank 0."""
+        """Sample x1, on every rank, from x0 (B, ...), text (B, L, D_text) and mask (B, L). null (B
+        or 1, L', D_text) turns guidance on. ts (S+1,) is a schedule from 0 to 1; without it there
+        are `steps` equal steps. progress: a bar, on rank 0."""
         ts = torch.linspace(0, 1, steps + 1) if ts is None else ts
         assert len(text) == len(x0) and (null is None or len(null) in (1, len(x0))), "batch sizes"
         check_degrees(self.world, **self.degrees, warmup=self.warmup, guided=null is not None,
@@ -626,52 +655,19 @@ class ParallelSampler:
         inputs = x0.float(), text, mask, null, null_mask
         self._agree(shapes=[None if x is None else tuple(x.shape) for x in inputs],
                     settings=(self.degrees, self.settings), guidance=guidance, ts=ts.tolist())
-        return self._steps(*map(self._from_rank0, inputs), guidance, ts, progress)
+        share = Share(self, *map(self._from_rank0, inputs), ts)
+        return self.model.unpatchify(self._steps(share, guidance, progress), x0.shape)
 
-    def _steps(self, x0, text, mask, null, null_mask, guidance, ts, progress):
-        model, B, S, guided = self.model, len(x0), len(ts) - 1, null is not None
-        ts = ts.to(x0.device)                           # here, once: each such copy stops the CPU
-        order = (token_order(model, x0.shape, self.patch_axis, x0.device)
-                 if self.settings["patches"] > 1 else
-                 torch.arange(len(model.positions(x0.shape)), device=x0.device))
-        layout = Layout(order, self.M, self.ring.size, self.ulysses.size)
-        r, u = self.ring.index, self.ulysses.index
-        rows = layout.rows(r, u)                            # my tokens, for the whole sample
-        pos, real = model.positions(x0.shape)[rows], data_columns(model, x0.shape, rows)
-        x = model.patchify(x0)[:, rows].clone()                             # (B, n, P) fp32
-
-        # Text: both branches in one batch, or with cfg 2 this rank's branch.
-        text, mask = both_branches(B, text, mask, null, null_mask)
-        if self.cfg.size == 2:
-            text = text.chunk(2)[self.cfg.index]
-            mask = None if mask is None else mask.chunk(2)[self.cfg.index]
-        b, dtype = len(text), next(model.parameters()).dtype
-        condition = lambda i: model.condition(ts[i].expand(b))
-        embed = lambda part: model.embed(torch.cat([x[:, part]] * (b // B)).to(dtype))
-
-        # One token through one block tells width, dtype and heads of whatever model this is.
-        blocks, seen = list(model.blocks[self.mine]), []
-        with swapped_attention({blocks[0]: lambda q, k, v: seen.append(q) or attention(q, k, v)}):
-            h = blocks[0](embed(slice(1)), pos[:1], condition(0), text, mask)
-        heads, D = seen[0].shape[1], h.shape[-1]
-        check_degrees(self.world, **self.degrees, heads=heads)
-
-        self.steps = S
+    def _steps(self, share, guidance, progress):
+        """Take every step of this rank's share -> x1 as tokens, (B, N, P)."""
+        layout, blocks = share.layout, list(self.model.blocks[self.mine])
+        q, hidden = self._probe(share, blocks[0])
+        self.steps = S = len(share.ts) - 1
         self.items = [(i, None) for i in range(S if self.pp.size == 1 else self.warmup)]
         self.items += [(i, m) for i in range(len(self.items), S) for m in range(self.M)]
         at, tokens = Position(), []                     # both change with each item
         attends = {block: self._attend(layout, tokens, at) for block in blocks}
-
-        # Stage p gets hidden tokens from stage p - 1 for every item; the first stage gets what the
-        # last has stepped, for every item but those of the last step.
-        received = outbox = None
-        if self.pp.size > 1:
-            n = lambda m: layout.tokens(m, r)[u]
-            hidden = [(b, n(m), D) for _, m in self.items], h.dtype
-            latent = [(B, n(m), x.shape[-1]) for i, m in self.items if i < S - 1], x.dtype
-            received = inbox(*(latent if self.first else hidden), *self.prev, x.device)
-            outbox = Outbox("latent" if self.last else "hidden", *self.next,
-                            most=2 * self.M + self.pp.size)
+        received, outbox = self._open_mail(share, hidden)
 
         SENT.clear()
         items = self.items
@@ -679,46 +675,77 @@ class ParallelSampler:
             from tqdm import tqdm
             items = tqdm(items, desc="sample", unit="step" if self.pp.size == 1 else "patch")
         with swapped_attention(attends):
-            for i, m in items:
-                if m in (None, 0):
-                    c = condition(i)
-                at.step, at.patch, part = i, m, layout.local(m, r, u)
-                tokens[:] = layout.tokens(m, r)
-                if self.first:
-                    # Step i - 1 of these tokens comes back from the last stage: whole after a
-                    # warm-up step (taken with the first patch), else patch by patch.
-                    if received and i > 0 and (m in (None, 0) or i > self.warmup):
-                        x[:, layout.local(m if i > self.warmup else None, r, u)] = next(received)
-                    h = embed(part)                                                     # (b, n, D)
-                else:
-                    h = next(received)                                                  # (b, n, D)
-                for block in blocks:
-                    h = block(h, pos[part], c, text, mask)
-                if not self.last:
-                    outbox.send(h)
-                    continue
-                v = model.head(h, c).float()                                            # (b, n, P)
-                if self.cfg.size == 2:                  # CFG-parallel: both branches, prompt first
-                    v = gather(v, [B, B], 0, self.cfg, "cfg")                           # (2B, n, P)
-                v = guide(v, guidance) if guided else v
-                x[:, part] += (ts[i + 1] - ts[i]) * v * real[part]      # Euler, of these tokens
-                if outbox and i < S - 1:
-                    outbox.send(x[:, part])             # rows that change only after it was used
+            for at.step, at.patch in items:
+                tokens[:] = layout.tokens(at.patch, self.ring.index)
+                self._work(share, at.step, at.patch, blocks, guidance, received, outbox)
         if outbox:
             outbox.flush()
         for attend in attends.values():
             if isinstance(attend, DistriFusion):
                 attend.finish()
+        (B, _, P), N, L = share.x.shape, len(layout.order), len(self.model.blocks)
         self.sent = Counter(SENT)
-        self.expected = traffic(len(order), D, len(model.blocks), x.shape[-1], B, 1 + guided, S,
-                                self.warmup, self.M, seen[0].element_size(), h.element_size(),
+        self.expected = traffic(N, hidden.shape[-1], L, P, B, 1 + share.guided, S, self.warmup,
+                                self.M, q.element_size(), hidden.element_size(),
                                 self.distrifusion, **self.degrees)
-        self.equal_shares = (len(order) % (layout.M * layout.R * layout.U) == 0
-                             and heads % layout.U == 0 and len(model.blocks) % self.pp.size == 0)
-        return model.unpatchify(self._assemble(x, rows, len(order)), x0.shape)
+        self.equal_shares = not (N % (layout.M * layout.R * layout.U) or q.shape[1] % layout.U
+                                 or L % self.pp.size)
+        return self._assemble(share)
+
+    def _probe(self, share, block):
+        """Send one token through a block: (its q, what comes out) tell the width, dtypes and heads
+        of whatever model this is."""
+        seen = []
+        with swapped_attention({block: lambda q, k, v: seen.append(q) or attention(q, k, v)}):
+            hidden = block(share.embed(slice(1)), share.pos[:1], share.condition(0), share.text,
+                           share.mask)
+        check_degrees(self.world, **self.degrees, heads=seen[0].shape[1])
+        return seen[0], hidden
+
+    def _open_mail(self, share, hidden):
+        """Prepare a pipeline stage's messages -> (those to receive, an Outbox). Stage p gets hidden
+        tokens from stage p - 1 for every item; the first stage gets what the last has stepped, for
+        every item but those of the last step."""
+        if self.pp.size == 1:
+            return None, None
+        n = lambda m: share.layout.tokens(m, self.ring.index)[self.ulysses.index]
+        (B, _, P), (b, _, D) = share.x.shape, hidden.shape
+        shapes, dtype = [(b, n(m), D) for _, m in self.items], hidden.dtype
+        if self.first:
+            shapes = [(B, n(m), P) for i, m in self.items if i < self.steps - 1]
+            dtype = share.x.dtype
+        outbox = Outbox("latent" if self.last else "hidden", *self.next,
+                        most=2 * self.M + self.pp.size)
+        return inbox(shapes, dtype, *self.prev, share.x.device), outbox
+
+    def _work(self, share, i, m, blocks, guidance, received, outbox):
+        """Do this stage's work on patch m (None: all tokens) of step i, and send the result on."""
+        local = lambda m: share.layout.local(m, self.ring.index, self.ulysses.index)
+        part = local(m)
+        if m in (None, 0):
+            share.c = share.condition(i)
+        if self.first:
+            # Step i - 1 of these tokens comes back from the last stage: whole after a warm-up step
+            # (taken with the first patch), else patch by patch.
+            if received and i > 0 and (m in (None, 0) or i > self.warmup):
+                share.x[:, local(m if i > self.warmup else None)] = next(received)
+            h = share.embed(part)                                               # (b, n, D)
+        else:
+            h = next(received)                                                  # (b, n, D)
+        for block in blocks:
+            h = block(h, share.pos[part], share.c, share.text, share.mask)
+        if not self.last:
+            return outbox.send(h)
+        v = self.model.head(h, share.c).float()                                 # (b, n, P)
+        if self.cfg.size == 2:                          # CFG-parallel: both branches, prompt first
+            v = gather(v, [len(v)] * 2, 0, self.cfg, "cfg")                     # (2B, n, P)
+        v = guide(v, guidance) if share.guided else v                           # (B, n, P)
+        share.x[:, part] += (share.ts[i + 1] - share.ts[i]) * v * share.real[part]      # Euler
+        if outbox and i < self.steps - 1:
+            outbox.send(share.x[:, part])               # rows that change only after it was used
 
     def _attend(self, layout, tokens, at):
-        """A block's attention: Ulysses( StaleKV( Ring or plain ) ), less what has degree 1."""
+        """Nest a block's attention: Ulysses( StaleKV( Ring or plain ) ), less what has degree 1."""
         if self.distrifusion:
             return DistriFusion(self.ring, layout.cached(), self.warmup, at)
         core = Ring(self.ring, layout.cached()) if self.ring.size > 1 else attention
@@ -727,13 +754,14 @@ class ParallelSampler:
             return cached()
         return UlyssesInPieces(self.ulysses, [cached(), cached()], tokens)
 
-    def _assemble(self, x, rows, N):
-        """Everybody's final tokens -> all tokens on every rank, (B, N, P): once a sample, since
-        Euler itself is token-wise and needs no gather. Each writes its rows into zeros, and the sum
-        over ranks is exact."""
-        full = x.new_zeros(x.shape[0], N, x.shape[2])
+    def _assemble(self, share):
+        """Put everybody's final tokens together, on every rank: (B, N, P). Once a sample, since an
+        Euler step needs no other token. Each rank writes its rows into zeros, and the sum over
+        ranks is exact."""
+        B, _, P = share.x.shape
+        full = share.x.new_zeros(B, len(share.layout.order), P)
         if self.last and self.cfg.index == 0:
-            full[:, rows] = x
+            full[:, share.rows] = share.x
         if self.world > 1:
             dist.all_reduce(full)
         return full
@@ -741,15 +769,15 @@ class ParallelSampler:
 
 # ---- 6. Weights over ranks -----------------------------------------------------------------------
 class Elsewhere(nn.Module):
-    """Stands for a block that another stage has: no weights, and no way to run it by mistake."""
+    """Takes the place of a block that another stage has: no weights, and it cannot run."""
 
     def forward(self, *_):
         raise RuntimeError("this block belongs to another pipeline stage")
 
 
 def keep_stage(model, pp, index):
-    """Drop the blocks of the other stages, in place: a PipeFusion rank needs 1/pp of them. Done to
-    a model on the meta device, the others are never read (`prepare` of train.load_run)."""
+    """Drop the blocks of the other stages, in place: a PipeFusion rank needs 1/pp of them. On the
+    meta device, as `prepare` of train.load_run, it keeps their weights from being read at all."""
     mine = spans(split(len(model.blocks), pp))[index]
     for i in range(len(model.blocks)):
         if not mine.start <= i < mine.stop:
@@ -758,8 +786,8 @@ def keep_stage(model, pp, index):
 
 
 def shard_weights(model, mesh):
-    """FSDP2 over the ranks that share tokens, not blocks (ring x ulysses): each keeps a slice of
-    every block, and gathers a block while it runs. Only blocks: the rest is used outside of
+    """Shard with FSDP2 over the ranks that have the same blocks (ring x ulysses): each keeps a
+    slice of every block and gathers a block while it runs. Only blocks: the rest is used outside of
     `forward`, where FSDP's hooks do not see it."""
     from torch.distributed.fsdp import fully_shard
     ranks = mesh["ring", "ulysses"]._flatten("sequence")
@@ -772,15 +800,15 @@ def shard_weights(model, mesh):
 # ---- 7. Decoding over ranks ----------------------------------------------------------------------
 class Halo(TorchFunctionMode):
     """The parallel VAE of [XD] (DistVAE): runs a decoder on a band of rows as if it had the whole
-    picture. The decoder is not touched: this mode sees torch's functions as they are called, and
-    replaces those that look across rows.
+    picture. The decoder stays as it is: while this mode is on, it replaces those of torch's
+    functions that look across rows.
 
         convolution            gets the neighbours' rows; zeros at the picture's own edge
         group norm             mean and variance over all bands
         attention over space   K and V of all bands; attention over time stays as it is
         NOT_IN_BANDS           raise ValueError, and so do strides and other paddings over rows
-    What else looks across rows (a mean in plain arithmetic, a smooth interpolation) is not seen and
-    would be taken over this rank's band alone: check a new decoder once, as `--check` does.
+    Anything else that looks across rows (a mean in plain arithmetic, a smooth interpolation) is not
+    replaced and sees this rank's band alone: check a new decoder once, as `--check` does.
     Pictures are (frames, C, H, W) or (B, C, T, H, W), attention (sequences, heads, tokens, d) with
     tokens row by row."""
 
@@ -812,11 +840,11 @@ class Halo(TorchFunctionMode):
         reach = dilation[-2] * (weight.shape[-2] - 1)
         if stride[-2] != 1 or p and 2 * p != reach or not p and x.shape[-2] <= reach:
             self.refuse(func)                                       # it changes the number of rows
-        # Without padding it is one over time, which tae.py calls with (B, C, T, H W).
+        # Without padding it is a convolution over time, which tae.py calls with (B, C, T, H W).
         return func(self.extend(x, p) if p else x, weight, bias, stride, padding, dilation, groups)
 
     def extend(self, x, p):
-        """p rows of the band above, x, p of the band below; zeros beyond the picture's edge."""
+        """Join p rows of the band above, x, p rows of the band below; zeros beyond the picture."""
         i, size = self.axis.index, self.axis.size
         if min(self.rows) * x.shape[-2] // self.rows[i] < p:
             raise ValueError(f"decode halo: bands of {min(self.rows)} latent rows are too thin, "
@@ -836,7 +864,7 @@ class Halo(TorchFunctionMode):
         return func(x, pad, *args, **kwargs)
 
     def group_norm(self, func, x, num_groups, weight=None, bias=None, eps=1e-5):
-        if x.dim() < 4:                                # one pixel's frames: nothing of another band
+        if x.dim() < 4:                                # the frames of one pixel: no other band
             return func(x, num_groups, weight, bias, eps)
         groups = x.float().reshape(x.shape[0], num_groups, -1)
         total = partial(torch.sum, dim=-1, dtype=torch.float64)
@@ -851,9 +879,9 @@ class Halo(TorchFunctionMode):
         return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
     def attend(self, func, q, k, v, *args, **kwargs):
-        # Over space the tokens are a multiple of the band's pixels, over time the sequences are. A
-        # shape can be ambiguous on one rank and clear on another, so the ranks keep what all of
-        # them consider possible.
+        # In attention over space the number of tokens is a multiple of the band's pixels, over time
+        # the number of sequences is. A shape can be ambiguous on one rank and clear on another, so
+        # the ranks keep what all of them consider possible.
         n, pixels = k.shape[-2], self.rows[self.axis.index] * self.width
         possible = torch.tensor([n % pixels == 0, len(q) % pixels == 0], device=q.device).int()
         dist.all_reduce(possible, dist.ReduceOp.MIN, group=self.axis.group)
@@ -868,22 +896,22 @@ class Halo(TorchFunctionMode):
 
 
 def world_axis():
-    """The whole world as one axis: decoding needs no mesh."""
+    """Make one axis of all ranks: decoding needs no mesh."""
     if not dist.is_initialized():
         return Axis()
     return Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
 
 
 def decode_on_rank0(decode, z):
-    """decode(z) on rank 0, None on the others."""
+    """Decode on rank 0; None on the others."""
     return decode(z) if world_axis().index == 0 else None
 
 
 @torch.no_grad()
 def halo_decode(decode, z):
-    """decode(z) by all ranks, each on a band of rows of z (B, C, T, H, W), the same z on all -> the
-    clip, equal to decode(z) up to rounding, on rank 0 (None on the others). Memory for activations
-    falls with the number of ranks."""
+    """Decode z (B, C, T, H, W), the same on all ranks, with a band of rows on each -> the clip,
+    equal to decode(z) up to rounding, on rank 0 (None on the others). Memory for activations falls
+    with the number of ranks."""
     axis = world_axis()
     if z.dim() != 5 or z.shape[3] < axis.size:
         raise ValueError(f"decode halo: latent {tuple(z.shape)} has no {axis.size} bands of rows, "
@@ -906,13 +934,13 @@ def halo_decode(decode, z):
 
 @torch.no_grad()
 def tiled_decode(decode, z, tile=4, overlap=2):
-    """Movie Gen's decoding in tiles along time [MG s3.1.1]: `tile` latent frames, `overlap` of them
-    shared and blended linearly; tile i goes to rank i mod ranks -> the clip on rank 0 (None on the
-    others). The same clip at every number of ranks, but not that of one pass: each tile knows only
-    its own frames. Nothing is exchanged but the result: for slow links and long clips.
+    """Decode in tiles along time [MG s3.1.1] of `tile` latent frames, `overlap` of them shared and
+    blended linearly; tile i goes to rank i mod ranks -> the clip on rank 0 (None on the others).
+    The clip is the same for any number of ranks, but not that of one pass, since a tile knows only
+    its own frames. Only the result is exchanged: for slow links and long clips.
 
-    Frame j of n that overlap has the weights (j + 1/2) / n and 1 less that, and not the paper's
-    j / n: the blend is then the same forwards and backwards."""
+    Of n frames that overlap, frame j has weight (j + 1/2) / n in the later tile, where the paper
+    has j / n: so the blend is the same forwards and backwards."""
     axis, T = world_axis(), z.shape[2]
     if z.dim() != 5 or not 0 <= overlap <= tile / 2:
         raise ValueError(f"decode tiles: latent {tuple(z.shape)}, tile {tile}, overlap {overlap}: "
@@ -944,17 +972,18 @@ DECODERS = {"one": decode_on_rank0, "halo": halo_decode, "tiles": tiled_decode}
 # ---- 8. What is sent -----------------------------------------------------------------------------
 def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None,
             distrifusion=False, cfg=1, pp=1, ring=1, ulysses=1):
-    """Bytes that one rank sends during S steps, by purpose, for equal shares [XD table 1, made
-    exact].
+    """Compute the bytes that one rank sends in S steps, by purpose, for equal shares [XD table 1,
+    made exact].
 
         ulysses   4 b n D (U-1)/U L/pp     Q, K, V out and O back; n = N/UR, b rows of a batch
         ring      2 b n D (R-1) L/pp       K, V, R - 1 hops; in PipeFusion the whole cache, M times
-        kv        2 b n D (R-1) L          DistriFusion: the same to all others, a step late
+        kv        2 b n D (R-1) L          DistriFusion: as many, to all others, used a step later
         cfg       B n P                    the output, once a step, fp32
         hidden    b n D                    a stage to the next. No L: it does not grow with depth
-        latent    B n P                    the last stage to the first, fp32, but for the last step
-    In a pipeline, cfg and latent are sent by the last stage, hidden by all others. size: bytes of a
-    number in q, k, v; hidden_size: between blocks, where that differs (autocast).
+        latent    B n P                    the last stage to the first, fp32, after all but the last
+                                           step
+    In a pipeline the last stage sends cfg and latent, all others hidden. size: bytes of a number in
+    q, k, v; hidden_size: between blocks, where that differs (autocast).
 
     Where compute hides all messages, a pipeline is S / (W + ((S - W) M + pp - 1) / (M pp)) times as
     fast as one rank [PF]; the other modes divide evenly."""
@@ -972,16 +1001,16 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None
 
 # ---- 9. A run and its check ----------------------------------------------------------------------
 def rounding(model, steps):
-    """How far sums in another order may move a clip, relative to its largest value: the rounding
-    2^-24 of fp32 (2^-9 of bf16, at most 3 %) for each of some 6 matrix products in each block and
-    step, as if they all added up. Measured, it is a tenth of that; a wrong algorithm is off by 1e-3
-    and more (the demo shows one)."""
+    """Bound how far sums in another order may move a clip, relative to its largest value: 2^-24 for
+    fp32 (2^-9 for bf16) for each of some 6 matrix products in each block and step, as if they all
+    added up, but 3 % at most. Measured, it is a tenth of that; a wrong algorithm is off by 1e-3 and
+    more (the demo shows one)."""
     unit = torch.finfo(next(model.parameters()).dtype).eps / 2
     return min(6 * len(model.blocks) * steps * unit, 0.03)
 
 
 def difference(a, b):
-    """Largest difference, relative to the largest value of b."""
+    """Compute the largest difference, relative to the largest value of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
@@ -1008,8 +1037,8 @@ TABLE_HEAD = f"  {'mode':22s} difference {'':12s}   kB/step   formula  {'sent fo
 
 def agrees(row, x1, want):
     """Print a row of the table -> whether x1 is what one process makes, up to rounding, and the
-    bytes are the formula's. Marks: = they are, ! they are not, ~ shares are unequal: the busiest
-    rank sends more than the formula's equal share, and only the purposes are compared."""
+    bytes are the formula's. Marks: = equal, ! not equal, ~ shares are uneven, so the busiest rank
+    sends more than the formula's equal share, and only the purposes are compared."""
     sent, expected, off = row["sent"], row["expected"], difference(x1, want)
     right = sent == expected if row["equal"] else sent.keys() == expected.keys()
     mark = "!" if not right else "=" if row["equal"] else "~"
@@ -1053,20 +1082,20 @@ def verdict(ok, text):
 
 
 def launch(fn, world, *args):
-    """fn(*args) on `world` forked ranks, joined by gloo over a file -> their results. The first
+    """Run fn(*args) on `world` forked ranks, joined by gloo over a file -> their results. The first
     error ends all, and is raised here. Forking takes 0.1 s (torchrun takes 8)."""
-    import torch._dynamo  # noqa: F401  (torch's first exchange imports it, in 1 s: once, not in each)
+    import torch._dynamo  # noqa: F401  (else each rank's first exchange imports it, in 1 s)
     with tempfile.TemporaryDirectory() as folder:
         start_processes(_rank, (fn, args, world, folder), world, start_method="fork")
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
 
 
 def _rank(rank, fn, args, world, folder):
-    torch.set_num_threads(1)        # a child that starts OpenMP after its parent used it would hang
+    torch.set_num_threads(1)        # OpenMP hangs in a child whose parent has used it
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world, timeout=timedelta(minutes=2))
     torch.save(fn(*args), f"{folder}/{rank}.pt")
-    dist.barrier()                                  # nobody leaves while another still talks to it
+    dist.barrier()                                  # nobody leaves while another still needs it
     dist.destroy_process_group()
 
 
@@ -1130,7 +1159,7 @@ class TinyDiT(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """A decoder in small: what looks across rows in real ones."""
+    """A small decoder with all that looks across rows in real ones."""
 
     def __init__(self, C=2, width=16):
         super().__init__()
@@ -1148,31 +1177,31 @@ class TinyDecoder(nn.Module):
 
 
 def demo_rank(model, decoder, inputs, z):
-    """What each forked rank of the demo does: every mode once, then the two decoders."""
+    """Sample with every mode, then decode in both ways: what each forked rank of the demo does."""
     return sample_every(model, inputs), halo_decode(decoder, z), tiled_decode(decoder, z)
 
 
 def wrong_splice_rank(model, inputs):
-    """The bug on purpose: the cache keeps the order of the warm-up's all-to-all."""
+    """Make the mistake on purpose: the cache keeps the order of the warm-up's all-to-all."""
     Layout.splice = lambda self, r: torch.arange(self.cached()[r])
     return ParallelSampler(model, make_mesh(pp=2, ulysses=2), 4).sample(**inputs)
 
 
 def timeline_rank(model, inputs, pp, patches):
-    """One rank of a recorded run -> [(step, patch, start, end)] of its stage."""
+    """Record one rank's stage at work -> [(step, patch, start, end)]."""
     sampler, clock = ParallelSampler(model, make_mesh(pp=pp), patches), []
     sampler.sample(**inputs)                                # once for the allocator and the sockets
     mine, tick = model.blocks[sampler.mine], lambda *_: clock.append(time.perf_counter())
     mine[0].register_forward_pre_hook(tick)
     mine[-1].register_forward_hook(tick)
     sampler.sample(**inputs)
-    clock = clock[-2 * len(sampler.items):]                 # without the look at one token
+    clock = clock[-2 * len(sampler.items):]                 # without the probe by one token
     return [(*item, *ends) for item, ends in zip(sampler.items, zip(clock[::2], clock[1::2]))]
 
 
 def draw_timeline(events, M, path):
-    """Draw, above, what each stage did when, as recorded in real processes (one clock for all of
-    them); below, by PipeFusion's rule, how old the K, V are that a micro-step attends to."""
+    """Draw above what each stage did when, as recorded in real processes (which share one clock),
+    and below, by PipeFusion's rule, how old the K, V are that each piece of work attends to."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1199,15 +1228,15 @@ def draw_timeline(events, M, path):
     below.set(yticks=[m + 0.5 for m in range(M)], yticklabels=[f"K, V of p{m}" for m in range(M)],
               xticks=[x + 0.5 for x in range(len(items))], xlabel="step and patch",
               xticklabels=[f"{i}\n{name}" for (i, _), name in zip(items, names)],
-              title="What a stage attends to at each micro-step (colour: the step of K, V)")
+              title="What a stage attends to, patch by patch (colour: the step of K, V)")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
 
 def demo(out="out/sample_parallel"):
-    """Run every mode on a tiny model, against one process; return whether all claims hold. Its
-    weights are random: they say how errors behave, `--check` says how large they are in a run."""
+    """Compare every mode on a tiny model with one process -> whether all claims hold. The weights
+    are random and show how errors behave; `--check` measures them in a trained run."""
     torch.set_num_threads(1)
     begin, claims = time.perf_counter(), []
 
@@ -1277,8 +1306,8 @@ def demo(out="out/sample_parallel"):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 def fail(message):
-    """Say it in one line, once, and exit with status 2. torchrun ends all ranks at the first exit,
-    so the others give rank 0 the time to say it."""
+    """Print one line, once, and exit with status 2. torchrun ends all ranks at the first exit, so
+    the others give rank 0 the time to print."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"sample_parallel.py: {message}", file=sys.stderr, flush=True)
     else:
@@ -1287,25 +1316,25 @@ def fail(message):
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments give one line and exit status 2."""
+    """Ends with one line and status 2 on bad arguments."""
 
     def error(self, message):
         fail(message.removeprefix("argument "))
 
 
 def number(kind, low, high):
-    """The type of an argument: a number of this kind between these bounds."""
+    """Make the type of an argument: a number of this kind between these bounds."""
     def read(word):
         value = kind(word)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{word}: must be {low} to {high}")
         return value
-    read.__name__ = kind.__name__                       # which argparse names where it is no number
+    read.__name__ = kind.__name__                       # which argparse names in its message
     return read
 
 
 def parse(argv=None):
-    """The command line, checked as far as that needs neither run nor ranks."""
+    """Parse the command line, and check what needs neither run nor ranks."""
     # torchrun accepts abbreviations and would swallow a flag that is a prefix of one of its own
     # (--n, --m, --r, --log): none here is.
     p = Parser(allow_abbrev=False, description="Sample a trained run with many ranks (torchrun); "
@@ -1361,7 +1390,7 @@ def parse(argv=None):
 
 
 def prompts_of(args):
-    """The prompts of --prompt and --prompt-file, in order."""
+    """List the prompts of --prompt, then those of --prompt-file."""
     prompts = list(args.prompt)
     if args.prompt_file is not None:
         try:                                        # utf-8-sig: some editors put a mark in front
@@ -1370,17 +1399,16 @@ def prompts_of(args):
             raise ValueError(f"--prompt-file {args.prompt_file}: {error}") from None
         prompts += [line.strip() for line in re.split(r"\r?\n", lines) if line.strip()]
     if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError("--prompt: needed with --workdir (or a --prompt-file that has one), and "
-                         "must not be empty")
+        raise ValueError("--prompt: needed with --workdir (or --prompt-file with one), and must "
+                         "not be empty")
     if args.mode == "every" and len(prompts) > 1:
         raise ValueError(f"--mode every: takes one prompt, not {len(prompts)}")
     return prompts
 
 
 def sample_run(args):
-    """What every rank does with --workdir -> exit status."""
-    prompts, out = prompts_of(args), Path(args.out)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    """Do what --workdir asks, on every rank -> exit status."""
+    prompts, world = prompts_of(args), int(os.environ.get("WORLD_SIZE", 1))
     degrees = {axis: getattr(args, axis) for axis in AXES}
     if args.mode != "mesh":
         degrees["ring"] = world
@@ -1390,6 +1418,25 @@ def sample_run(args):
         import train
     except ModuleNotFoundError as error:
         raise ValueError(f"--workdir: needs train.py and its siblings here ({error})") from None
+    ts, guidance = check_run(args, train, prompts, world, fits)
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:       # hours, because with --check the others wait while rank 0 works alone
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
+                                timeout=timedelta(hours=4))
+    if args.mode == "every":
+        ok = check_every(args, train, prompts[0], ts, guidance)
+    else:
+        ok = sample_prompts(args, train, prompts, degrees, ts, guidance)
+    ok = everyone(ok)[0]
+    if world > 1:
+        dist.destroy_process_group()
+    return 0 if ok else 1
+
+
+def check_run(args, train, prompts, world, fits):
+    """Check prompts and shapes before ranks meet (ValueError), resolve --decode auto, and make the
+    folder of --out -> (schedule ts, guidance)."""
     for prompt in prompts:
         train.text_cond.clean(prompt)                           # ValueError for what is no text
     run = train.load_run(args.workdir, device="meta")           # all shapes, no weights
@@ -1404,61 +1451,61 @@ def sample_run(args):
                          "ranks, use --decode one")
     if args.decode == "auto":
         args.decode = "halo" if bands and world > 1 else "one"
-    if rank == 0 and args.mode != "every":      # after all that can be wrong, and before sampling
-        out.parent.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and config.solver != "euler":
-        print(f"the run samples with {config.solver}; here it is Euler", file=sys.stderr)
+    if int(os.environ.get("RANK", 0)) == 0:
+        if args.mode != "every":                # after all that can be wrong, and before sampling
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        if config.solver != "euler":
+            print(f"the run samples with {config.solver}; here it is Euler", file=sys.stderr)
+    return ts, config.guidance if args.guidance is None else args.guidance
 
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1:       # hours, because with --check the others wait while rank 0 works alone
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
-                                timeout=timedelta(hours=4))
-    ok, guidance = True, config.guidance if args.guidance is None else args.guidance
-    if args.mode == "every":
-        run = train.load_run(args.workdir, args.device)
-        inputs = inputs_of(run, prompts[0], args.seed, guidance, ts)
-        results = sample_every(run.dit, inputs, args.device, args.warmup, args.patch_axis)
+
+def check_every(args, train, prompt, ts, guidance):
+    """Compare each mesh that so many ranks allow with one process -> whether all agree."""
+    run = train.load_run(args.workdir, args.device)
+    inputs = inputs_of(run, prompt, args.seed, guidance, ts)
+    results = sample_every(run.dit, inputs, args.device, args.warmup, args.patch_axis)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return True
+    right = count_right(run.dit, inputs, results)
+    return verdict(right == len(results), f"{right} of {len(results)} modes equal one process, and "
+                   "send the bytes of the formula")
+
+
+def sample_prompts(args, train, prompts, degrees, ts, guidance):
+    """Sample, decode and write a clip for each prompt -> False if --check finds a difference."""
+    rank, ok, whole = dist.get_rank() if dist.is_initialized() else 0, True, None
+    mesh = make_mesh(**degrees, device=args.device)
+    if rank == 0 and mesh is not None:              # who shares what: the commonest first question
+        for c, p, r in itertools.product(*map(range, mesh.mesh.shape[:3])):
+            print(f"  cfg {c}  stage {p}  ring {r}: ranks {mesh.mesh[c, p, r].tolist()}")
+    stage = 0 if mesh is None else mesh["pp"].get_local_rank()
+    run = train.load_run(args.workdir, args.device,
+                         prepare=lambda dit: keep_stage(dit, args.pp, stage))
+    sampler = ParallelSampler(run.dit, mesh, args.patches, args.warmup, args.patch_axis,
+                              distrifusion=args.mode == "distrifusion")
+    if args.shard:
+        shard_weights(run.dit, mesh)
+    if args.check and rank == 0:                # all blocks, unsharded, whatever the sampler has
+        whole = train.load_run(args.workdir, args.device).dit
+    for j, prompt in enumerate(prompts):
+        inputs = inputs_of(run, prompt, args.seed + j, guidance, ts)
+        z, row = measure(sampler, **inputs, progress=True)
+        clip = DECODERS[args.decode](run.decode, z)
         if rank == 0:
-            right = count_right(run.dit, inputs, results)
-            ok = verdict(right == len(results), f"{right} of {len(results)} modes equal one "
-                         "process, and send the bytes of the formula")
-    else:
-        mesh = make_mesh(**degrees, device=args.device)
-        if rank == 0 and mesh is not None:          # who shares what: the commonest first question
-            for c, p, r in itertools.product(*map(range, mesh.mesh.shape[:3])):
-                print(f"  cfg {c}  stage {p}  ring {r}: ranks {mesh.mesh[c, p, r].tolist()}")
-        stage = 0 if mesh is None else mesh["pp"].get_local_rank()
-        run = train.load_run(args.workdir, args.device,
-                             prepare=lambda dit: keep_stage(dit, args.pp, stage))
-        sampler = ParallelSampler(run.dit, mesh, args.patches, args.warmup, args.patch_axis,
-                                  distrifusion=args.mode == "distrifusion")
-        if args.shard:
-            shard_weights(run.dit, mesh)
-        whole = None
-        if args.check and rank == 0:            # all blocks, unsharded, whatever the sampler has
-            whole = train.load_run(args.workdir, args.device).dit
-        for j, prompt in enumerate(prompts):
-            inputs = inputs_of(run, prompt, args.seed + j, guidance, ts)
-            z, row = measure(sampler, **inputs, progress=True)
-            clip = DECODERS[args.decode](run.decode, z)
-            if rank == 0:
-                path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{j}")
-                T, H, W = run.cfg.clips.shape                   # without the padding of whole bands
-                clip = clip[:, :, :T, :H, :W]
-                train.write_video(path, clip[0].float().cpu(), run.fps_of(prompt))
-                print(f"{path}: {prompt}   ({row['seconds']:.1f} s)", flush=True)
-            if whole is not None:
-                alone = clip if args.decode == "tiles" else run.decode(z)[:, :, :T, :H, :W]
-                ok &= check(whole, inputs, z, row, clip, alone)
-    ok = everyone(ok)[0]
-    if world > 1:
-        dist.destroy_process_group()
-    return 0 if ok else 1
+            out = Path(args.out)
+            path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{j}")
+            T, H, W = run.cfg.clips.shape                       # without the padding of whole bands
+            clip = clip[:, :, :T, :H, :W]
+            train.write_video(path, clip[0].float().cpu(), run.fps_of(prompt))
+            print(f"{path}: {prompt}   ({row['seconds']:.1f} s)", flush=True)
+        if whole is not None:
+            alone = clip if args.decode == "tiles" else run.decode(z)[:, :, :T, :H, :W]
+            ok &= check(whole, inputs, z, row, clip, alone)
+    return ok
 
 
 def inputs_of(run, prompt, seed, guidance, ts):
-    """What ParallelSampler.sample and emulate take, for one prompt of a run."""
+    """Make what ParallelSampler.sample and emulate take, for one prompt of a run."""
     text, mask, null, null_mask = run.prompts([prompt])
     return {"x0": run.noise([seed]), "text": text, "mask": mask, "null": null,
             "null_mask": null_mask, "guidance": guidance, "ts": ts}
@@ -1483,7 +1530,7 @@ def check(model, inputs, z, row, clip, alone):
 
 
 def main(argv=None):
-    """The command line."""
+    """Run the demo or sample a run -> exit status."""
     if sys.stderr is None:          # closed, as by 2>&-: else the next file opened gets its number
         os.dup2(1 if sys.stdout else os.open(os.devnull, os.O_WRONLY), 2)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
@@ -1494,7 +1541,7 @@ def main(argv=None):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("--workdir: needed under torchrun (the demo forks ranks of its own)")
         return 0 if demo() else 1
-    except BrokenPipeError:                                 # `| head` has seen enough
+    except BrokenPipeError:                                 # as by `| head`
         os._exit(0)
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[0])
