@@ -168,6 +168,57 @@ def test_mean_and_spread():
     assert common.mean_and_spread(rows[:1], ("a",)) == [(1, 0)]
 
 
+# ---- the speed-run ----
+
+STUB = '''import json, pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+assert not folder.exists(), "not fresh"
+folder.mkdir()
+sys.exit(7) if pathlib.Path("broken").exists() else None
+(folder / "report.json").write_text(json.dumps({
+    "tae_psnr_db": 28.0, "dit_val_loss": 0.4, "seconds": {"tae": 3.0, "total": 3.0},
+    "judge": dict.fromkeys(("color", "shape", "direction", "speed", "text"), 1.0),
+    "prompt_accuracy": dict.fromkeys(("color", "direction", "speed", "text", "shape", "words"), 1.0)
+    | {"heldout": 0.94 + 0.02 * int(sys.argv[sys.argv.index("--seed") + 1])}}))
+'''
+
+
+def test_a_record_is_of_fresh_runs_and_its_means_decide(tmp_path, monkeypatch, capsys):
+    import common
+    import record
+    (tmp_path / "train.py").write_text(STUB)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "git", lambda *words: "abc1234")
+    out = tmp_path / "out"
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["record.py", "--out", str(out), *words])
+        record.main()
+        return capsys.readouterr().out
+
+    (out / "abc1234-0").mkdir(parents=True)                         # left by a run that was stopped
+    said = run("--seeds", "0")
+    assert "no record: heldout 0.940, asked 0.95" in said
+    assert "abc1234-0: running" in said and "| abc1234 |  | " in said
+    said = run("--seeds", "0", "1")                                 # the mean of 0.94 and 0.96
+    assert said.endswith("a record\n") and "no record" not in said
+    assert "abc1234-0: running" not in said and "0.95 +- 0.01" in said
+    (tmp_path / "broken").touch()
+    with pytest.raises(SystemExit, match="abc1234-2: failed; what it said is in"):
+        run("--seeds", "2")
+
+
+def test_a_record_against_another_commit_runs_that_commit(tmp_path):
+    import record
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository")
+    tree = record.tree_of("HEAD", tmp_path)
+    assert (tree / "train.py").exists() and (tree / "studies/common.py").exists()
+    assert tree.name == "tree-" + record.git("rev-parse", "--short=7", "HEAD")
+    with pytest.raises(SystemExit, match="git rev-parse"):
+        record.tree_of("no-such-commit", tmp_path)
+
+
 # ---- a whole study, tiny ----
 
 TINY = """--train_tae.steps 4 --train_tae.batch 2 --train_tae.image_steps 2
