@@ -1064,8 +1064,8 @@ def writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: could not be written ({reason(error)}); free some space, or see "
-                        "to what it says, and start again") from None
+        raise UserError(f"{path}: could not be written ({reason(error)}); free some space or mend "
+                        "the cause, and start again") from None
 
 
 @contextlib.contextmanager
@@ -1250,7 +1250,7 @@ class Checkpoints:
             future.result()
         except (Exception, CheckpointException) as error:   # what the file system says, wrapped
             raise UserError(f"{path}: could not be written ({reason(error)}); the one before is "
-                            "kept; free some space, or see to what it says, and start again"
+                            "kept; free some space or mend the cause, and start again"
                             ) from None
         if rank() == 0:
             self.damaged.discard(path)
@@ -1750,7 +1750,7 @@ class Latents:
         return torch.cat(rows)
 
 
-def statistics_of(run: Run) -> autoencoder.Autoencoder:
+def normalizer_of(run: Run) -> autoencoder.Autoencoder:
     """The autoencoder without its weights: it can normalise latents, and takes no memory."""
     with torch.device("meta"):
         tae = autoencoder.autoencoder(run.cfg.autoencoder_config)
@@ -1771,7 +1771,7 @@ def couple_latents(run: Run) -> None:
     elif rank() == 0:
         say("--coupling sdot-global ignores captions: unguided samples then do so too")
     coupling = sdot.Coupling.fit(
-        statistics_of(run).normalize(latents.mean), groups, cfg=cfg.sdot, progress=True,
+        normalizer_of(run).normalize(latents.mean), groups, cfg=cfg.sdot, progress=True,
         ranks=dist.is_initialized(), device=run.device)
     if rank() == 0:
         say(coupling.report())
@@ -1829,7 +1829,7 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
                 ) -> Callable[[int], list[tuple]]:
     """Make the `batch` of the dit stage. All random numbers are drawn from the step, for the batch
     of all ranks; each rank takes its rows, in --train_dit.accumulate parts."""
-    cfg, t, tae = run.cfg, run.cfg.train_dit, statistics_of(run)
+    cfg, t, tae = run.cfg, run.cfg.train_dit, normalizer_of(run)
     mine, buckets, coupling = share(t.batch, *run.mesh.data), latents.buckets(), None
     dtype = torch.float64 if t.precision == "fp64" else torch.float32    # bf16: products alone
     if cfg.coupling.startswith("sdot"):
@@ -2434,9 +2434,9 @@ def changed(cfg, prefix: str, given: dict):
         return replace(cfg, **new)
 
 
-def parse(argv: list[str]) -> tuple[Config, Command]:
-    """Flags -> the run's config and the rest. A flag wins over --base or --init, whose settings win
-    over the preset of --scale."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make a parser with a flag for each field of Command, Config and its sections. What it does
+    not understand is a UserError."""
     parser = argparse.ArgumentParser(
         prog="train.py", usage="train.py [--flag value ...]", allow_abbrev=False,
         description="Train a text-to-video system and sample from it; started again, continue.")
@@ -2447,15 +2447,19 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
 
     parser.error = error
     defaults = finish(SCALES["toy"]())
-    sections = {f.name: getattr(defaults, f.name) for f in fields(defaults)
-                if is_dataclass(getattr(defaults, f.name))}
-    for section in (Command(), defaults):
-        add_flags(parser, "", section)
-    for name, section in sections.items():
-        add_flags(parser, f"{name}.", section)
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
+    add_flags(parser, "", Command())
+    add_flags(parser, "", defaults)
+    for name, section in vars(defaults).items():
+        if is_dataclass(section):
+            add_flags(parser, f"{name}.", section)
+    return parser
 
+
+def parse(argv: list[str]) -> tuple[Config, Command]:
+    """Flags -> the run's config and the rest. A flag wins over --base or --init, whose settings win
+    over the preset of --scale."""
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(make_parser().parse_args(argv)).items()}
     command = changed(Command(), "", given)
     if not command.plan and (idle := sorted(given.keys() & PLANNED)):
         raise UserError(f"--{idle[0]} {given[idle[0]]}: needs --plan; a run has the ranks of "
@@ -2465,8 +2469,9 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
             raise UserError(f"--{name} '': no such folder")
     cfg = taken_over(given) or SCALES[given.get("scale", "toy")]()
     had_data = bool(cfg.data)
-    for name in sections:
-        setattr(cfg, name, changed(getattr(cfg, name), f"{name}.", given))
+    for name, section in list(vars(cfg).items()):
+        if is_dataclass(section):
+            setattr(cfg, name, changed(section, f"{name}.", given))
     cfg = changed(cfg, "", given)
     if cfg.data and not had_data and "clips.count" not in given and cfg.scale in ("toy", "small"):
         cfg.clips = replace(cfg.clips, count=1024)      # a window of a video costs a decoding

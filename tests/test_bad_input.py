@@ -254,14 +254,13 @@ RANKS = [       # with so many ranks
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    """Make what a row asks for again and again once: help texts, and autoencoders for shapes."""
+    """Make once what a row asks for again and again: the parser, and autoencoders for shapes."""
     real = train.autoencoder.autoencoder
     known = functools.lru_cache(None)(lambda key, make: make())
     shapes = lambda cfg: (known(repr(cfg), lambda: real(cfg)) if
                           torch.get_default_device().type == "meta" else real(cfg))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "help_of", functools.cache(train.help_of))
-        patch.setattr(typing, "get_type_hints", functools.cache(typing.get_type_hints))
+        patch.setattr(train, "make_parser", functools.cache(train.make_parser))
         patch.setattr(train.autoencoder, "autoencoder", shapes)
         patch.setattr(train, "train_tae", lambda *_: pytest.fail("it began to train"))
         yield
