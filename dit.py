@@ -12,9 +12,9 @@
             h = h + gate * SwiGLU(RMSNorm(h) * (1 + scale) + shift)
 
 It is LLaMa3's block with three changes: cross-attention to the text between self-attention and FFN,
-an adaptive layer norm that carries t, and full bidirectional attention [MG s3.1.3]. adaLN-Zero
-closes every gate at initialisation: the model starts as the identity plus positions, and its
-output is exactly 0.
+an adaptive layer norm that carries t, and full bidirectional attention [MG s3.1.3]. With adaLN-Zero
+every gate is 0 at initialisation: a block passes h on, plus positions, and the model's output is
+exactly 0.
 
 Papers: Movie Gen, arXiv 2410.13720 [MG]; DiT, arXiv 2212.09748 [DIT]; PixArt-alpha, arXiv
 2310.00426 (the shared adaLN); SwiGLU, arXiv 2002.05202.
@@ -26,21 +26,21 @@ Contract
     ->    v, of the shape and dtype of x
 `forward` calls patchify, positions, condition, embed, blocks, head and unpatchify, all public, and
 does nothing else. Only `block.attend` mixes video tokens; everything else acts on each token alone
-and may be called on a slice of the token axis. So a sampler can spread this model over many ranks,
-and no line here has heard of ranks.
+and may be called on a slice of the token axis. So a sampler can spread this model over many ranks
+without a change to this file.
 
     python dit.py             # shapes, zero output, overfits one clip; out/dit/gates.png       25 s
 
 Differences from the paper
-    - adaLN is shared by all blocks, with one table for each, as in PixArt. For the video model
-      this is an inference: 0.93 / 4.92 / 29.3 B fit the published names, and one Linear for each
-      block, as in DiT (`adaln="per_block"`), gives 1.3 / 6.7 / 40 B.
+    - All blocks share one adaLN, and each adds a table of its own, as in PixArt. That the paper
+      does so is inferred from the names of its sizes: the 1B, 5B and 30B models have 0.93, 4.92 and
+      29.3 B parameters. One Linear for each block, as in DiT (`adaln="per_block"`), would give
+      1.3, 6.7 and 40 B.
     - RMSNorm has no weight, unlike LLaMa3's: the modulation, or the next Linear, does its work.
-    - An RMSNorm stands in front of the cross-attention, and its output Linear starts at zero:
-      ungated, it would break the identity at initialisation, and its queries would grow with the
-      positions that each block adds to the residual stream.
+    - Cross-attention comes after an RMSNorm: without it, the queries would grow with the positions
+      that each block adds. Its output Linear starts at zero, because it has no gate.
     - "Positions at the input of every layer" is read as: added to the residual stream itself.
-    - `qk_norm` and the three other ways for t to enter are options of this file.
+    - `qk_norm` and the three other ways for t to enter (section 6) are not in the paper.
 
 Letters: B batch, C latent channels, T H W latent frames, height and width, p q r a patch's share of
 them, N video tokens, Cpqr numbers in a token (C p q r), D width, L text tokens, h d heads and their
@@ -63,10 +63,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def adaln_zero(h, modulation, attention, cross_attention, ffn):
-    """One block of the transformer on h (B, N, D), without positions.
+    """Apply one block of the transformer to h (B, N, D), without positions.
 
-    modulation (B, 6, D) comes from t. It starts at zero, as does what cross_attention returns: at
-    first h passes unchanged. Section 4 has the same with weights; the demo compares the two."""
+    modulation (B, 6, D) comes from t. At initialisation it is zero, and so is the output of
+    cross_attention: h passes unchanged. `Block` in section 4 is the same with weights; the demo
+    compares the two."""
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=1)       # (B, 1, D) each
     norm = lambda x: x / x.square().mean(-1, keepdim=True).sqrt()
     h = h + gate1 * attention(norm(h) * (1 + scale1) + shift1)  # video tokens see each other,
@@ -77,22 +78,22 @@ def adaln_zero(h, modulation, attention, cross_attention, ffn):
 
 # ---- 2. Sizes ------------------------------------------------------------------------------------
 
-# The four ways of [DIT s3.2] to tell the blocks the time, best first by the DiT paper (section 6).
+# The four ways for t to enter the blocks, from the best to the worst in [DIT s3.2]; see section 6.
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 
 
 def one_of(name, value, choices):
-    """ValueError unless value is among the choices."""
+    """Raise ValueError unless value is among the choices."""
     if value not in choices:
         raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One latent tensor. Most autoencoders make one, VidTwin makes several."""
+    """Describe one latent tensor. Most autoencoders make one, VidTwin makes two."""
     channels: int = 16              # C
     patch: tuple = (1, 2, 2)        # (p, q, r): latent frames, rows, columns that make one token
-    size: tuple = (32, 96, 96)      # largest (T, H, W), in latent units: the position tables' end
+    size: tuple = (32, 96, 96)      # largest (T, H, W) of a latent: the position tables' range
 
     def __post_init__(self):
         for name in ("patch", "size"):                  # lists, when they come from JSON
@@ -102,12 +103,12 @@ class Stream:
 
     @property
     def width(self):
-        """Numbers in a token: C p q r."""
+        """Count the numbers in a token: C p q r."""
         return self.channels * math.prod(self.patch)
 
     @property
     def numel(self):
-        """Numbers in the whole latent: C T H W."""
+        """Count the numbers in the whole latent: C T H W."""
         return self.channels * math.prod(self.size)
 
 
@@ -118,12 +119,12 @@ class DiTConfig:
     streams: tuple = (Stream(),)    # the latent, or several of them
     dim: int = 192                  # width of the residual stream
     depth: int = 6                  # blocks
-    heads: int = 6                  # of self-attention and cross-attention
+    heads: int = 6                  # heads of self-attention and of cross-attention
     ffn: int = 0                    # width of the SwiGLU; 0: LLaMa's 8/3 dim, rounded up to 32
     text_dim: int = 0               # width of the text tokens; 0: dim
     adaln: str = "shared"           # shared: one Linear, and a table for each block | per_block
     conditioning: str = "adaln_zero"  # how t enters: adaln_zero, adaln, cross_attention, in_context
-    qk_norm: bool = False           # RMSNorm of q and k in each head: steadier in bf16
+    qk_norm: bool = False           # RMSNorm of q and k in each head: more stable in bf16
     checkpointing: bool = False     # recompute each block in the backward pass: 1/3 more FLOPs
 
     def __post_init__(self):
@@ -141,19 +142,20 @@ class DiTConfig:
             raise ValueError(f"text_dim {self.text_dim}: with conditioning cross_attention t is a "
                              f"token of the text, as wide as dim {self.dim}")
 
-    # Not settled in __post_init__: replace(cfg, dim=...) must change them too.
+    # Properties and not fields, so that replace(cfg, dim=...) changes them too.
     @property
     def ffn_width(self):
-        """Width of the SwiGLU."""
+        """Give the width of the SwiGLU."""
         return self.ffn or -(-8 * self.dim // 96) * 32
 
     @property
     def text_width(self):
-        """Width of the text tokens."""
+        """Give the width of the text tokens."""
         return self.text_dim or self.dim
 
 
-# 256 frames at 768 px, through a TAE of 8x8x8: 32 x 96 x 96, and 32 x 48 x 48 = 73,728 tokens.
+# 256 frames at 768 px, through a TAE of 8x8x8: 32 x 96 x 96, and 32 x 48 x 48 = 73,728 tokens. At
+# this length, attention takes 1.7 times as many FLOPs as all Linears of the 30B model.
 PAPER = Stream(16, (1, 2, 2), (32, 96, 96))
 PRESETS = {
     "toy":   DiTConfig((Stream(8, (1, 4, 4), (4, 8, 8)),), 256, 4, 8),      # 16 tokens
@@ -167,16 +169,16 @@ PRESETS = {
 # ---- 3. Primitives: islands of fp32 --------------------------------------------------------------
 # With bf16 autocast, or bf16 parameters, the matrix products of attention and FFN run in bf16. The
 # time MLP, the modulation, the norms, the residual stream and the head stay in fp32. bf16 has 8
-# bits of mantissa: it tells about 500 values of 1000 t apart, and an update of size 0.001 would be
-# lost when added to a bf16 residual stream of size 1. float64 stays float64, for the tests.
+# bits of mantissa: it would distinguish only about 500 values of 1000 t, and an update of size
+# 0.001 would be lost when added to a residual stream of size 1. Tests may use float64 throughout.
 
 def fp32(x):
-    """Half precision to fp32; fp32 and fp64 stay."""
+    """Cast half precision to fp32; leave fp32 and fp64 as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class Linear32(nn.Linear):
-    """A Linear in fp32, whatever autocast says."""
+    """Apply a Linear in fp32, even under autocast."""
 
     def forward(self, x):
         weight, bias = fp32(self.weight), fp32(self.bias)
@@ -185,28 +187,29 @@ class Linear32(nn.Linear):
 
 
 class Linear(nn.Linear):
-    """A Linear in the dtype of its weight, or in autocast's. LLaMa's have no bias."""
+    """Apply a Linear in the dtype of its weight, or in autocast's. No bias by default, as LLaMa."""
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__(d_in, d_out, bias)
 
     def forward(self, x):
-        # What comes out of the fp32 islands is cast to the weight's dtype. With an fp32 weight the
-        # input is left alone: autocast may have made it bf16 on purpose.
+        # With bf16 weights, fp32 input is cast to bf16. With fp32 weights the input is left alone:
+        # autocast may have made it bf16 on purpose.
         x = x if self.weight.dtype == torch.float32 else x.to(self.weight.dtype)
         return F.linear(x, self.weight, self.bias)
 
 
 def rms_norm(x):
-    """x / sqrt(mean(x^2) + 1e-6), without a weight: the modulation, or the next Linear, has one."""
+    """Compute x / sqrt(mean(x^2) + 1e-6), without a weight: the modulation or the next Linear has
+    one."""
     return F.rms_norm(fp32(x), x.shape[-1:], eps=1e-6)
 
 
 def timestep_embedding(t, dim=256):
-    """cat[cos, sin](1000 t 1e4^(-i / (dim/2))), cosines first as in DiT. t (B,) -> (B, dim).
+    """Embed t (B,) as cat[cos, sin](1000 t 1e4^(-i / (dim/2))) (B, dim), cosines first as in DiT.
 
-    Why 1000: these periods run from 6 to 60,000. On raw t in [0, 1] nearly all of them stand
-    still, and t = 0.4 and t = 0.5 embed with cosine 0.9997; times 1000 it is 0.46."""
+    Why 1000: the periods run from 6 to 60,000, so on t in [0, 1] nearly all entries would be
+    constant: the embeddings of 0.4 and 0.5 would have cosine similarity 0.9997, and not 0.46."""
     i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
     angle = 1000 * fp32(t)[:, None] * torch.exp(-math.log(1e4) * i / (dim // 2))    # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)                            # (B, dim)
@@ -215,7 +218,7 @@ def timestep_embedding(t, dim=256):
 # ---- 4. The block, box by box --------------------------------------------------------------------
 
 class SelfAttention(nn.Module):
-    """Every video token sees every other one: no causal mask, no biases, K and V for every head."""
+    """Let every video token see every other: no causal mask, no biases, K and V for every head."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -234,8 +237,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Video tokens ask, text tokens answer. The text gets no positions here, since its encoders
-    have added theirs: to this layer it is a set."""
+    """Let video tokens attend to text tokens. Text gets no positions here: this layer sees a set of
+    tokens, in which the encoders have already written the order."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -247,15 +250,16 @@ class CrossAttention(nn.Module):
     def forward(self, x, text, mask=None):
         q = rearrange(self.q(x), "B N (h d) -> B h N d", h=self.heads)
         k, v = rearrange(self.kv(text), "B L (two h d) -> two B h L d", two=2, h=self.heads)
-        # The mask is over keys. Padding must not be attended to: its features are no text, and the
-        # length to which a batch happens to be padded would change the picture.
+        # The mask is over keys. Without it, padding would be read as text, and the length to which
+        # a batch happens to be padded would change the picture.
         mask = None if mask is None else mask[:, None, None]                        # (B, 1, 1, L)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(x, "B h N d -> B N (h d)"))                       # (B, N, D)
 
 
 class SwiGLU(nn.Module):
-    """W_down (silu(W_gate x) * W_up x): three matrices, so 8/3 D costs what DiT's 4 D does."""
+    """Compute W_down (silu(W_gate x) * W_up x): three matrices, so that width 8/3 D costs as much
+    as DiT's two with width 4 D."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -268,13 +272,13 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer [MG s3.1.3]: positions, self-attention, cross-attention, SwiGLU, by adaLN-Zero.
+    """Apply one layer [MG s3.1.3]: positions, self-attention, cross-attention, SwiGLU; adaLN-Zero.
 
-    `attend(q, k, v)`, each (B, heads, N, head_dim), is the one place where video tokens meet. It is
-    an attribute: assign another callable (Ulysses, Ring, a cache of stale K and V) to change it."""
+    Only `attend(q, k, v)`, each (B, heads, N, head_dim), mixes video tokens. It is an attribute:
+    assign another callable (Ulysses, Ring, a cache of stale K and V) to change it."""
 
     vectors = 6                         # shift, scale, gate of the attention, then of the FFN
-    shared = True                       # they come from the model's one Linear
+    shared = True                       # one Linear of the model makes them for all blocks
 
     def __init__(self, cfg):
         super().__init__()
@@ -285,14 +289,14 @@ class Block(nn.Module):
         self.table = nn.Parameter(torch.zeros(self.vectors, cfg.dim))
 
     def modulation(self, c):
-        """c (B, 1+6, D) from `DiT.condition` -> six vectors (B, 1, D), in DiT's order."""
+        """Map c (B, 1+6, D) of `DiT.condition` to six vectors (B, 1, D), in DiT's order."""
         return (c[:, 1:] + self.table).split(1, dim=1)
 
     def forward(self, h, pos, c, text, mask=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)           # (B, 1, D) each
         # Why positions in every block and not once: the paper reports less distortion and morphing,
-        # mainly in time. They are added to the residual stream itself, which therefore contains n
-        # times pos after n blocks whose gates are still closed.
+        # mainly in time. They are added to the residual stream itself, so at initialisation it
+        # contains n times pos after n blocks.
         h = fp32(h) + pos                                                           # (B, N, D)
         x = rms_norm(h) * (1 + scale1) + shift1
         h = h + gate1 * self.self_attention(x, self.attend)
@@ -302,7 +306,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm, shift and scale of its own, Linear to a token: 0 at initialisation [DIT s3.2]."""
+    """Apply norm, a shift and scale of its own, and a Linear that starts at zero [DIT s3.2]."""
 
     def __init__(self, cfg, width):
         super().__init__()
@@ -317,7 +321,7 @@ class Head(nn.Module):
 # ---- 5. The model --------------------------------------------------------------------------------
 
 def to_tokens(x, patch):
-    """x (B, C, T, H, W) -> (B, N, Cpqr), a pure rearrangement; tokens by frame, row, column."""
+    """Rearrange x (B, C, T, H, W) into tokens (B, N, Cpqr), ordered by frame, row, column."""
     p, q, r = patch
     return rearrange(x, "B C (T p) (H q) (W r) -> B (T H W) (C p q r)", p=p, q=q, r=r)
 
@@ -330,10 +334,10 @@ def from_tokens(tokens, patch, size):
 
 
 def grid_positions(tables, patch, size):
-    """PE(t, h, w) = phi_t + phi_h + phi_w, learned [MG s3.1.3], of a latent of this size -> (N, D).
+    """Give the learned positions phi_t + phi_h + phi_w (N, D) of a latent of this size [MG s3.1.3].
 
-    Any size, aspect ratio and length up to the tables; past them ValueError, since an index
-    clipped or wrapped around would train, badly and silently."""
+    Any length, height and width that the tables cover; beyond them ValueError, since an index
+    that is clipped or wraps around would train badly without a warning."""
     counts = [n // p for n, p in zip(size, patch)]
     for axis, n, table in zip("THW", counts, tables):
         if n > len(table):
@@ -344,10 +348,10 @@ def grid_positions(tables, patch, size):
 
 
 class DiT(nn.Module):
-    """v = DiT(cfg)(x_t, t, text, mask): the velocity of the flow at x_t, shaped like x_t.
+    """Predict the velocity of the flow, shaped like x_t: v = DiT(cfg)(x_t, t, text, mask).
 
-    This is the model for one latent. With several in cfg.streams DiT(cfg) makes a FlatDiT, with
-    another conditioning other blocks (section 6)."""
+    This is the model for one latent. With several in cfg.streams, DiT(cfg) makes a FlatDiT; other
+    conditionings have blocks of their own (section 6)."""
 
     def __new__(cls, cfg):
         return super().__new__(cls if len(cfg.streams) == 1 else FlatDiT)
@@ -370,9 +374,9 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialise as DiT does: xavier, small time MLP, and zero for whatever must start closed.
+        """Initialise as DiT does: xavier, a small time MLP, zero for modulations and outputs.
 
-        A model built on the meta device calls it again after `to_empty`."""
+        Call it again after `to_empty` on a model that was built on the meta device."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -382,8 +386,8 @@ class DiT(nn.Module):
                 nn.init.ones_(m.qk_weight)
         nn.init.normal_(self.time[0].weight, std=0.02)
         nn.init.normal_(self.time[2].weight, std=0.02)
-        # Positions, which add up over the blocks, end about as loud as the tokens. With std 0.02,
-        # as for word embeddings, attention learns slowly to use them. With three times our std they
+        # Positions add up over the blocks, to about the size of the tokens. With std 0.02, usual
+        # for word embeddings, attention is slow to learn them. With three times our std they
         # dominate the normalised input, and the demo's loss ends four times higher.
         for w in self.tables.parameters():
             nn.init.normal_(w, std=1 / len(self.blocks))
@@ -392,23 +396,23 @@ class DiT(nn.Module):
                               "adaln.weight", "adaln.bias")):
                 nn.init.zeros_(w)
 
-    # ---- the seams of forward ----
+    # ---- the parts of forward ----
 
     def patchify(self, x):
-        """x -> its tokens (B, N, Cpqr)."""
+        """Cut x into tokens (B, N, Cpqr)."""
         return to_tokens(x, self.cfg.streams[0].patch)
 
     def unpatchify(self, tokens, shape):
-        """(B, N, Cpqr) -> x of this shape."""
+        """Put tokens (B, N, Cpqr) together to an x of this shape."""
         return from_tokens(tokens, self.cfg.streams[0].patch, shape[2:])
 
     def positions(self, shape):
-        """The positions (N, D) of the tokens of x, from its shape."""
+        """Give the positions (N, D) of the tokens of an x of this shape."""
         return grid_positions(self.tables[0], self.cfg.streams[0].patch, shape[2:])
 
     def condition(self, t):
-        """t (B,) -> c (B, 1+6, D): the embedding of t, then the shared modulation, computed once
-        for all blocks; (B, 1, D) where blocks share none."""
+        """Map t (B,) to c (B, 1+6, D): the embedding of t, then the modulation that all blocks
+        share; (B, 1, D) where they share none."""
         e = self.time(timestep_embedding(t))                                        # (B, D)
         if self.adaln is None:
             return e[:, None]                                                       # (B, 1, D)
@@ -417,7 +421,7 @@ class DiT(nn.Module):
 
     def forward(self, x, t, text, mask=None):
         if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"mask {mask.dtype}: not bool; another one would be added to scores")
+            raise ValueError(f"mask {mask.dtype}: not bool; numbers would be added to scores")
         text = text.to(self.embed.weight.dtype)
         tokens = self.patchify(x.to(self.embed.weight.dtype))                       # (B, N, Cpqr)
         pos = self.positions(x.shape)                                               # (N, D)
@@ -437,10 +441,10 @@ class DiT(nn.Module):
     def expand_positions(self, *sizes):
         """Grow the tables to new largest latent sizes (T, H, W), one for each stream.
 
-        What the paper does between its training stages: twice the spatial rows for 256 px, three
-        times as many again for 768 px [MG s3.2]. Linear interpolation, row i of n standing for the
-        place (i + 1/2) / n of the picture before and after; a single row (an image's T) is
-        repeated. The tables are new parameters: make the optimizer afterwards."""
+        The paper does so between its training stages: twice the spatial rows for 256 px clips,
+        three times as many again for 768 px [MG s3.2]. Rows are interpolated linearly, row i of n
+        being at (i + 1/2) / n of the axis; a single row (an image's T) is repeated. The tables are
+        new parameters: make the optimizer afterwards."""
         if len(sizes) != len(self.tables):
             raise ValueError(f"sizes {sizes}: one (T, H, W) for each of {len(self.tables)} streams")
         streams = tuple(replace(s, size=size) for s, size in zip(self.cfg.streams, sizes))
@@ -452,25 +456,15 @@ class DiT(nn.Module):
         self.cfg = replace(self.cfg, streams=streams)
 
 
-def flops(cfg, N, L):
-    """FLOPs of one forward pass for one clip of N tokens and L text tokens: (linear, attention).
 
-    2 for each multiply-add of a matrix product; norms and sums are left out. Training costs three
-    times as much, four with checkpointing. Linear grows with N, attention with N^2: at 73,728
-    tokens of width 6144 it is 1.7 times the rest. For adaln_zero."""
-    D, width = cfg.dim, sum(s.width for s in cfg.streams)
-    block = N * (6 * D * D + 3 * D * cfg.ffn_width) + L * 2 * cfg.text_width * D
-    adaln = 6 * D * D * (cfg.depth if cfg.adaln == "per_block" else 1) + 2 * D * D      # and head's
-    linear = 2 * (cfg.depth * block + adaln + 256 * D + D * D + 2 * N * width * D)
-    return linear, cfg.depth * (4 * N * N * D + 4 * N * L * D)
 
 
 # ---- 6. Variants: other ways for t to enter, several latents -------------------------------------
-# A variant overrides what it changes and nothing else. The text goes through cross-attention in all
-# of them. `python studies/conditionings.py` compares them at equal size and training time.
+# Text always enters by cross-attention. `python studies/conditionings.py` compares the ways for t
+# at equal size and training time.
 
 class PerBlockAdaLN(Block):
-    """DiT's own adaLN-Zero: the six vectors come from a Linear in each block."""
+    """Compute the six vectors by a Linear in each block: DiT's own adaLN-Zero."""
 
     shared = False
 
@@ -484,7 +478,7 @@ class PerBlockAdaLN(Block):
 
 
 class AdaLN(Block):
-    """Shift and scale come from t; there are no gates."""
+    """Compute shift and scale from t, without gates."""
 
     vectors = 4
 
@@ -494,8 +488,7 @@ class AdaLN(Block):
 
 
 class LearnedNorm(Block):
-    """Shift and scale are learned, as an ordinary norm's weight and bias: t has to enter as a
-    token."""
+    """Learn shift and scale, as the bias and weight of an ordinary norm; t enters as a token."""
 
     vectors, shared = 4, False
 
@@ -505,7 +498,7 @@ class LearnedNorm(Block):
 
 
 class TimeInText(LearnedNorm):
-    """t is one more token of the text."""
+    """Append t to the text, as one more token."""
 
     def forward(self, h, pos, c, text, mask=None):
         text = torch.cat([text, c.to(text.dtype)], dim=1)                           # (B, L+1, D)
@@ -514,7 +507,7 @@ class TimeInText(LearnedNorm):
 
 
 class TimeInVideo(LearnedNorm):
-    """t is one more token of the video, without a position. The first block appends it."""
+    """Append t to the video, as one more token without a position, in the first block."""
 
     def forward(self, h, pos, c, text, mask=None):
         if h.shape[1] == len(pos):
@@ -523,7 +516,7 @@ class TimeInVideo(LearnedNorm):
 
 
 class LearnedHead(nn.Module):
-    """The head of the two conditionings in which t is a token."""
+    """Apply norm, learned shift and scale, and Linear, where t is a token."""
 
     def __init__(self, cfg, width):
         super().__init__()
@@ -536,7 +529,7 @@ class LearnedHead(nn.Module):
 
 
 class TimeInVideoHead(LearnedHead):
-    """Removes the token of t, the last one."""
+    """Remove the token of t, which is the last, and apply the head."""
 
     def forward(self, h, c):
         return super().forward(h[:, :-1], c)
@@ -552,10 +545,10 @@ VARIANTS = {                            # (conditioning, adaln): block, head
 
 
 class FlatDiT(DiT):
-    """DiT for several latents of fixed size, laid flat and one behind the other in x (B, n).
+    """Run DiT on several latents of fixed size, flattened and concatenated in x (B, n).
 
-    So are their tokens. Each stream uses its own columns of a token and has zeros elsewhere, so one
-    shared Linear acts as a separate embedding for each."""
+    Their tokens are concatenated too. Each stream fills columns of its own in a token and leaves
+    the others zero, so that one Linear acts as a separate embedding for each stream."""
 
     def patchify(self, x):
         out, column = [], 0
@@ -578,8 +571,8 @@ class FlatDiT(DiT):
                           for s, tables in zip(self.cfg.streams, self.tables)])     # (N, D)
 
     def token_mask(self, shape):
-        """(N, Cpqr) bool: which columns of a token hold data. A sampler that works on tokens must
-        keep the others at zero."""
+        """Tell which columns of each token hold data: (N, Cpqr) bool. A sampler that works on
+        tokens must keep the others at zero."""
         ones = torch.ones(1, *shape[1:], device=self.embed.weight.device)
         return self.patchify(ones)[0].bool()                                        # (N, Cpqr)
 
@@ -588,7 +581,7 @@ class FlatDiT(DiT):
 
 @torch.no_grad()
 def trace(model, x, t, text):
-    """Print each seam of forward with the shape that leaves it -> the velocity."""
+    """Run the parts of forward and print the shape that each returns -> the velocity."""
     def show(name, y, meaning):
         print(f"  {name:12}{str(tuple(y.shape)):20}{meaning}")
         return y
@@ -607,7 +600,7 @@ def trace(model, x, t, text):
 
 @torch.no_grad()
 def gap_to_the_idea(model, x, t, text):
-    """The largest difference between the last block and `adaln_zero` with the same weights."""
+    """Measure the largest difference between the last block and `adaln_zero` with its weights."""
     block, c, pos = model.blocks[-1], model.condition(t), model.positions(x.shape)
     h = model.embed(model.patchify(x))
     want = adaln_zero(h + pos, c[:, 1:] + block.table,
@@ -617,7 +610,7 @@ def gap_to_the_idea(model, x, t, text):
 
 
 def moving_blobs(channels, T, H, W):
-    """One clip (C, T, H, W): in each channel a soft blob on a straight line, unit variance."""
+    """Draw a clip (C, T, H, W) of unit variance: in each channel a soft blob on a straight line."""
     frame, row, col = torch.meshgrid(*(torch.linspace(0, 1, n) for n in (T, H, W)), indexing="ij")
     start, end = torch.rand(2, channels, 2, 1, 1, 1)
     place = start + (end - start) * frame                                       # (C, 2, T, H, W)
@@ -626,8 +619,8 @@ def moving_blobs(channels, T, H, W):
 
 
 def demo(out, steps):
-    """Show shapes and an output of exactly zero; learn one clip by heart; draw the gates as they
-    open."""
+    """Print shapes, check that the first output is exactly zero, overfit one clip and draw how the
+    gates open."""
     torch.manual_seed(0)
     cfg = PRESETS["toy"]
     (s,) = cfg.streams
@@ -643,7 +636,7 @@ def demo(out, steps):
     for step in range(steps):
         for group in opt.param_groups:                  # warm up, then down to 0
             group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
-        # Flow matching: x_t = t x1 + (1 - t) x0, and the model has to answer x1 - x0 (see flow.py).
+        # Flow matching: x_t = t x1 + (1 - t) x0, and the model has to predict x1 - x0 (flow.py).
         x0, t = torch.randn(x1.shape), torch.rand(B)
         w = t.view(-1, 1, 1, 1, 1)
         loss = (model(w * x1 + (1 - w) * x0, t, text) - (x1 - x0)).square().mean()
@@ -678,7 +671,7 @@ def demo(out, steps):
 
 
 def draw(out, gates, losses, clip, sample):
-    """gates (steps, depth, 2); clip, sample (C, T, H, W) -> out/gates.png."""
+    """Draw out/gates.png from gates (steps, depth, 2), losses, and clip and sample (C, T, H, W)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -708,8 +701,8 @@ def draw(out, gates, losses, clip, sample):
 
 def main():
     """Run the demo from the command line."""
-    parser = argparse.ArgumentParser(description="The backbone: shapes, and one clip learnt by "
-                                     "heart", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="The backbone: shapes, and one clip overfitted",
+                                     allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"dit.py: {message}\n")   # one line, no usage
     parser.add_argument("--steps", type=int, default=300, help="training steps")
     parser.add_argument("--out", type=Path, default=Path("out/dit"), help="folder of the figure")

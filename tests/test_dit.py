@@ -1,4 +1,4 @@
-"""dit.py against independent oracles: formulas written out again, Conv3d, torch's FLOP counter."""
+"""dit.py against independent oracles: formulas written out again, Conv3d."""
 import json
 import math
 import os
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 from dit import CONDITIONINGS, PRESETS, DiT, DiTConfig, Stream
@@ -542,17 +541,6 @@ def test_the_longest_clip_has_73728_tokens():
         model = DiT(replace(cfg, depth=1))
         assert model.patchify(torch.zeros(1, 16, 32, 96, 96)).shape == (1, 73728, 64)
         assert model.positions((1, 16, 32, 96, 96)).shape == (73728, 6144)
-
-
-@pytest.mark.parametrize("adaln", ["shared", "per_block"])
-def test_flops_equal_what_torch_counts(adaln):
-    cfg = replace(SMALL, adaln=adaln, text_dim=20)
-    with torch.device("meta"):
-        model = DiT(cfg)
-        args = torch.zeros(1, 4, 4, 8, 8), torch.zeros(1), torch.zeros(1, 7, 20)
-        with FlopCounterMode(display=False) as counter:
-            model(*args)
-    assert counter.get_total_flops() == sum(dit.flops(cfg, N=64, L=7))
 
 
 def test_a_model_from_the_meta_device_is_initialised_like_any_other():
