@@ -1,4 +1,4 @@
-"""flow.py: flow matching. The objective that carries noise to latents, and the ODE that samples it.
+"""flow.py: flow matching, the objective that trains a velocity from noise to latents, and its ODE.
 
     x0 ~ N(0, I) ---.                                x0 ~ N(0, I)
                      path --> x_t --> model --> v         |
@@ -9,16 +9,17 @@
 
 Papers.  [MG] Movie Gen, arXiv 2410.13720 (s3.1.2 objective, s3.4.2 linear-quadratic schedule).
 [FM] Flow Matching, 2210.02747 (s4 the conditional-OT path).  [RF] Rectified Flow, 2209.03003
-(straightness).  [CFM] OT-CFM, 2302.00482 (minibatch coupling).  [C2OT] 2503.10636 (and captions).
+(straightness).  [CFM] OT-CFM, 2302.00482 (minibatch coupling).  [C2OT] 2503.10636 (with captions).
 [SD3] 2403.03206 (logit-normal time, resolution shift).  [PD] 2202.00512 (v-prediction).  [DDIM]
 2010.02502.  [ZSNR] 2305.08891 (zero terminal SNR).  [CFG] 2207.12598.  [AF] AlignFlow, 2510.15038.
 
 "OT" means two unrelated things in these papers, so this file never says it alone:
-  the conditional-OT path   the straight line that ONE noise and ONE data point travel together;
-  the coupling              who travels with whom: independent, minibatch, semi-discrete (sdot.py).
+  the conditional-OT path   the straight line from ONE noise to ONE data point;
+  the coupling              which noise goes to which data point: independent, minibatch, or
+                            semi-discrete (sdot.py).
 The path is straight by definition. But a model learns the AVERAGE velocity of all lines through a
-point: where lines cross, the average bends, and a bent flow needs many steps. A coupling with few
-crossings is what makes few steps enough. `python flow.py` shows it.
+point: where lines cross, the flow bends, and a bent flow needs many steps. With a coupling that has
+few crossings, few steps are enough. `python flow.py` shows it.
 
 Contract.  x0 noise and x1 data, (B, ...) of any shape; t (B,) fp32 in [0, 1], **0 noise, 1 data**;
 v_fn(x, t) -> v like x, a closure over a model, its text and its guidance. t, path, target and ODE
@@ -27,12 +28,11 @@ state are fp32 whatever the model computes in: in bf16, 1 - 1e-5 is 1 and so is 
 Run.   python flow.py                 # 2-D: three couplings, paths, errors    20 s on 2 CPU cores
        python flow.py --steps 4000 --out out/flow
 
-Differences from the paper.  The loss is a mean over elements, not a sum. Midpoint, Heun, RK4 and
-Dormand-Prince stand beside Movie Gen's Euler. The diffusion baseline is our own definition, since
-the paper says only "v-prediction, zero terminal SNR": the scaled-linear betas of latent diffusion,
-rescaled by [ZSNR], sampled with [DDIM]. The linear-quadratic schedule is Movie Gen's, and the
-default of train.py from 1b on; at toy scale equal steps gave better clips, because its last steps
-are long.
+Differences from the paper.  The loss is a mean over elements, not a sum. Besides Movie Gen's Euler
+there are midpoint, Heun, RK4 and Dormand-Prince. The diffusion baseline is our own definition,
+since the paper says only "v-prediction, zero terminal SNR": the scaled-linear betas of latent
+diffusion, rescaled by [ZSNR], sampled with [DDIM]. Movie Gen's linear-quadratic schedule is the
+default of train.py from 1b on; at toy scale its long last steps gave worse clips than equal steps.
 
 Letters.  B batch, x0 noise, x1 data, x_t between them, t flow time, v velocity, s = sigma_min, ts
 the (steps + 1) times of a schedule, S straightness (not steps).
@@ -53,24 +53,24 @@ VFn = Callable[[Tensor, Tensor], Tensor]  # v_fn(x (B, ...), t (B,)) -> v (B, ..
 
 # ---- 1. The idea: path, velocity, loss; Euler and guidance ---------------------------------------
 def like(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) as (B, 1, ..., 1), so that it broadcasts over x (B, ...)."""
+    """Reshape t (B,) to (B, 1, ..., 1), so that it broadcasts over x (B, ...)."""
     return t.reshape(t.shape + (1,) * (x.ndim - 1))
 
 
 def fp32(x):
-    """Half precision to fp32; fp32 and fp64 stay."""
+    """Cast half precision to fp32; leave fp32 and fp64 as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def cond_ot_path(x0: Tensor, x1: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
-    """x_t = t x1 + (1 - (1 - s) t) x0: the conditional-OT path of a pair [MG s3.1.2, FM s4]."""
+    """Return x_t = t x1 + (1 - (1 - s) t) x0: the conditional-OT path [MG s3.1.2, FM s4]."""
     x0, x1 = fp32(x0), fp32(x1)
     t = like(t, x1).to(x1.dtype)
     return t * x1 + (1 - (1 - sigma_min) * t) * x0
 
 
 def velocity(x0: Tensor, x1: Tensor, sigma_min: float = 1e-5) -> Tensor:
-    """v = dx_t/dt = x1 - (1 - s) x0 [MG s3.1.2]: constant along the path, so it needs no t."""
+    """Return v = dx_t/dt = x1 - (1 - s) x0 [MG s3.1.2]: constant along the path, so without t."""
     return fp32(x1) - (1 - sigma_min) * fp32(x0)
 
 
@@ -79,8 +79,8 @@ def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = Non
     """Return E |v_fn(x_t, t) - v|^2, a mean over all elements [MG s3.1.2].
 
     x0 and t are drawn where they are not given. For a coupling, pass the pairs: `minibatch_pairing`
-    permutes the noise of a batch, so that each x1 keeps its caption; the semi-discrete coupling
-    works the other way, each noise chooses its x1 before the batch is built.
+    permutes the noise of a batch, so that each x1 keeps its caption; in the semi-discrete coupling
+    each noise chooses its x1, before the batch is built.
     A network that returns 0 has loss 1 + E x1^2, i.e. 2 for normalised latents: expect this value
     at step 0.
     """
@@ -129,7 +129,7 @@ def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", trajectory:
 
 
 def guide(v_cond: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """v = v_u + scale (v_c - v_u) [CFG]: 1 is the conditional model, 0 the unconditional one.
+    """Return v_u + scale (v_c - v_u) [CFG]: the conditional model at 1, the unconditional at 0.
 
     scale: a number, or (B,). Papers also write (1 + w) v_c - w v_u: the same with scale = 1 + w.
     Movie Gen samples at 7.5.
@@ -166,14 +166,14 @@ Times = Literal["auto", "logit_normal", "uniform"]
 
 @dataclass
 class FlowConfig:
-    """The objective: path, target, and the distribution of the times. Movie Gen trains every size
-    with one; SD3 and Open-Sora would raise `shift` with the size."""
+    """Settings of the objective: path, target, and distribution of the times. Movie Gen has one for
+    all sizes; SD3 and Open-Sora raise `shift` with the size."""
 
     sigma_min: float = 1e-5    # noise left at t = 1: too small to see; keeps p_t a density there
     time: Times = "auto"       # distribution of t; auto: logit_normal, or uniform for diffusion
-    mean: float = 0.0          # of logit(t); above 0 trains more on nearly clean latents
-    std: float = 1.0           # of logit(t)
-    shift: float = 1.0         # above 1 moves t towards noise: large latents need more to hide
+    mean: float = 0.0          # mean of logit(t); above 0, more of the latents are nearly clean
+    std: float = 1.0           # standard deviation of logit(t)
+    shift: float = 1.0         # above 1 moves t towards noise, for large latents
     objective: Literal["flow", "diffusion"] = "flow"  # diffusion: the baseline in [MG] Table 8
 
     def __post_init__(self):
@@ -188,9 +188,9 @@ class FlowConfig:
 
 # ---- 3. Training times ---------------------------------------------------------------------------
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t' = t / (t + a (1 - t)), the resolution shift [SD3]: exactly logit(t') = logit(t) - ln a.
+    """Return t' = t / (t + a (1 - t)), the resolution shift [SD3]: logit(t') = logit(t) - ln a.
 
-    Written for the noise level u = 1 - t it is the familiar a u / (1 + (a - 1) u).
+    For the noise level u = 1 - t, this is the familiar u' = a u / (1 + (a - 1) u).
     """
     return t / (t + shift * (1 - t))
 
@@ -198,8 +198,8 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 def sample_t(n: int, cfg: FlowConfig | None = None, generator=None, device=None) -> Tensor:
     """Draw (n,) fp32 times in (0, 1): sigmoid(N(mean, std)) [MG s3.1.2] or uniform, then shifted.
 
-    The logit-normal distribution spends its samples in the middle, where the target is hardest to
-    guess. Only 1.4 % of its times lie below 0.1, so the velocity at t = 0, where the first Euler
+    The logit-normal distribution has most of its times in the middle, where the target is hardest
+    to predict. Only 1.4 % of them are below 0.1, so the velocity at t = 0, where the first Euler
     step is taken, is hardly trained.
     """
     cfg = cfg or FlowConfig()
@@ -210,14 +210,14 @@ def sample_t(n: int, cfg: FlowConfig | None = None, generator=None, device=None)
     return shift_time(t, cfg.shift)
 
 
-# ---- 4. Schedules: which times to visit ----------------------------------------------------------
+# ---- 4. Schedules: the times of the steps --------------------------------------------------------
 def schedule(name: str, steps: int, shift: float = 3.0, imitate: int = 1000) -> Tensor:
     """Return (steps + 1,) fp32 times from 0 to 1: n steps need n + 1 times.
 
     linear             equal steps
     shifted            equal steps, moved by `shift` towards the noise, where layout is decided
-    linear_quadratic   the first half are steps of a linear schedule of `imitate` steps, the second
-                       half grows quadratically to 1 [MG s3.4.2]
+    linear_quadratic   the first half are the first steps of a linear schedule of `imitate` steps;
+                       in the second half, t grows quadratically to 1 [MG s3.4.2]
     """
     one_of("schedule", name, ("linear", "linear_quadratic", "shifted"))
     if steps < 1:
@@ -231,12 +231,12 @@ def schedule(name: str, steps: int, shift: float = 3.0, imitate: int = 1000) -> 
 
 
 def linear_quadratic(steps: int, imitate: int = 1000) -> Tensor:
-    """t_i = i h for i <= L, then t_(L+k) = L h + k h + c k^2, k = 1..Q  [MG s3.4.2].
+    """Return t_i = i h for i <= L, then t_(L+k) = L h + k h + c k^2, k = 1..Q  [MG s3.4.2].
 
-    h = 1 / imitate, L = half of the steps, Q = the others, and c = (1 - L h - Q h) / Q^2 closes it
-    at 1. The k h term makes it C1: the first quadratic step continues the last linear one. Some
-    code bases have a pure square from the join instead, and there the steps jump: with imitate =
-    250 and 52 steps, from 0.004 to 0.0013. With imitate = steps, c = 0 and the schedule is linear.
+    h = 1 / imitate, L = half of the steps, Q = the others; c = (1 - L h - Q h) / Q^2, so that the
+    last time is 1. The term k h makes the slope continuous where the halves meet. Some code bases
+    leave it out, and there the step size jumps: from 0.004 to 0.0013, with imitate = 250 and 52
+    steps. With imitate = steps, c is 0 and the schedule is linear.
     """
     if steps > imitate:
         raise ValueError(f"steps {steps}: must be at most {imitate} for linear_quadratic, which "
@@ -257,21 +257,21 @@ def midpoint(f, x, t, h):
 
 
 def heun(f, x, t, h):
-    """Return x at t + h by the mean of the slopes at both ends, order 2."""
+    """Return x at t + h by the average of the slopes at both ends, order 2."""
     a = f(x, t)
     return x + h / 2 * (a + f(x + h * a, t + h))
 
 
 def rk4(f, x, t, h):
-    """Return x at t + h by the classical four slopes, order 4."""
+    """Return x at t + h by the classical Runge-Kutta method with four slopes, order 4."""
     a = f(x, t)
     b = f(x + h / 2 * a, t + h / 2)
     c = f(x + h / 2 * b, t + h / 2)
     return x + h / 6 * (a + 2 * b + 2 * c + f(x + h * c, t + h))
 
 
-# Dormand-Prince 5(4): a row of A for each stage; the last is the 5th-order step itself. E is its
-# difference to the embedded 4th-order step, the error estimate that adapts the step.
+# Dormand-Prince 5(4): a row of A for each stage; the last one is the 5th-order step itself. E is
+# its difference from the embedded 4th-order step, which estimates the error and so sets the step.
 DP_T = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DP_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
         (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
@@ -281,8 +281,7 @@ DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 4
 
 
 def dopri5(f, x, t, h, rtol=1e-5, atol=1e-5):
-    """Return x at t + h after as many steps as the tolerance needs, one size for the whole batch.
-    """
+    """Return x at t + h after as many steps as the tolerance needs, the same for a whole batch."""
     if h < 0:                                           # backwards: the same on a mirrored clock
         return dopri5(lambda x, t: -f(x, -t), x, -t, -h, rtol, atol)
     end, h, k1 = t + h, h / 4, f(x, t)
@@ -305,57 +304,28 @@ def dopri5(f, x, t, h, rtol=1e-5, atol=1e-5):
 SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dopri5": dopri5}
 
 
-# ---- 6. What else a velocity says, and the clocks of other code bases ----------------------------
-# With k = 1 - s, path and velocity are solved for the ends without a division:
-#   x_t - t v = (t x1 + (1 - k t) x0) - t (x1 - k x0) = x0
-#   x1        = v + k x0 = k x_t + (1 - k t) v
-# The way back divides by t (from noise) or by 1 - k t (from data): one reason for networks to
-# predict v and not an end. The v of a model is an average over pairs, and so are the ends.
-def to_noise(v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """E[x0 | x_t] = x_t - t v: the noise that a velocity implies."""
-    return x - like(t, x) * v
-
-
-def to_data(v: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
-    """E[x1 | x_t] = (1 - s) x_t + (1 - (1 - s) t) v: the data point, for a preview at any step."""
-    k = 1 - sigma_min
-    return k * x + (1 - k * like(t, x)) * v
-
-
-def to_score(v: Tensor, x: Tensor, t: Tensor, sigma_min: float = 1e-5) -> Tensor:
-    """grad log p_t(x) = -E[x0 | x_t] / (1 - (1 - s) t), Tweedie's formula.
-
-    Only under the INDEPENDENT coupling: it needs x0 to be Gaussian given x1, and every other
-    coupling exists to break that.
-    """
-    return -to_noise(v, x, t) / (1 - (1 - sigma_min) * like(t, x))
-
-
-# Half the field runs the clock backwards, and a sign or clock that is off by one convention still
-# trains, then samples garbage.
+# ---- 6. The clocks of other code bases -----------------------------------------------------------
+# In half of them time runs backwards. With a wrong sign or a wrong clock, a model still trains, and
+# then samples garbage.
 #   | code base                                   | noise at | target       | our v(x, t) is      |
 #   | Movie Gen, SiT, flow_matching, TorchCFM, RF | t = 0    | data - noise | f(x, t)             |
 #   | Mochi (is fed 1 - its sigma)                | t = 0    | data - noise | f(x, t)             |
 #   | minRF, Open-Sora 2                          | t = 1    | noise - data | -f(x, 1 - t)        |
 #   | SD3, diffusers, HunyuanVideo, Wan, LTX      | t = 1000 | noise - data | -f(x, 1000 (1 - t)) |
-BACKWARDS = {"minrf": 1, "open_sora_2": 1,                       # -> its time where all is noise
-             "sd3": 1000, "diffusers": 1000, "hunyuan": 1000, "wan": 1000, "ltx": 1000}
-
-
-def from_clock(fn: VFn, name: str) -> VFn:
-    """Return another code base's backward model as our v_fn: time turned and scaled, sign turned.
-    """
-    one_of("clock", name, BACKWARDS)
-    return lambda x, t: -fn(x, BACKWARDS[name] * (1 - t))
+#
+# A velocity also says where both ends of its path are, without a division:
+#   x0 = x_t - t v        x1 = (1 - s) x_t + (1 - (1 - s) t) v
+# The way back divides by t (from x0) or by 1 - (1 - s) t (from x1): one reason for networks to
+# predict v. The v of a model is an average over pairs, and so are these x0 and x1.
 
 
 # ---- 7. Minibatch coupling -----------------------------------------------------------------------
 def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> Tensor:
     """Reorder x0 (B, ...) so that sum |x0_i - x1_i|^2 is least [CFM]: exact, by POT's ot.emd.
 
-    A permutation: drawing pairs from the plan with replacement, as torchcfm does by default, drops
-    noises and clips. With groups (B,) noise moves only inside a caption: across captions the noise
-    would come to depend on the caption, which at sampling time it does not [C2OT].
+    The result is a permutation: drawing pairs from the plan with replacement, as torchcfm does by
+    default, loses some noises and clips. With groups (B,), noise moves only among clips of the same
+    caption. Otherwise it would depend on the caption, which it does not at sampling time [C2OT].
     """
     import ot  # imported here: it takes seconds
     if x0.shape != x1.shape:
@@ -369,12 +339,12 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
     for g in groups.unique():
         rows = (groups == g).nonzero()[:, 0]
         n = len(rows)
-        # |x - y|^2 up to terms of x or y alone, which no pairing changes
+        # |x - y|^2 without the terms of x or y alone, which no pairing changes
         a, b = x0[rows.to(x0.device)].flatten(1), x1[rows.to(x1.device)].flatten(1)
         cost = -(b.double() @ a.double().T).cpu().numpy()
         plan, log = ot.emd([1 / n] * n, [1 / n] * n, cost - cost.min(),
                            numItermax=10_000_000, log=True)
-        if log["warning"]:              # numItermax at its default stops short from n = 2048 on
+        if log["warning"]:              # the default numItermax is too small from n = 2048 on
             raise RuntimeError(f"minibatch_pairing: {log['warning']}")
         order[rows] = rows[torch.from_numpy(plan).argmax(1)]
     return x0[order.to(x0.device)]
@@ -385,19 +355,19 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
 def straightness(v_fn: VFn, x0: Tensor, ts: Tensor | None = None,
                  cfg: FlowConfig | None = None) -> dict[str, float]:
     """Measure how far the flow is from straight, by one Euler run of x0 (B, ...) along ts (64
-    steps from 0 to 1). With u = (z_n - z_0) / (t_n - t_0), the velocity of the straight way:
+    steps from 0 to 1). With u = (z_n - z_0) / (t_n - t_0), the velocity of the straight line:
 
-    displacement  E|u|^2 (t_n - t_0) per sample: what the straight way would cost
-    S             int E|v - u|^2 dt, how much more it costs [RF]: 0 means one step is exact
-    energy        int E|v|^2 dt, which is displacement + S: the mixed term is 0, u being v's mean
-    curvature     S / energy, free of units, 0 to 1; of a flow that stands still, 0
+    displacement  E|u|^2 (t_n - t_0), the energy of the straight line
+    S             int E|v - u|^2 dt, the energy beyond that [RF]: 0 means one step is exact
+    energy        int E|v|^2 dt = displacement + S: the mixed term is 0, since u is v's mean
+    curvature     S / energy, between 0 and 1 and without a unit; 0 if nothing moves
     """
     ts = schedule("linear", 64) if ts is None else ts
     z = sample(v_fn, x0, ts, trajectory=True, cfg=cfg).flatten(2)                # (n + 1, B, D)
     dt = ts.diff().to(z.device)
     v = z.diff(dim=0) / dt[:, None, None]                                        # (n, B, D)
     u = (z[-1] - z[0]) / dt.sum()                                                # (B, D)
-    # S is summed as it stands here: energy - displacement may come out below 0 by rounding.
+    # Why S is summed, and not energy - displacement: rounding could make that negative.
     S = ((v - u).square().sum(2).mean(1) * dt).sum().item()
     displacement = (u.square().sum(1).mean() * dt.sum()).item()
     energy = displacement + S
@@ -410,7 +380,7 @@ def validation_loss(v_fn: VFn, x1: Tensor, cfg: FlowConfig | None = None, times:
                     seed: int = 0) -> tuple[float, Tensor]:
     """Return (mean, (times,)): loss on held-out x1 at t = (i + 1/2) / times, with fixed noise.
 
-    Movie Gen finds that it follows human preference [MG fig. 15], so it is the number to steer by.
+    Movie Gen finds that it correlates with human preference [MG fig. 15], so compare runs by it.
     With t and x0 fixed, two checkpoints differ by what they learned, not by what was drawn.
     """
     g = torch.Generator().manual_seed(seed)
@@ -426,18 +396,18 @@ def validation_loss(v_fn: VFn, x1: Tensor, cfg: FlowConfig | None = None, times:
 # ---- 9. The diffusion baseline -------------------------------------------------------------------
 # A variance-preserving diffusion moves on a circle, x_t = sin(phi) x1 + cos(phi) x0, phi from 0
 # (noise) to almost pi/2 (data). Its derivative by the ANGLE, cos(phi) x1 - sin(phi) x0, is what
-# v-prediction learns [PD] (up to sign). So diffusion and flow matching differ in the curve, arc or
-# line, in how fast t runs along it, and in the distribution of t: nothing else, and one flag
-# switches. phi(0) = 0 exactly is "zero terminal SNR" [ZSNR]. Without it a model never sees pure
-# noise in training, though sampling starts there.
+# v-prediction learns [PD] (up to sign). So diffusion and flow matching differ only in the curve,
+# arc or line, in how fast t runs along it, and in the distribution of t. phi(0) = 0 exactly is
+# "zero terminal SNR" [ZSNR]. Without it a model never sees pure noise in training, though sampling
+# starts there.
 _betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
 _data = (1 - _betas).cumprod(0).sqrt()                  # the data's share, sqrt(alpha_bar)
-_data = (_data - _data[-1]) * _data[0] / (_data[0] - _data[-1])          # the last one becomes 0
+_data = (_data - _data[-1]) * _data[0] / (_data[0] - _data[-1])          # makes the last one 0
 ANGLES = torch.asin(_data).flip(0)                      # (1000,) from noise to data
 
 
 def angle(t: Tensor) -> Tensor:
-    """phi(t), like t: the 1000-step table of [ZSNR], linear between its entries."""
+    """Return phi(t), shaped like t: the 1000-step table of [ZSNR], linear between its entries."""
     u = t.double() * (len(ANGLES) - 1)
     i = u.floor().long().clamp(0, len(ANGLES) - 2)
     table = ANGLES.to(t.device)
@@ -445,27 +415,26 @@ def angle(t: Tensor) -> Tensor:
 
 
 def diffusion_pair(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_t, the regression target there) on the circle."""
+    """Return x_t on the circle, and the regression target there."""
     phi, x0, x1 = like(angle(t), x1), fp32(x0), fp32(x1)
     return phi.sin() * x1 + phi.cos() * x0, phi.cos() * x1 - phi.sin() * x0
 
 
 def ddim(f, x, t, h):
-    """Return x at t + h [DDIM]: on a circle, the step along a frozen direction is a turn."""
+    """Return x at t + h [DDIM]: for a constant prediction, a step on a circle is a rotation."""
     d = (angle(torch.tensor(t + h)) - angle(torch.tensor(t))).item()
     return math.cos(d) * x + math.sin(d) * f(x, t)
 
 
 # ---- 10. Demo ------------------------------------------------------------------------------------
 def checkerboard(n: int, generator: torch.Generator) -> Tensor:
-    """(n, 2): uniform on the eight black fields of a 4 x 4 board of side 6."""
+    """Draw n points (n, 2), uniform on the eight black squares of a 4 x 4 board of side 6."""
     x = torch.rand(6 * n + 64, 2, generator=generator) * 4
     return (x[(x.floor().sum(1) % 2) == 0][:n] - 2) * 1.5
 
 
 class MLP(torch.nn.Module):
-    """v(x, t) in 2-D. It sees t as sines and cosines: t itself would change its input too little.
-    """
+    """Compute v(x, t) in 2-D, from x and sines and cosines of t; t alone would vary too little."""
 
     def __init__(self, width: int = 128):
         super().__init__()
@@ -480,7 +449,7 @@ class MLP(torch.nn.Module):
 
 
 def semi_discrete(y: Tensor, generator: torch.Generator, steps: int = 1500) -> Tensor:
-    """(N,) weights h whose cells argmax_j <x, y_j> + h_j hold equal noise: a small sdot.py."""
+    """Find h (N,) such that argmax_j <x, y_j> + h_j gives each y_j equal noise: a small sdot.py."""
     h, N = -y.square().sum(1) / 2, len(y)
     h.requires_grad_()
     optimiser = torch.optim.Adam([h], lr=0.3)
@@ -508,7 +477,7 @@ def demo(out: str = "out/flow", steps: int = 1500, seed: int = 0) -> bool:
     N, B, counts = 200, 128, (1, 2, 4, 8, 16)
     y = checkerboard(N, g)                                            # (N, 2) the data set
     h = semi_discrete(y, g)
-    # Uniform times: one Euler step asks for v at t = 0 only, which logit-normal hardly trains.
+    # Uniform times, because one Euler step needs v at t = 0, where logit-normal hardly trains it.
     cfg = FlowConfig(time="uniform")
     noise = torch.randn(1000, 2, generator=g)
 
@@ -520,7 +489,7 @@ def demo(out: str = "out/flow", steps: int = 1500, seed: int = 0) -> bool:
         return (minibatch_pairing(x0, x1) if name == "minibatch" else x0), x1
 
     def error(x: Tensor) -> float:
-        """W2 between samples and data set, exact."""
+        """Compute W2 between samples and data set, exactly."""
         a, b = torch.full((len(x),), 1 / len(x)).double(), torch.full((N,), 1 / N).double()
         cost = torch.cdist(x, y).square().double()
         return ot.emd2(a, b, cost, numItermax=10_000_000).item() ** 0.5
@@ -572,7 +541,6 @@ def demo(out: str = "out/flow", steps: int = 1500, seed: int = 0) -> bool:
 # ---- 11. Main ------------------------------------------------------------------------------------
 def main() -> None:
     """Run the demo: status 0 if its claims hold, 1 if not, 2 with one line for a wrong argument."""
-    sys.stderr = sys.stderr or sys.stdout                     # `2>&-`: say it where it can be read
     parser = argparse.ArgumentParser(allow_abbrev=False,
                                      description="Three couplings in 2-D: paths and errors.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
