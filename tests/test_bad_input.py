@@ -51,7 +51,7 @@ OUT_OF_BOUNDS = """
     --text.heads 0 / --text.heads 5 / --text.layers -1 / --text.batch 0
     --text.words nowhere --text pretrained / --text.words '' --text pretrained
     --text.precision fp8 / --text.offload moon / --text.without everything
-    --dit.dim 0 / --dit.depth 0 / --dit.heads 0 / --dit.heads 5 / --dit.ffn -1
+    --dit.dim 0 / --dit.depth 0 / --dit.heads 0 / --dit.heads 7 / --dit.ffn -1
     --dit.adaln none / --dit.conditioning magic / --train_tae.precision fp64
     --flow.sigma_min -0.1 / --flow.sigma_min 1 / --flow.std 0 / --flow.shift -2 / --flow.shift 0
     --sample.solver heun --flow.objective diffusion / --sample.schedule cosine
@@ -113,7 +113,7 @@ ROWS = [*listed(OUT_OF_BOUNDS), *of_another_type()]
 OTHERS = [      # where the other of two flags is named
     ("--tae.mult 1 2", "--tae.space_stride 1 1: must be 1 or 2 each"),
     ("--vidtwin.width 100", "--vidtwin.heads 4: must divide a quarter of width 100"),
-    ("--dit.dim 100", "--dit.heads 8: does not divide dim 100"),
+    ("--dit.dim 102", "--dit.heads 4: does not divide dim 102"),
     ("--clips.size 16 32", "unrecognized arguments: 32"), ("toy", "unrecognized arguments: toy"),
     ("--tae vidtwin --coupling independent --clips.images 0.1", "--variant vidtwin: its clips "),
 ]
@@ -186,7 +186,7 @@ PLACES = [      # what lies in the folder; flags; what the line says
     (lambda here: file(here, "file"), "--workdir file/run", "file"),
     (lambda here: sketch(here / "run"), "--workdir run --seed 7",
      "--workdir run: holds a run of another configuration (seed: 0 there, 7 here)"),
-    (lambda here: sketch(here / "run"), "--workdir run --dit.dim 128", "dit.dim: 256 there, 128"),
+    (lambda here: sketch(here / "run"), "--workdir run --dit.dim 128", "dit.dim: 160 there, 128"),
     (lambda here: sketch(here / "run"), "--workdir run --data data", "--data data: no such folder"),
     (lambda here: spoilt(here / "run", '{"scale": "to'), "--workdir run", "config.json: damaged"),
     (lambda here: spoilt(here / "run", ""), "--workdir run", "run/config.json: damaged"),
@@ -244,7 +244,7 @@ RANKS = [       # with so many ranks
     (4, "--sp 3", "--sp 3: does not divide the 4 ranks"),
     (4, "--replicate 3", "--replicate 3: does not divide the 4 ranks"),
     (4, "--dp 3", "--dp 3"), (4, "--sp 2 --replicate 2 --dp 2", "8 ranks in all, but there are 4"),
-    (16, "--sp 16 --train_tae.batch 16", "--sp 16: more ranks than attention heads, 8"),
+    (16, "--sp 16 --train_tae.batch 16", "--sp 16: more ranks than attention heads, 4"),
     (2, "--sp 2 --dit.conditioning in_context", "--sp 2: not with --dit.conditioning in_context"),
 ]
 
