@@ -8,36 +8,37 @@
 
 UL2 was trained on text, MetaCLIP on images with captions. ByT5 works on bytes and is given only the
 quoted text that should appear in the video [MG s3.1.4]. P goes to the cross-attention of every
-block of the backbone; nothing is pooled (but for the toy MetaCLIP, a mean over words).
+block of the backbone; nothing is pooled, except in the toy MetaCLIP, a mean over words. FPS-16, the
+sampling rate, is text in front of the prompt.
 
 Papers: Movie Gen, arXiv 2410.13720 [MG]; UL2, arXiv 2205.05131; ByT5, arXiv 2105.13626; MetaCLIP,
 arXiv 2309.16671; CLIP, arXiv 2103.00020; Long-CLIP, arXiv 2403.15378 [LC]; classifier-free
 guidance, arXiv 2207.12598 [CFG].
 
-Two modes. `toy` trains three small encoders with the backbone: no download. They keep the three
-roles. `pretrained` runs the real, frozen encoders through transformers, one after the other, in
-bf16; their outputs are computed once and kept with the latents.
+Two modes. `toy` trains three small encoders of the same roles with the backbone: no download.
+`pretrained` runs the real, frozen encoders through transformers, one after the other, in bf16;
+their outputs are computed once and kept with the latents.
 
 Contract
     encode(prompts)         -> dict of tensors, a row for each prompt: the frozen part. Row i
-                               depends on prompt i alone (but for the length of the padding)
+                               depends on prompt i alone (except for the length of the padding)
     forward(features, drop) -> P (B, L, D), mask (B, L) bool, True = attend: the trained part.
                                Every row has at least one True, so no softmax is taken over an
                                empty set. L is what this batch needs
-    drop (B,) or (B, 3) bool   True: one learned null token stands for this encoder
+    drop (B,) or (B, 3) bool   True: one learned null token replaces this encoder's tokens
 
     python text_cond.py                                              # demo and figure          25 s
     python text_cond.py 'a red sign saying "CAT" moving left'        # who sees what             3 s
 
 Differences from the paper
-    - Its long-prompt MetaCLIP (256 tokens) is not public. A public one is stretched from 77, for
-      the prompts that need it, and not tuned afterwards.
-    - The sizes of ByT5 and MetaCLIP, the order of the three in P, and UL2's and ByT5's limits are
-      not in the paper: the limits are those of open reimplementations.
-    - Its recipe for dropping conditions could not be checked. Here: a learned null token for each
-      encoder, drawn for each sample, for all three together or (`independent`) for each with the
-      cube root of the rate.
-    - Camera motion is one of 16 labels there; here it is any phrase.
+    - The paper's long-prompt MetaCLIP (256 tokens) is not public. A public one is stretched from
+      77 tokens, for the prompts that need it, and not finetuned.
+    - The sizes of ByT5 and MetaCLIP, the order of the three in P, and the limits of UL2 and ByT5
+      were not found in the paper: the limits are those of an open reimplementation.
+    - Nor was its recipe for dropping conditions. Here: a learned null token for each encoder,
+      drawn for each sample, for all three together or (`independent`) for each with the cube root
+      of the rate.
+    - Camera motion is one of 16 labels in the paper; here it is any phrase of the prompt.
     - The toy word encoder does not see the quoted letters (see `words_of`).
 
 Letters: B batch, R prompts to encode, L tokens, D width of P, Z numbers of a pooled latent.
@@ -66,7 +67,7 @@ ENCODERS = ("words", "bytes", "concepts")       # UL2, ByT5, MetaCLIP: the order
 
 
 def tokens_of(prompt, encoders, projections):
-    """Three views of one prompt, one sequence of tokens (L, D) for the cross-attention.
+    """Encode three views of a prompt as one sequence of tokens (L, D) for the cross-attention.
 
     encoders: {name: text -> features (L_name, width)}; projections: {name: Linear and LayerNorm}.
     TextConditioner does the same for a batch; the demo compares the two."""
@@ -78,14 +79,14 @@ def tokens_of(prompt, encoders, projections):
 # ---- 2. Sizes ------------------------------------------------------------------------------------
 
 def one_of(name, value, choices):
-    """ValueError unless value is among the choices."""
+    """Raise ValueError unless value is among the choices."""
     if value not in choices:
         raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
 
 
 @dataclass
 class TextConfig:
-    """Which encoders, and how wide."""
+    """Choose the encoders and their sizes."""
 
     mode: str = "toy"           # toy: small ones, trained with the backbone | pretrained: frozen
     dim: int = 192              # D, the width of P
@@ -101,7 +102,7 @@ class TextConfig:
     precision: str = "bf16"     # pretrained: bf16 | fp32, of the frozen encoders and their features
     offload: str = "disk"       # pretrained: where an unused encoder stays: disk | cpu | never
     batch: int = 16             # pretrained: prompts at a time
-    without: str = ""           # words | bytes | concepts: the encoder to do without
+    without: str = ""           # words | bytes | concepts: an encoder to leave out
 
     def __post_init__(self):
         one_of("mode", self.mode, ("toy", "pretrained"))
@@ -116,12 +117,12 @@ class TextConfig:
             raise ValueError(f"heads {self.heads}: twice that does not divide width {self.width}")
 
     def limit(self, name):
-        """Most tokens of an encoder."""
+        """Give the largest number of tokens of an encoder."""
         return getattr(self, "max_" + name)
 
     def tokens(self, name, ids):
-        """Number of tokens in P for this many ids: the same number, except that the toy's bag of
-        concepts is always one token."""
+        """Give the number of tokens in P for so many ids: the same number, or 1 for the toy's bag
+        of concepts."""
         return 1 if self.mode == "toy" and name == "concepts" else ids
 
 
@@ -136,14 +137,14 @@ PRESETS = {
 # ---- 3. Prompts, as users type them --------------------------------------------------------------
 
 # Straight, curly (German: from low to high; Swedish: twice the same), guillemets (French; German:
-# the other way round), CJK corner brackets, full-width. Not the single quotes: they are apostrophes
-# far more often. A quote that is never closed is no quote; nor is the inch of a 5" sign.
+# the other way round), CJK corner brackets, full-width. Single quotes do not count: most of them
+# are apostrophes. Nor does a quote that is never closed, or the inch of a 5" sign.
 QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|”([^”]*)”|«([^»]*)»|»([^«]*)«|'
                     '「([^」]*)」|『([^』]*)』|｢([^｣]*)｣|＂([^＂]*)＂')
 
 
 def clean(prompt):
-    """The prompt in NFC: é typed as one character or as two is the same to all encoders.
+    """Normalise a prompt to NFC, so that é is the same whether typed as one character or as two.
 
     ValueError for what no encoder can read: a NUL, half of a broken emoji (a lone surrogate)."""
     if not isinstance(prompt, str) or re.search("[\0\ud800-\udfff]", prompt):
@@ -151,20 +152,10 @@ def clean(prompt):
     return unicodedata.normalize("NFC", prompt)
 
 
-def prefixed(prompt, fps=None, camera=None):
-    """The prompt with its sampling rate in front, FPS-16 [MG s3.1.4], and its camera motion.
-
-    ByT5 sees neither of them: they are not in quotes."""
-    if fps is not None and not fps > 0:
-        raise ValueError(f"fps {fps}: not a positive number")
-    parts = (None if fps is None else f"FPS-{fps:g}", camera and camera + ".", prompt)
-    return " ".join(part for part in parts if part)
-
-
 def seen_by(prompt):
-    """What each encoder is given: {"words": str, "bytes": str, "concepts": str}.
+    """Give the text for each encoder: {"words": str, "bytes": str, "concepts": str}.
 
-    Quoted strings stand one on a line, since a sign may well hold a space."""
+    Quoted strings are separated by line ends, since a sign may contain spaces."""
     prompt = clean(prompt)
     quoted = ("".join(groups).strip() for groups in QUOTES.findall(prompt))
     return {"words": prompt, "bytes": "\n".join(s for s in quoted if s), "concepts": prompt}
@@ -173,31 +164,32 @@ def seen_by(prompt):
 # ---- 4. Tokenizers that need no download ---------------------------------------------------------
 
 def byte_ids(text):
-    """ByT5's tokenizer: each UTF-8 byte + 3, then 1 for the end (0 pads, 2 is unused). No text, no
-    tokens. One character takes up to 4 of them."""
+    """Tokenize as ByT5 does: each UTF-8 byte + 3, then 1 for the end (0 pads, 2 is unused). A
+    character takes up to 4 tokens, an empty text none."""
     return [b + 3 for b in text.encode("utf-8")] + [1] if text else []
 
 
 def words_of(text):
-    """Toy words: lower case without punctuation, `<quoted>` for each quoted string, then `<end>`.
+    """Split a text into lower-case words without punctuation; `<quoted>` stands for each quoted
+    string, `<end>` is last.
 
-    Why not the quoted letters: to a table of whole words "CAT" is an opaque symbol. The backbone
-    would learn the training words by heart from it and leave the byte encoder idle, and a held-out
-    word, whose symbol was never trained, would come out as anything. (The real UL2 sees the whole
-    prompt: its subwords do spell, a little.)"""
+    Why not the quoted letters: to a table of whole words "CAT" is an opaque symbol. From it, the
+    backbone would memorise the training words and not use the byte encoder; a held-out word, whose
+    symbol was never trained, would be drawn at random. (The real UL2 sees the whole prompt: its
+    subwords say a little about spelling.)"""
     words = re.findall(r"\0|[^\s.,;:!?()\"\0]+", QUOTES.sub(" \0 ", text).casefold())
     return ["<quoted>" if w == "\0" else w for w in words] + ["<end>"]
 
 
 def word_id(word):
-    """1 + CRC-32 modulo 2^20; 0 pads. No vocabulary, so no unknown word, and the same in every
-    process (Python's own hash is not). Two words with one id are one word to the encoder: for a
-    vocabulary of 100 words the chance that any two meet is 0.5 %, for 1000 words 38 %."""
+    """Give a word the id 1 + CRC-32 modulo 2^20; 0 pads. Without a vocabulary there is no unknown
+    word, and ids are the same in every process (Python's hash is not). Words with one id are the
+    same to the encoder: among 100 words the chance of such a pair is 0.5 %, among 1000 38 %."""
     return 1 + zlib.crc32(word.encode("utf-8")) % 2 ** 20
 
 
 def toy_ids(name, text):
-    """The ids that the toy encoder `name` reads of a text."""
+    """Give the ids of a text for the toy encoder `name`."""
     if name == "bytes":
         return byte_ids(text)
     ids = [word_id(w) for w in words_of(text)]
@@ -205,16 +197,16 @@ def toy_ids(name, text):
 
 
 def truncate(ids, limit, name, text):
-    """The first `limit` ids, the end token kept; warns."""
+    """Cut ids to `limit`, keep the end token, and warn."""
     if len(ids) <= limit:
         return ids
     warnings.warn(f"{name}: {len(ids)} tokens cut to {limit}: {text[:40]!r}...", stacklevel=2)
     return ids[:limit - 1] + ids[-1:]
 
 
-def pad(rows, fill=0):
-    """[(L_i, ...)] -> (R, L, ...): `fill` behind each row; at least one column."""
-    out = rows[0].new_full((len(rows), max(1, *map(len, rows)), *rows[0].shape[1:]), fill)
+def pad(rows):
+    """Stack rows [(L_i, ...)] to (R, L, ...), with zeros after each; L is at least 1."""
+    out = rows[0].new_zeros(len(rows), max(1, *map(len, rows)), *rows[0].shape[1:])
     for i, row in enumerate(rows):
         out[i, :len(row)] = row
     return out
@@ -223,9 +215,9 @@ def pad(rows, fill=0):
 # ---- 5. Toy encoders -----------------------------------------------------------------------------
 
 class WordEmbedding(nn.Module):
-    """2^20 words in 2 x 1024 rows: the id's two digits to the base 1024 pick a row each, summed.
+    """Embed 2^20 words with 2 x 1024 rows: the sum of a row for each digit of the id in base 1024.
 
-    Words that share one digit are told apart by the other; only two shared digits are one word."""
+    Words that share one digit differ in the other."""
 
     def __init__(self, width):
         super().__init__()
@@ -237,7 +229,7 @@ class WordEmbedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer, bidirectional."""
+    """Apply a pre-norm, bidirectional transformer layer."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -256,7 +248,7 @@ class Layer(nn.Module):
 
 
 class SequenceEncoder(nn.Module):
-    """The toy UL2 and the toy ByT5: ids (B, L), 0 = padding -> features (B, L, width).
+    """Map ids (B, L), 0 = padding, to features (B, L, width): the toy UL2 and the toy ByT5.
 
     Positions are added here, once: the backbone's cross-attention has none for the text, and
     without them CAT and ACT would be the same set of letters."""
@@ -281,10 +273,10 @@ class SequenceEncoder(nn.Module):
 
 
 class BagOfConcepts(nn.Module):
-    """The toy MetaCLIP: the set of words (B, L), 0 = padding -> one feature (B, 1, width).
+    """Map a set of words (B, L), 0 = padding, to one feature (B, 1, width): the toy MetaCLIP.
 
-    Like CLIP it knows what is in the picture, and not who does what: a red circle beside a blue
-    square and a blue circle beside a red square are one to it."""
+    Like CLIP it knows what is in the picture, but not what belongs together: a red circle and a
+    blue square are the same to it as a blue circle and a red square."""
 
     def __init__(self, width):
         super().__init__()
@@ -300,10 +292,10 @@ class BagOfConcepts(nn.Module):
 # ---- 6. The conditioner --------------------------------------------------------------------------
 
 class TextConditioner(nn.Module):
-    """Three encoders, each with its own Linear and LayerNorm into D, one behind the other."""
+    """Run three encoders, each with a Linear and LayerNorm to D, and concatenate their tokens."""
 
     def __init__(self, cfg, widths=None):
-        """widths: {name: features a token} of pretrained encoders, where they are known."""
+        """Make the weights. widths: {name: features per token} of pretrained encoders, if known."""
         super().__init__()
         self.cfg, w = cfg, cfg.width
         self.frozen = {}                    # name -> (tokenizer, model) in use; not parameters
@@ -322,18 +314,18 @@ class TextConditioner(nn.Module):
         self.project = nn.ModuleDict({
             name: nn.Sequential(nn.Linear(widths[name], cfg.dim), nn.LayerNorm(cfg.dim))
             for name in ENCODERS})
-        # The null token takes an encoder's place before the projection: whatever the LayerNorm
-        # learns, null and real tokens leave it with the same scale.
+        # Null tokens pass through the projection too: whatever its LayerNorm learns, they have the
+        # same scale as real tokens.
         self.null = nn.ParameterDict({name: nn.Parameter(torch.randn(widths[name]))
                                       for name in ENCODERS})
 
     # ---- the frozen part ----
 
     def encode(self, prompts):
-        """R prompts -> {name: (R, L) int64} (toy), or {name: (R, L, width), name_mask: (R, L)}.
+        """Map R prompts to {name: (R, L) ids} (toy) or {name: (R, L, width), name_mask: (R, L)}.
 
-        Tensors on the CPU, to be kept with the latents and indexed by row. Warns where a prompt is
-        longer than an encoder's limit, and truncates it."""
+        The tensors are on the CPU, to be kept with the latents and indexed by row. Prompts longer
+        than an encoder's limit are truncated, with a warning."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts {prompts[:60]!r}: not a list of prompts")
         seen, out = [seen_by(prompt) for prompt in prompts], {}
@@ -359,7 +351,7 @@ class TextConditioner(nn.Module):
         cfg, source = self.cfg, getattr(self.cfg, name)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
         width, device, done = self.null[name].numel(), self.null[name].device, {}
-        if "" in texts and name == "bytes":                     # nothing quoted: ByT5 is not asked
+        if "" in texts and name == "bytes":                     # nothing quoted: no need of ByT5
             done[""] = torch.zeros(0, width, dtype=dtype)
             texts = [t for t in texts if t]
         if not texts:
@@ -370,13 +362,13 @@ class TextConditioner(nn.Module):
         tokenize, model = self.frozen[name]
         model.to(device)
         ids = {t: truncate(tokenize(t), cfg.limit(name), name, t) for t in texts}
-        texts = sorted(texts, key=lambda t: len(ids[t]))        # like with like: little padding
+        texts = sorted(texts, key=lambda t: len(ids[t]))        # similar lengths: little padding
         for some in (texts[i:i + cfg.batch] for i in range(0, len(texts), cfg.batch)):
             for text, x in zip(some, run_frozen(model, name, [ids[t] for t in some], device)):
                 done[text] = x[:len(ids[text])].to(dtype).clone()               # (L, width)
         if done[texts[0]].shape[1] != width:
-            raise ValueError(f"{name} {source}: {done[texts[0]].shape[1]} features a token, not "
-                             f"the {width} that this model was made for")
+            raise ValueError(f"{name} {source}: {done[texts[0]].shape[1]} features per token, "
+                             f"not the {width} that this model was made for")
         if cfg.offload == "disk":
             del self.frozen[name]
         elif cfg.offload == "cpu":
@@ -386,7 +378,7 @@ class TextConditioner(nn.Module):
     # ---- the trained part ----
 
     def features_of(self, name, features):
-        """One encoder's rows of `encode` -> (B, L, width), mask (B, L), on this module's device."""
+        """Run one encoder on rows of `encode` -> (B, L, width), mask (B, L), on self's device."""
         x, null = features[name], self.null[name]
         mask = features[name + "_mask"] if self.cfg.mode == "pretrained" else x != 0
         L = max(1, int(mask.sum(1).max()))              # rows are padded for the whole data set
@@ -398,9 +390,9 @@ class TextConditioner(nn.Module):
         return self.encoders[name](x), mask
 
     def forward(self, features, drop=None):
-        """Rows of `encode` -> P (B, L, D), mask (B, L). drop (B,) or (B, 3) bool: null tokens.
+        """Map rows of `encode` to P (B, L, D), mask (B, L). drop (B,) or (B, 3) bool: null tokens.
 
-        A null token may be attended to, so a row without any text still has three tokens. Padding
+        Null tokens are not masked, so a row that drops all encoders still has three tokens. Padding
         is zero and masked."""
         P, masks = [], []
         for i, name in enumerate(ENCODERS):
@@ -420,16 +412,16 @@ class TextConditioner(nn.Module):
         return torch.cat(P, dim=1), torch.cat(masks, dim=1)                     # (B, L, D), (B, L)
 
     def null_tokens(self, B):
-        """The prompt of unconditional sampling [CFG]: P (B, 3, D), mask (B, 3), as `drop` makes
-        it."""
+        """Make the prompt of unconditional sampling [CFG]: P (B, 3, D) and mask (B, 3), as those of
+        `forward` when all encoders are dropped."""
         P = torch.stack([self.project[name](self.null[name]) for name in ENCODERS])
         return P.expand(B, -1, -1), torch.ones(B, 3, dtype=torch.bool, device=P.device)
 
     def drop_mask(self, B, p, generator=None, independent=False):
         """Draw for each sample which encoders it trains without -> (B, 3) bool.
 
-        Together: all three with probability p. Independent: each with p^(1/3), so that all three
-        still go together with probability p, and the others learn to stand in for a missing one."""
+        By default all three with probability p. Independent: each with p^(1/3), so that all three
+        still drop with probability p, and the backbone learns to do with one or two."""
         rate = p ** (1 / 3) if independent else p
         return (torch.rand(B, 3 if independent else 1, generator=generator) < rate).expand(B, 3)
 
@@ -446,8 +438,8 @@ class TextConditioner(nn.Module):
             raise ValueError("align: the pretrained MetaCLIP is frozen, only the toy one learns")
         ids = features["concepts"].to(self.scale.device)
         a = F.normalize(self.text_to_common(self.encoders["concepts"](ids)[:, 0]), dim=-1)
-        # Coarse in space, and two moments, so that a direction can be told. Then 256 numbers,
-        # whatever the autoencoder: one Linear fits them all.
+        # Coarse in space, with two times, so that a direction can be seen. Then 256 numbers for
+        # every autoencoder, so that one Linear fits all.
         z = F.adaptive_avg_pool3d(z, (2, 4, 4)) if z.dim() == 5 else z
         z = F.adaptive_avg_pool1d(z.flatten(1)[:, None], 256)[:, 0]             # (B, Z)
         b = F.normalize(self.latent_to_common(z), dim=-1)
@@ -463,8 +455,8 @@ WIDTHS = {"google/ul2": 4096, "google/byt5-small": 1472, "google/byt5-base": 153
 
 
 def make_torchvision_importable():
-    """transformers imports torchvision if it is installed. Where a CPU torch sits beside the CUDA
-    wheel of torchvision, that import stops at "operator torchvision::nms does not exist". Two
+    """Let transformers import torchvision, which it does if it is installed. With a CPU torch and
+    the CUDA wheel of torchvision, that fails with "operator torchvision::nms does not exist". Two
     schemas, without kernels, are all that it needs. Does nothing where torchvision loads."""
     try:
         import torchvision  # noqa: F401
@@ -478,13 +470,13 @@ def make_torchvision_importable():
 
 
 def from_hub(name, source, kind, **options):
-    """transformers.<kind>.from_pretrained(source), with one line for whatever goes wrong."""
+    """Call transformers.<kind>.from_pretrained(source); any error becomes a one-line ValueError."""
     if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ValueError(f"{name} {source}: no such folder, and no name on the hub (OWNER/NAME)")
     try:
         make_torchvision_importable()
         import transformers
-        for library in ("huggingface_hub", "transformers"):     # no notes on retries and the like
+        for library in ("huggingface_hub", "transformers"):     # no messages about retries
             logging.getLogger(library).setLevel(logging.ERROR)
         return getattr(transformers, kind).from_pretrained(source, **options)
     except Exception as e:          # of many kinds: offline, no such model, a file that is cut off
@@ -494,7 +486,7 @@ def from_hub(name, source, kind, **options):
 
 
 def load_tokenizer(name, source):
-    """-> a function, text -> ids with the end token last. ByT5's needs no files."""
+    """Make a function from text to ids, with the end token last. ByT5's needs no files."""
     if name == "bytes":
         return byte_ids
     tokenizer = from_hub(name, source, "AutoTokenizer")
@@ -502,25 +494,25 @@ def load_tokenizer(name, source):
 
 
 def check_sources(cfg):
-    """Fail early: ValueError now if a pretrained encoder that will be needed later cannot be found.
+    """Raise ValueError early if a pretrained encoder that will be needed later cannot be found.
 
-    Tokenizers and configs are fetched and read, a few megabytes. Weights are looked for in folders
-    only; the hub's are not asked for before they are loaded."""
+    Tokenizers and configs are fetched and read, a few megabytes. Weights are checked in local
+    folders; those on the hub are not, until they are loaded."""
     for name in ENCODERS if cfg.mode == "pretrained" else ():
         source, kind = getattr(cfg, name), "CLIP" if name == "concepts" else "T5"
         found = from_hub(name, source, "AutoConfig").model_type
         if found.split("_")[0] != kind.lower():                 # clip, clip_text_model; t5
-            raise ValueError(f"{name} {source}: a model of type {found}, where {kind} is read")
+            raise ValueError(f"{name} {source}: a model of type {found}, and not {kind}")
         load_tokenizer(name, source)
         if Path(source).is_dir() and not any(                   # an LFS pointer is a few bytes
                 f.suffix in (".safetensors", ".bin") and f.stat().st_size > 1024
                 for f in Path(source).iterdir()):
-            raise ValueError(f"{name} {source}: no weights there, or only Git LFS's pointers to "
-                             "them (model.safetensors)")
+            raise ValueError(f"{name} {source}: no weights there (model.safetensors), or only "
+                             "Git LFS pointers")
 
 
 def load_encoder(name, source, limit, dtype):
-    """The frozen encoder of this role, on the CPU."""
+    """Load the frozen encoder of this role, on the CPU."""
     kind = "CLIPTextModel" if name == "concepts" else "T5EncoderModel"
     model, info = from_hub(name, source, kind, dtype=dtype, output_loading_info=True)
     model.eval().requires_grad_(False)
@@ -535,11 +527,11 @@ def load_encoder(name, source, limit, dtype):
 
 
 def add_long_positions(clip, limit, keep=20):
-    """Give a CLIP text encoder of 77 positions a second table of `limit` rows, behind the first.
+    """Append to the 77 positions of a CLIP text encoder a second table of `limit` rows.
 
-    Its first 20 rows are copies and the others stretched: CLIP was trained on captions that rarely
-    reach further [LC]. Prompts of up to 77 tokens use the first table and are encoded exactly
-    as MetaCLIP was trained to; only longer ones use the second."""
+    Of the 77, it copies the first 20 and stretches the others, to which captions in CLIP's training
+    rarely reached [LC]. Prompts of up to 77 tokens use the first table and are encoded exactly as
+    MetaCLIP was trained to; only longer ones use the second."""
     inner = getattr(clip, "text_model", clip)           # transformers 5.0 has one more level
     old = inner.embeddings.position_embedding.weight                            # (77, width)
     clip.short = len(old)
@@ -550,7 +542,7 @@ def add_long_positions(clip, limit, keep=20):
 
 
 def width_of(name, source):
-    """Features per token, without loading the weights."""
+    """Give the features per token, without loading the weights."""
     if source in WIDTHS:
         return WIDTHS[source]
     config = from_hub(name, source, "AutoConfig")
@@ -560,10 +552,11 @@ def width_of(name, source):
 
 @torch.no_grad()
 def run_frozen(model, name, rows, device):
-    """ids of each text, unpadded -> features (B, L, width) on the CPU, meaningless in the padding.
+    """Run a frozen encoder on rows of ids -> features (B, L, width) on the CPU, with rubbish in the
+    padding.
 
     T5 and ByT5 are bidirectional, and need the mask: without it the padding would leak into every
-    token, and a prompt's features would depend on the longest prompt beside it."""
+    token, and a prompt's features would depend on the longest prompt of the batch."""
     ids = pad([torch.tensor(r) for r in rows]).to(device)
     length = torch.tensor([len(r) for r in rows], device=device)[:, None]
     place = torch.arange(ids.shape[1], device=device)                           # (L,)
@@ -577,7 +570,7 @@ def run_frozen(model, name, rows, device):
 # ---- 8. Demo -------------------------------------------------------------------------------------
 
 class Speller(nn.Module):
-    """Reads letters 1 to 3 of a sign from P as the backbone would: by cross-attention, with one
+    """Read the three letters of a sign from P as the backbone would: by cross-attention, with one
     query for each place on the sign."""
 
     def __init__(self, dim):
@@ -593,7 +586,7 @@ class Speller(nn.Module):
 
 
 def learn_to_spell(template, trained, held_out, steps):
-    """Train a conditioner and a Speller -> them, and the share of letters right in each list."""
+    """Train a conditioner and a Speller -> both, and the share of correct letters in each list."""
     torch.manual_seed(0)
     text, speller = TextConditioner(TextConfig("toy", dim=96, width=64)), Speller(96)
     opt = torch.optim.AdamW([*text.parameters(), *speller.parameters()], weight_decay=0.0)
@@ -619,14 +612,14 @@ def learn_to_spell(template, trained, held_out, steps):
 
 @torch.no_grad()
 def gap_to_the_idea(text, prompt):
-    """The largest difference between P of one prompt and `tokens_of` with the same weights."""
+    """Measure the largest difference between P of a prompt and `tokens_of` with its weights."""
     encode = lambda name: lambda s: text.encoders[name](torch.tensor([toy_ids(name, s)]))[0]
     want = tokens_of(prompt, {name: encode(name) for name in ENCODERS}, text.project)
     return (text(text.encode([prompt]))[0][0] - want).abs().max().item()
 
 
 def demo(out, steps):
-    """Show why a byte encoder: it spells words that it has never seen. A table of words cannot."""
+    """Show what the byte encoder is for: to spell unseen words, which a table of words cannot."""
     print_tokens('FPS-16 a red sign saying "CAT" moving left')
     g = torch.Generator().manual_seed(1)
     letters = lambda n: [string.ascii_uppercase[i] for i in torch.randint(26, (n,), generator=g)]
@@ -674,7 +667,7 @@ def draw(out, weight, word, strings):
 # ---- 9. Command line -----------------------------------------------------------------------------
 
 def token_strings(prompt):
-    """The tokens of the three toy encoders as text, for people -> {name: [str, ...]}."""
+    """Give the tokens of the three toy encoders as readable strings -> {name: [str, ...]}."""
     seen = seen_by(prompt)
     words = words_of(seen["words"])
     spell = lambda i: "<end>" if i == 1 else chr(i - 3) if 32 < i - 3 < 127 else f"<{i - 3:02x}>"
@@ -696,8 +689,6 @@ def main():
                                      "sees of a prompt", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"text_cond.py: {message}\n")     # one line
     parser.add_argument("prompt", nargs="?", help="print its tokens; without it, the demo")
-    parser.add_argument("--fps", type=float, help="frames a second, put in front of the prompt")
-    parser.add_argument("--camera", help="camera motion, put in front of the prompt")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the demo")
     parser.add_argument("--out", type=Path, default=Path("out/text_cond"), help="figure's folder")
     args = parser.parse_args()
@@ -706,7 +697,7 @@ def main():
     if args.prompt is None:
         sys.exit(0 if demo(args.out, args.steps) else 1)
     try:
-        print_tokens(prefixed(args.prompt, args.fps, args.camera))
+        print_tokens(args.prompt)
     except ValueError as e:
         parser.error(str(e))
 

@@ -19,7 +19,6 @@ from text_cond import (
     TextConditioner,
     TextConfig,
     byte_ids,
-    prefixed,
     seen_by,
     words_of,
 )
@@ -50,7 +49,7 @@ def rows(features, i):
     ('"A" and "B C"', "A\nB C"), ('signs "A" 「B」', "A\nB"), ("a dog's life", ""), ('5" tall', ""),
     ('an open "quote', ""), ('""', ""), ('" "', ""), ('"👋🏽"', "👋🏽"), ('"שלום"', "שלום")])
 def test_the_byte_encoder_is_given_what_stands_in_quotes(prompt, text):
-    assert seen_by(prefixed(prompt, fps=16, camera="zoom out"))["bytes"] == text
+    assert seen_by("FPS-16 zoom out. " + prompt)["bytes"] == text
 
 
 def test_an_accent_typed_in_two_ways_is_one_prompt(toy):
@@ -75,17 +74,11 @@ def test_a_list_of_prompts_is_asked_for(toy, prompts):
         toy.encode(prompts)
 
 
-def test_prefixes_stand_in_front_for_two_encoders_and_change_p(toy):
-    seen = seen_by(prefixed(SIGN, fps=16, camera="zoom out"))
-    assert seen["words"] == seen["concepts"] == f"FPS-16 zoom out. {SIGN}"
-    assert seen["bytes"] == "CAT" and prefixed("x", fps=23.976) == "FPS-23.976 x"
-    plain, fast, slow = (toy(toy.encode([prefixed(SIGN, fps)]))[0] for fps in (None, 16, 24))
+def test_the_frame_rate_in_front_of_a_prompt_changes_p_and_not_the_sign(toy):
+    assert seen_by(f"FPS-16 {SIGN}")["bytes"] == "CAT"
+    plain, fast, slow = (toy(toy.encode([p + SIGN]))[0] for p in ("", "FPS-16 ", "FPS-24 "))
     assert fast.shape == slow.shape and (fast - slow).abs().max() > 0.01
     assert plain.shape[1] == fast.shape[1] - 1
-    zoom = toy(toy.encode([prefixed(SIGN, camera="zoom out")]))[0]
-    assert zoom.shape[1] == plain.shape[1] + 2
-    with pytest.raises(ValueError, match="fps 0: not a positive number"):
-        prefixed(SIGN, fps=0)
 
 
 # ---- tokenizers ----
@@ -323,17 +316,17 @@ def reference(folders, name, text, dtype=torch.float32):
 
 def test_features_equal_those_of_transformers_padded_or_not(folders):
     model = pretrained(folders)
-    f = model.encode([prefixed(p, fps=16) for p in PROMPTS])
+    f = model.encode(["FPS-16 " + p for p in PROMPTS])
     for name in ENCODERS:
         for i, prompt in enumerate(PROMPTS):
             x = f[name][i][f[name + "_mask"][i]]
-            text = seen_by(prefixed(prompt, fps=16))[name]
+            text = seen_by("FPS-16 " + prompt)[name]
             if name == "bytes" and not text:
                 assert len(x) == 0
                 continue
             assert (x - reference(folders, name, text)).abs().max() < 1e-5, (name, prompt)
         assert f[name][~f[name + "_mask"]].abs().max() == 0         # features behind a row
-    alone = model.encode([prefixed(PROMPTS[1], fps=16)])
+    alone = model.encode(["FPS-16 " + PROMPTS[1]])
     for name in ENCODERS:
         x = f[name][1][f[name + "_mask"][1]]
         assert torch.allclose(x, alone[name][0], atol=1e-5)
@@ -443,9 +436,9 @@ def test_a_wrong_source_is_one_line(folders, tmp_path, monkeypatch):
     odd = {**folders, "words": folders["concepts"]}
     with pytest.raises(ValueError, match="words .*not the weights of a T5Enc.* is missing$"):
         pretrained(odd).encode([SIGN])
-    with pytest.raises(ValueError, match="words .*: a model of type clip, where T5 is read"):
+    with pytest.raises(ValueError, match="words .*: a model of type clip, and not T5"):
         text_cond.check_sources(TextConfig("pretrained", **odd))
-    with pytest.raises(ValueError, match="concepts .*: a model of type t5, where CLIP is read"):
+    with pytest.raises(ValueError, match="concepts .*: a model of type t5, and not CLIP"):
         text_cond.check_sources(TextConfig("pretrained", **{**folders, "concepts": odd["bytes"]}))
     text_cond.check_sources(TextConfig("pretrained", **folders))
     text_cond.check_sources(TextConfig("toy"))
@@ -455,7 +448,7 @@ def test_a_wrong_source_is_one_line(folders, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="words .*short: no weights there"):
             text_cond.check_sources(short)
     monkeypatch.setitem(text_cond.WIDTHS, folders["bytes"], 99)
-    with pytest.raises(ValueError, match="24 features a token, not the 99"):
+    with pytest.raises(ValueError, match="24 features per token, not the 99"):
         pretrained(folders).encode([SIGN])
 
 
@@ -499,7 +492,7 @@ def run(folder, *args):
 
 
 def test_what_each_encoder_sees(tmp_path):
-    done = run(tmp_path, SIGN, "--fps", "16", "--camera", "zoom out")
+    done = run(tmp_path, "FPS-16 zoom out. " + SIGN)
     assert done.returncode == 0, done.stderr
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert lines[1] == "fps-16 zoom out a red sign saying <quoted> moving left <end>"
@@ -508,7 +501,7 @@ def test_what_each_encoder_sees(tmp_path):
 
 
 @pytest.mark.parametrize("args", [
-    ["--steps", "0"], ["--fsp", "16"], ["a\ud83db"], ["a", "--fps", "-1"]])
+    ["--steps", "0"], ["--fsp", "16"], ["a\ud83db"]])
 def test_bad_arguments_are_one_line_and_status_2(args, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["text_cond.py", *args])
     with pytest.raises(SystemExit) as e:
