@@ -2,18 +2,18 @@
 
     random seed --> World --> render --> clip (B,3,T,H,W) ---> perceive --> facts seen --.
                       |                       ^                                          v
-                      |             a model's own clip may stand here                  judge
+                      |             or a clip that a model has made                    judge
                       |                                                                  ^
                       '-----> caption --> "a red circle moving left" --> parse --> facts asked for
 
-The other files learn from pairs of caption and clip, and what matters in the end is whether a new
-clip shows what its prompt asks for. Here both questions have exact answers. A World is a list of
-facts; the same facts draw the clip and write the caption, and `judge` measures them again from the
-pixels. So prompt following is a number, on a laptop, in milliseconds a clip.
+A text-to-video model learns from captioned clips, and what matters in the end is whether a new clip
+shows what its prompt asks for. Here both are exact. A World is a list of facts, which draw the clip
+and write the caption; `judge` measures the facts again from pixels. So prompt following is a
+number, on a laptop, in milliseconds per clip.
 
 What is in it. One or more objects, each with a colour and a direction, move at constant velocity in
 front of a dark background: circles, squares and triangles, slow or fast, and signs with a word.
-Some combinations of colour, shape and direction and some words are held out of training, to see
+Some words and some combinations of colour, shape and direction are held out of training, to see
 whether a model composes what it has learned or only repeats it.
 
 Contract
@@ -23,14 +23,13 @@ Contract
     caption(world)           English of a small grammar; `parse` is its inverse
     judge(clip, prompt)      {"color", "shape", "direction", "speed", and "text" for signs: bool};
                              ValueError for a prompt that is not of the grammar
-    test_prompts(seed)       [(kind, prompt)] to sample and to judge
+    test_prompts(seed)       [(kind, prompt)] to sample clips for and to judge them by
 
-Run.   python world.py       # a sheet and a GIF of clips; whether the judge can be trusted: 15 s
+Run.   python world.py       # a sheet of clips, and a test of the judge: 10 s
 
 Why a judge of our own, and not CLIP or a video metric: those need downloads, give a score without a
 unit, and cannot say which word of the prompt was ignored. Why templates, and not a trained
-classifier: a classifier always names a class; a template says how well a shape fits, and "none"
-where nothing does.
+classifier: a classifier always names a class, whereas no template fits a shape that is none.
 
 Letters: B batch, T frames, H W height and width, K templates. Positions are (x, y) with y down.
 """
@@ -79,7 +78,7 @@ DIRECTIONS = {  # (x, y), in the order of their angle
     "left": (-1, 0), "up left": (-1, -1), "up": (0, -1), "up right": (1, -1),
 }
 SPEEDS = {"slow": 0.5, "fast": 1.0}  # pixels a frame in a picture 32 pixels high
-LETTERS = tuple("ACEHLNOSTU")  # ten, so that minutes of training show each of them often enough
+LETTERS = tuple("ACEHLNOSTU")  # only ten, so that each occurs often in a short training
 WORDS = tuple(
     "AN AS AT HE LO NO SO TO US ACE ANT ASH ATE CAN COT CUE CUT EAT EEL HAS HEN HOT HUT LET LOT "
     "NET NOT NUT OAT ONE OUT SAT SEA SON TAN TEN THE TOE TON TOO USE".split()
@@ -116,8 +115,8 @@ class World:
 
 
 def is_heldout(thing: Thing) -> bool:
-    """Tell whether training never shows this: 15 of the 144 triples (colour, shape, direction), at
-    either speed, and the held-out words.
+    """Tell whether a thing is held out of training: 15 of the 144 triples (colour, shape,
+    direction), at either speed, and signs with held-out words.
 
     Each colour, shape and direction also occurs in triples that are trained on."""
     if thing.shape == "sign":
@@ -135,8 +134,8 @@ def velocity(thing: Thing) -> tuple[float, float]:
 
 
 # ---- 3. Drawing ----------------------------------------------------------------------------------
-# Each object is drawn once as a bitmap at SUPERSAMPLE times the resolution, moved there by whole
-# pixels, and box-filtered. So motion is smooth below one pixel, and a frame is a lookup.
+# Each object is drawn once as a bitmap at SUPERSAMPLE times the resolution, moved by whole pixels
+# of that bitmap, and box-filtered. So motion is smooth below one pixel, and results are cached.
 
 SUPERSAMPLE = 4
 
@@ -234,8 +233,8 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
            start: int = 0) -> Tensor:
     """Draw worlds, H pixels high and wide -> (B, 3, T, H, H) float in [-1, 1].
 
-    start: the first frame drawn. interval: time between two frames; above 1 everything moves
-    faster, and bounces off the edges of the picture (`motion_interval`)."""
+    start: the first frame drawn. interval: time between two frames; above 1 objects move faster,
+    and bounce off the edges of the picture (`motion_interval`)."""
     S = SUPERSAMPLE
     clips = np.empty((len(worlds), 3, T, H, H), np.float32)
     for clip, world in zip(clips, worlds):
@@ -247,7 +246,7 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
             for t in range(T):
                 cx = bounce(thing.x + vx * (start + t) * interval, ew / 2, 1 - ew / 2)
                 cy = bounce(thing.y + vy * (start + t) * interval, eh / 2, 1 - eh / 2)
-                x, dx = divmod(round(cx * H * S - w / 2), S)            # whole pixels, and the rest
+                x, dx = divmod(round(cx * H * S - w / 2), S)            # whole pixels, remainder
                 y, dy = divmod(round(cy * H * S - h / 2), S)
                 cover, paint = sprite(*which, dx, dy)[:, max(-y, 0) : H - y, max(-x, 0) : H - x]
                 region = clip[:, t, max(y, 0) :, max(x, 0) :][:, : cover.shape[0], : cover.shape[1]]
@@ -264,8 +263,8 @@ WANDER = {"sign": 1 / 32, "shape": 3 / 32}      # how far from the centre a sing
 
 
 def place(thing: Thing, rng: random.Random, frames: int = 16, wander: float = 1.0) -> Thing:
-    """Choose where an object starts: its whole path stays in the picture, and the middle of the
-    path lies within `wander` of the centre of the picture."""
+    """Choose where an object starts, so that its path stays in the picture and the middle of the
+    path is within `wander` of the picture's centre."""
     start = []
     for v, size in zip(velocity(thing), extent(thing)):
         travel = v * (frames - 1)
@@ -286,15 +285,15 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
                  script: str = "latin") -> World:
     """Draw a world of several objects of different colours, which overlap only if `overlap`.
 
-    signs: the share of signs. 70 % of them show one letter, the rest words of equal shares of each
-    length. heldout: False as in training, True for what training never shows, None for both."""
+    signs: the share of signs. 70 % of them show one letter, the others words, each length equally
+    often. heldout: False as in training, True for what is held out, None for both."""
     letters, words, never = SCRIPTS[script]
     lengths = sorted({len(w) for w in words})
     drawn: list[Thing] = []
     tries = 0
     while len(drawn) < things:
         tries += 1
-        if tries % 50 == 0:                     # nothing fits beside what is there: start again
+        if tries % 50 == 0:                     # nothing else fits: start again
             drawn.clear()
         sign = rng.random() < signs
         shares = (0.7, *[0.3 / len(lengths)] * len(lengths))
@@ -320,9 +319,9 @@ def motion_interval(rng: random.Random, done: float, fastest: int) -> float:
     """Draw the time between two frames of a training clip: the motion curriculum.
 
     Uniform in [1, 1 + (fastest - 1) min(1, done / 0.75)], where done in [0, 1] is the share of the
-    training that is past. Clips begin slow, and from three quarters on are up to `fastest` times as
-    fast. Ours, and no paper's: [MG] describes no curriculum, and reports that its autoencoder loses
-    fine detail in fast motion."""
+    training that is finished. At first clips are slow; after three quarters they are up to
+    `fastest` times as fast. The curriculum is ours: Movie Gen reports that its autoencoder loses
+    fine detail in fast motion, but describes no curriculum."""
     return rng.uniform(1, 1 + (fastest - 1) * min(1.0, done / 0.75))
 
 
@@ -341,9 +340,9 @@ def caption(world: World) -> str:
 
 
 def longest_caption(things: int, script: str) -> str:
-    """Write a caption with as many words, different words and letters to read as there can be."""
+    """Write a caption that no other exceeds in words, different words or letters on signs."""
     words = sorted(sum(SCRIPTS[script], ()), key=len, reverse=True)
-    ways = ("down right", "up left")                                    # no word in common
+    ways = ("down right", "up left")                                    # without a common word
     return caption(World(tuple(Thing(color, "sign", ways[i % 2], "slow", word)
                                for i, color, word in zip(range(things), COLORS, words))))
 
@@ -361,7 +360,7 @@ GRAMMAR = re.compile(
 
 
 def parse(prompt: str) -> list[dict[str, str]]:
-    """Read what a prompt asks for, one dict for each object; [] where it is not of the grammar.
+    """Read what a prompt asks for, one dict for each object; [] if it is not of the grammar.
 
     Objects of one prompt have different colours: the judge tells them apart by colour."""
     parts = [GRAMMAR.fullmatch(p) for p in " ".join(prompt.split()).split(" and ")]
@@ -375,10 +374,10 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
                  script: str = "latin") -> list[tuple[str, str]]:
     """Draw (kind, prompt) to judge a model by, the same for the same seed.
 
-    n of kind `trained` (3/5 shapes, 2/5 one-letter signs); 3n/10 `heldout`, shapes in combinations
-    never trained on; n/5 `words` of several letters and n/5 `words_heldout`. Of several objects at
-    least one is a sign, of any length, where a sign is asked for: a letter is so large that hardly
-    anything fits beside it."""
+    n of kind `trained` (3/5 shapes, 2/5 one-letter signs); 3n/10 `heldout`, shapes in held-out
+    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects, a
+    prompt with signs may have words of any length and shapes too: a single letter is so large that
+    hardly anything fits beside it."""
     rng = random.Random(f"prompts/{seed}")
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
     out: list[tuple[str, str]] = []
@@ -405,7 +404,7 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
 def seen_colors(x: Tensor) -> Tensor:
     """Name the colour of each pixel: x (3, ...) in [0, 1] -> index into COLORS (...).
 
-    Nearest hue, with brightness divided out: blur mixes a colour with the dark background."""
+    Brightness is divided out, because blur mixes a colour with the dark background."""
     palette = torch.tensor(list(COLORS.values()))
     palette = palette / palette.amax(1, keepdim=True)
     x = x / x.amax(0, keepdim=True).clamp_min(1e-3)
@@ -424,8 +423,8 @@ def track(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def centred_sprite(alpha: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
-    """Take the motion out: shift each frame of alpha (T, H, W) so that its (cx, cy) comes to the
-    centre, and average the frames -> (H, W). What flickers or changes shape becomes a blur."""
+    """Remove the motion: shift each frame of alpha (T, H, W) so that its (cx, cy) is at the centre,
+    and average the frames -> (H, W). An object that flickers or changes its shape is blurred."""
     T, H, W = alpha.shape
     theta = torch.zeros(T, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1
@@ -437,7 +436,7 @@ def centred_sprite(alpha: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
 @cache
 def templates(H: int, script: str) -> tuple[Tensor, list[tuple[str, str]]]:
     """Make the sprite of every shape, at eight sizes, and of every word -> (K, H * H) unit rows and
-    (shape, word) of each. They are measured from rendered clips, as the clips to be judged are."""
+    (shape, word) of each. They are made from rendered clips in the same way as sprites to judge."""
     shape = Thing("white", "circle", "right", "slow", x=0.4)
     things = [replace(shape, shape=s, radius=r / 200) for s in SHAPES for r in range(26, 42, 2)]
     sign = replace(shape, shape="sign", x=0.38)
@@ -456,9 +455,9 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
     """Measure colour, shape, direction, speed and text of `things` objects in a clip (3, T, H, W)
     in [-1, 1], from its pixels alone; "none" where nothing can be seen.
 
-    Background: the median pixel of the rim. An object: what differs from it, in the colours that
-    cover most. Direction and speed: a straight line through the centres of mass. Shape and text:
-    the best matching template."""
+    The background is the median pixel of the rim; objects are what differs from it, in the colours
+    that cover most. Direction and speed come from a straight line through the centres of mass,
+    shape and text from the template that fits best."""
     x = ((clip.float() + 1) / 2).clamp(0, 1)
     T, H, W = x.shape[1:]
     rim = torch.ones(H, W, dtype=torch.bool)
@@ -487,8 +486,8 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
 
 def judge(clip: Tensor, prompt: str) -> dict[str, bool]:
     """Compare a clip (3, T, H, W) with a prompt: color, shape, direction, speed, and text if the
-    prompt has a sign. Of several objects, found by their colour, each verdict holds for all.
-    ValueError for a prompt that is not of the grammar."""
+    prompt has a sign. With several objects, told apart by colour, a verdict is True if it is true
+    of all. ValueError for a prompt that is not of the grammar."""
     wanted = parse(prompt)
     if not wanted:
         raise ValueError(f"prompt {prompt!r}: not of the toy world's grammar")
@@ -503,15 +502,15 @@ def judge(clip: Tensor, prompt: str) -> dict[str, bool]:
 
 def accuracy(verdicts: list[dict[str, bool]],
              keys=("color", "shape", "direction", "speed", "text")) -> dict[str, float]:
-    """Give the share of verdicts that hold, for each key, among those that have it."""
+    """Give the share of true verdicts for each key, among the verdicts that have it."""
     votes = {key: [v[key] for v in verdicts if key in v] for key in keys}
     return {key: sum(v) / len(v) for key, v in votes.items() if v}
 
 
 def check_judge(seed: int, n: int = 500, things: int = 1, frames: int = 16, size: int = 32,
                 script: str = "latin") -> dict[str, float]:
-    """Measure how often the judge agrees with the truth, on n rendered clips (on fewer, 20 at
-    least, where clips are large)."""
+    """Measure how often the judge agrees with the truth, on n rendered clips (on fewer, but at
+    least 20, if they are large)."""
     rng = random.Random(f"judge/{seed}")
     worlds = [sample_world(rng, things, heldout=None, frames=frames, script=script)
               for _ in range(max(20, min(n, 2**25 // (frames * size * size))))]
@@ -522,12 +521,11 @@ def check_judge(seed: int, n: int = 500, things: int = 1, frames: int = 16, size
 
 
 def draw_sheet(out: Path, seed: int) -> None:
-    """Draw world.png, 21 captioned clips of four frames each, and world.gif, the same in motion."""
+    """Draw world.png: 21 captioned clips, four frames of each."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.animation import FuncAnimation, PillowWriter
 
     rng = random.Random(f"sheet/{seed}")
     worlds = [sample_world(rng, things=1 if i < 15 else 2) for i in range(21)]
@@ -539,18 +537,13 @@ def draw_sheet(out: Path, seed: int) -> None:
         ax.imshow(torch.cat([F.pad(frame, (0, 0, 0, 2), value=1.0) for frame in clip[::5]], 1))
     figure.tight_layout(pad=0.5)
     figure.savefig(out / "world.png", dpi=110)
-    for ax in axes.flat:
-        ax.images[0].remove()
-    pictures = [ax.imshow(clip[0]) for ax, clip in zip(axes.flat, clips)]
-    show = lambda t: [picture.set_data(clip[t]) for picture, clip in zip(pictures, clips)]
-    FuncAnimation(figure, show, frames=16).save(out / "world.gif", PillowWriter(fps=8), dpi=60)
     plt.close(figure)
-    print(f"wrote {out / 'world.png'}, {out / 'world.gif'}")
+    print(f"wrote {out / 'world.png'}")
 
 
 def demo(out: Path, seed: int = 0) -> bool:
-    """Draw the sheet; then show that the judge agrees with the truth, and that against the captions
-    of other clips it agrees only as often as chance would."""
+    """Draw the sheet; then show that the judge agrees with the truth, and with captions of other
+    clips only as often as those happen to be true."""
     out.mkdir(parents=True, exist_ok=True)
     draw_sheet(out, seed)
     vx, vy = draw_and_measure(0.5, -0.25)
@@ -565,7 +558,7 @@ def demo(out: Path, seed: int = 0) -> bool:
     asked = [caption(w) for w in worlds[1:] + worlds[:1]]
     wrong = accuracy([judge(clip, prompt) for clip, prompt in zip(render(worlds), asked)])
     pairs = [(parse(caption(w))[0], parse(prompt)[0]) for w, prompt in zip(worlds, asked)]
-    for key, share in wrong.items():            # chance: how often two captions agree anyway
+    for key, share in wrong.items():            # chance: how often two captions agree
         chance = accuracy([{key: a[key] == b[key]} for a, b in pairs if b[key]])[key]
         claims.append((f"shuffled captions, judge agrees on {key}", share, "<=", chance + 0.03))
 

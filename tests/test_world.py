@@ -261,4 +261,4 @@ def test_a_copied_file_runs_its_demo(tmp_path):
                           text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("PASS") == 16 and "FAIL" not in done.stdout
-    assert {p.name for p in Path(tmp_path, "out/world").iterdir()} == {"world.png", "world.gif"}
+    assert {p.name for p in Path(tmp_path, "out/world").iterdir()} == {"world.png"}
