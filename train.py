@@ -340,7 +340,7 @@ SCALES: dict[str, Callable[[], Config]] = {
         text=replace(text_cond.PRESETS["toy"]),
         dit=replace(backbone.PRESETS["toy"]),
         clips=ClipConfig(count=18432),
-        train_dit=TrainDiT(steps=3500, batch=16, lr=1.4e-3, warmup=100, ema=0.995, align=0.1),
+        train_dit=TrainDiT(steps=3000, batch=16, lr=1.4e-3, warmup=100, ema=0.995, align=0.1),
         flow=FlowConfig(std=1.3, shift=2.0),   # place and direction are decided near the noise
         sdot=SDOTConfig(solver="pot"),
         sample=SampleConfig(steps=16, schedule="shifted", guidance=5.0),

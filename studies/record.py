@@ -4,15 +4,16 @@ Run:    python studies/record.py --against edb935f
 Time:   TIME on 2 cores
 Answer: ANSWER
 
-The speed-run. `python train.py --scale toy` runs whole, in a fresh folder, once for each seed, one
-run after the other on all cores. The row says the seconds of the whole job (their median) and of
+The speed-run. `torchrun --nproc_per_node 2 train.py --scale toy`, a rank on each of two cores, runs
+whole in a fresh folder, once for each seed, one run after the other. The row says the seconds of the whole job (their median) and of
 each stage, and what share of the prompts the clips follow (mean +- spread over the seeds). It is a
 record if the means reach LEAST and the judge can be trusted as before. Data, grammar, judge and
 prompts are those of world.py: who changes them starts a new table.
 
 Seconds hold for one machine only. So --against runs another commit of this repository, with the
-first seed, between our own runs, and prints the ratio of the times. Nothing else may run meanwhile.
-A study that was stopped begins its unfinished run anew, since its time would be wrong.
+first seed, before our own runs, and prints the ratio of the times: `python train.py --scale toy`,
+one process with a thread on each core. Nothing else may run meanwhile. A study that was stopped
+begins its unfinished run anew, since its time would be wrong.
 """
 import json
 import platform
@@ -53,8 +54,9 @@ def tree_of(commit, out):
     return tree
 
 
-def measured(tree, name, seed, out):
+def measured(tree, name, seed, out, ranks=1):
     """Run the main job of `tree` in a fresh folder -> {"seconds", "stages", "accuracy", ...}."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     folder = (out / f"{name}-{seed}").resolve()
     result = folder.with_name(folder.name + ".json")
     if not result.exists():
@@ -63,9 +65,9 @@ def measured(tree, name, seed, out):
         print(f"{folder.name}: running; what it says is in {folder}.txt", flush=True)
         began = time.monotonic()
         with open(f"{folder}.txt", "w", encoding="utf-8") as said:
-            code = subprocess.run([sys.executable, "train.py", "--scale", "toy", "--seed",
-                                   str(seed), "--workdir", folder], cwd=tree, stdout=said,
-                                  stderr=subprocess.STDOUT).returncode
+            code = subprocess.run([sys.executable, *(launch if ranks > 1 else []), "train.py",
+                                   "--scale", "toy", "--seed", str(seed), "--workdir", folder],
+                                  cwd=tree, stdout=said, stderr=subprocess.STDOUT).returncode
         seconds = time.monotonic() - began
         if code or not (folder / "report.json").exists():
             raise SystemExit(f"{folder.name}: {'failed' if code else 'stopped'}; what it said is "
@@ -113,16 +115,15 @@ def cpu():
 def main():
     parser = common.Parser(__doc__, "record")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ranks", type=common.whole, default=2, help="one for each core")
     parser.add_argument("--against", metavar="COMMIT", help="another commit, run with one seed")
     args = parser.parse_args()
     name = git("describe", "--always", "--dirty", "--abbrev=7", "--exclude=*")
     other = tree_of(args.against, args.out) if args.against else None
 
-    ours, theirs = [], []
-    for k, seed in enumerate(args.seeds):
-        ours.append(measured(common.ROOT, name, seed, args.out))
-        if other and k == 0:
-            theirs.append(measured(other, other.name.removeprefix("tree-"), seed, args.out))
+    theirs = [measured(other, other.name.removeprefix("tree-"), args.seeds[0], args.out)
+              ] if other else []
+    ours = [measured(common.ROOT, name, seed, args.out, args.ranks) for seed in args.seeds]
 
     took = [statistics.median(row["seconds"] for row in rows) for rows in (ours, theirs) if rows]
     print("| commit | ratio | seconds | " + " / ".join(STAGES) + " | PSNR, dB | validation loss | "

@@ -192,7 +192,7 @@ def test_a_record_is_of_fresh_runs_and_its_means_decide(tmp_path, monkeypatch, c
     out = tmp_path / "out"
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["record.py", "--out", str(out), *words])
+        monkeypatch.setattr(sys, "argv", ["record.py", "--out", str(out), "--ranks", "1", *words])
         record.main()
         return capsys.readouterr().out
 
