@@ -5,10 +5,10 @@ Time:   TIME on 2 cores
 Answer: ANSWER
 
 The speed-run. `torchrun --nproc_per_node 2 train.py --scale toy`, a rank on each of two cores, runs
-whole in a fresh folder, once for each seed, one run after the other. The row says the seconds of the whole job (their median) and of
-each stage, and what share of the prompts the clips follow (mean +- spread over the seeds). It is a
-record if the means reach LEAST and the judge can be trusted as before. Data, grammar, judge and
-prompts are those of world.py: who changes them starts a new table.
+whole in a fresh folder, once for each seed, one run after the other. The row says the seconds of
+the whole job (their median) and of each stage, and what share of the prompts the clips follow (mean
++- spread over the seeds). It is a record if the means reach LEAST and the judge can be trusted as
+before. Data, grammar, judge and prompts are those of world.py: who changes them starts a new table.
 
 Seconds hold for one machine only. So --against runs another commit of this repository, with the
 first seed, before our own runs, and prints the ratio of the times: `python train.py --scale toy`,
