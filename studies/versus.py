@@ -42,8 +42,8 @@ import train
 import world
 
 AXES = {"overall": "Which clip is better, all in all?",
-        "text": "Which clip shows better what the text says?",
-        "motion": "Which clip moves better: smoothly, fully, as things do?"}
+        "text": "Which clip follows the text better?",
+        "motion": "In which clip is the motion better: smooth, complete, natural?"}
 SECONDS = 5                                             # that a vote takes
 
 
@@ -315,7 +315,7 @@ def agreement(prompts):
 # ---- 4. The count --------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def whole(path):
+def reading(path):
     """Turn what a damaged file raises into one line that names it."""
     try:
         yield
@@ -328,12 +328,12 @@ def read_votes(paths, key_file):
     is one rater's. ValueError for what cannot be counted."""
     if not key_file.exists():
         raise ValueError(f"{key_file}: not there; --out names the folder of the page and its key")
-    with whole(key_file):
+    with reading(key_file):
         key = json.loads(key_file.read_text(encoding="utf-8-sig"))
         pairs, page = {pair["id"]: pair for pair in key["pairs"]}, key["page"]
     rows, files = [], {}
     for path in paths:
-        with whole(path):
+        with reading(path):
             found = json.loads(path.read_text(encoding="utf-8-sig"))
             rater, of = str(found["rater"]), found["page"]
         if of != page:
@@ -341,7 +341,7 @@ def read_votes(paths, key_file):
         if rater in files:
             raise ValueError(f"{path}: the same rater as in {files[rater]}; give the later file")
         files[rater], before = path, len(rows)
-        with whole(path):
+        with reading(path):
             for axis, pair, side in map(itemgetter("axis", "pair", "vote"), found["votes"]):
                 if axis not in AXES:
                     raise ValueError(f"no question {axis!r}")
