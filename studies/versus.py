@@ -189,7 +189,18 @@ const newcomer = () => ({page: page.id, votes: [],
 
 // Votes are a list in the order of todo, so its length is the place where the rater is.
 let state = newcomer(), begun = -1, shown = null, start = 0;
-try { state = JSON.parse(localStorage[store]) } catch { /* nothing kept, or no place to keep it */ }
+const keep = () => { try { localStorage[store] = JSON.stringify(state) } catch { /* no place */ } };
+
+// Of a file's pages, Chromium gives one in fifty an empty storage that it forgets. So a page that
+// finds nothing leaves a list without votes, and loads again: what finds that list is kept.
+const tries = Number(location.hash.slice(1));
+try {
+  state = JSON.parse(localStorage[store]);
+  history.replaceState(null, "", "#");
+} catch {
+  keep();
+  if (tries < 4) { location.hash = tries + 1; location.reload() }
+}
 
 function show() {
   const done = state.votes.length, now = todo[done], pairs = page.pairs.length;
@@ -233,7 +244,7 @@ function act(what) {
     [state, begun] = [newcomer(), -1];
   } else if (shown) state.votes.push({axis: now.axis, pair: now.pair.id, vote: what});
   else return;                                          // no vote before both clips are there
-  try { localStorage[store] = JSON.stringify(state) } catch { /* they are still in memory */ }
+  keep();
   show();
 }
 
