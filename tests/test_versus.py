@@ -445,7 +445,8 @@ class Browser:
                 continue
             answer = json.loads(text)
             if answer.get("id") == self.number:
-                assert "error" not in answer, (method, answer["error"])
+                if "error" in answer:
+                    raise LookupError(method, answer["error"])
                 return answer["result"]
 
     def open(self, address):
@@ -456,9 +457,13 @@ class Browser:
         self.go(address)
 
     def go(self, address):
+        """Load the page; where it has a #, it is about to load again, and may have no answer."""
+        def ready():
+            with contextlib.suppress(LookupError):
+                return self.js("document.readyState === 'complete' && typeof todo === 'object'"
+                               " && !location.hash")
         self.call("Page.navigate", url=address)
-        self.until("document.readyState === 'complete' && typeof todo === 'object'"
-                   " && !location.hash")                # with one, the page is about to load again
+        wait(ready)
 
     def js(self, code):
         """The value of an expression in the page."""
@@ -475,7 +480,7 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key)
 
     def close(self):
-        with contextlib.suppress(OSError, AssertionError):
+        with contextlib.suppress(OSError, AssertionError, LookupError):
             self.call("Browser.close")
         self.process.wait(60)
         self.out.close(); self.inn.close()
