@@ -51,7 +51,7 @@ from torch import Tensor
 VFn = Callable[[Tensor, Tensor], Tensor]  # v_fn(x (B, ...), t (B,)) -> v (B, ...)
 
 
-# ---- 1. The idea: path, velocity, loss; Euler and guidance ---------------------------------------
+# ---- 1. The idea: path, velocity, loss; guidance and Euler ---------------------------------------
 def like(t: Tensor, x: Tensor) -> Tensor:
     """Reshape t (B,) to (B, 1, ..., 1), so that it broadcasts over x (B, ...)."""
     return t.reshape(t.shape + (1,) * (x.ndim - 1))
@@ -98,6 +98,17 @@ def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = Non
     return (fp32(v_fn(x_t, t)) - target).square().mean()
 
 
+def guide(v_cond: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """Return v_u + scale (v_c - v_u) [CFG]: the conditional model at 1, the unconditional at 0.
+
+    scale: a number, or (B,). Papers also write (1 + w) v_c - w v_u: the same with scale = 1 + w.
+    Movie Gen samples at 7.5.
+    """
+    if isinstance(scale, Tensor) and scale.ndim:
+        scale = like(scale, v_cond)
+    return v_uncond + scale * (v_cond - v_uncond)
+
+
 def euler(f, x, t, h):
     """Return x at t + h, by one step of Euler's method: v is taken as constant in between."""
     return x + h * f(x, t)
@@ -126,17 +137,6 @@ def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", trajectory:
         x = step(f, x, t, end - t)
         path = [*path, x] if trajectory else path
     return torch.stack(path) if trajectory else x
-
-
-def guide(v_cond: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """Return v_u + scale (v_c - v_u) [CFG]: the conditional model at 1, the unconditional at 0.
-
-    scale: a number, or (B,). Papers also write (1 + w) v_c - w v_u: the same with scale = 1 + w.
-    Movie Gen samples at 7.5.
-    """
-    if isinstance(scale, Tensor) and scale.ndim:
-        scale = like(scale, v_cond)
-    return v_uncond + scale * (v_cond - v_uncond)
 
 
 def guided(v_cond: VFn, v_uncond: VFn, scale: float | Tensor,
