@@ -2360,7 +2360,7 @@ class Command:
     device: Literal["", "cpu", "cuda"] = ""  # default: cuda if there is one
     dp: int = 0  # ranks that share out parameters and clips (default: all that are left)
     sp: int = 1  # ranks that share the tokens of a clip, in the dit stage
-    replicate: int = 0  # copies of the model, each of one rank or more; 0: of toy and small many
+    replicate: int = 0  # copies of the model; 0: for toy and small as many as fit, else one
     reshard: bool = True  # free a block's parameters after its forward pass
     timeout: float = 600.0  # seconds that a rank waits for the others in a collective
     plan: bool = False  # print what the dit stage would take, and end; needs no GPU
