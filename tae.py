@@ -207,8 +207,10 @@ PRESETS = {
     # 4x4x4: a clip of 16 x 32 x 32 becomes (8, 4, 8, 8)
     "toy": TAEConfig(channels=64, mult=(1, 1, 1), space_stride=(1, 1), time_stride=(2, 2), stem=4,
                      res_blocks=(0, 1, 1), decoder_extra=0, latent_channels=8),
-    # 8x8x8 from here on
-    "small": TAEConfig(channels=64, mult=(1, 2, 4, 4), res_blocks=(1, 1, 1, 1)),
+    # 4x8x8: a clip of 16 x 64 x 64 becomes (16, 4, 8, 8)
+    "small": TAEConfig(channels=64, mult=(1, 2, 2), space_stride=(2, 1), time_stride=(2, 2), stem=4,
+                       res_blocks=(0, 1, 1), decoder_extra=0),
+    # 8x8x8
     "paper": TAEConfig(),                                                   # 114.06 M parameters
 }
 VIDTWIN_PRESETS = {     # toy and small: as many values as the presets above, half in each latent
@@ -216,12 +218,13 @@ VIDTWIN_PRESETS = {     # toy and small: as many values as the presets above, ha
                          query_layers=2, query_heads=4, query_ffn=64, structure_down=0,
                          structure_channels=8, dynamics_down=0),
     "small": VidTwinConfig(size=64, patch=8, width=256, depth=6, heads=8, queries=8,
-                           query_layers=4, query_ffn=256, structure_channels=8),
+                           query_layers=4, query_ffn=256, structure_channels=16,
+                           dynamics_channels=16),
     "paper": VidTwinConfig(),                                               # 312.1 M
 }
 LOSSES = {
     "toy": LossConfig(l1=0.0, l2=4.0, kl=5e-3),
-    "small": LossConfig(kl=1e-5),
+    "small": LossConfig(l1=0.0, l2=4.0, kl=5e-3),
     "paper": LossConfig(),
 }
 

@@ -128,7 +128,7 @@ class TextConfig:
 
 PRESETS = {
     "toy":   TextConfig("toy", 160, layers=0),  # so it learns to spell soonest: studies/README.md
-    "small": TextConfig("toy", 384),
+    "small": TextConfig("toy", 256),
     "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # many captions, much memory
     "5b":    TextConfig("pretrained", 3072, offload="cpu"),
     "30b":   TextConfig("pretrained", 6144, offload="cpu"),
@@ -250,8 +250,11 @@ class Layer(nn.Module):
 class SequenceEncoder(nn.Module):
     """Map ids (B, L), 0 = padding, to features (B, L, width): the toy UL2 and the toy ByT5.
 
-    Positions are added here, once: the backbone's cross-attention has none for the text, and
-    without them CAT and ACT would be the same set of letters."""
+    Positions enter here, once: the backbone's cross-attention has none for the text, and without
+    them CAT and ACT would be the same set of letters. They rotate the embeddings, as RoPE rotates
+    queries. With sums the two would still have the same mean, (C + 1st) + (A + 2nd) + (T + 3rd),
+    and attention has to learn to tell places apart first. Rotated, a letter at another place is
+    another vector, and the means differ."""
 
     def __init__(self, embedding, width, layers, heads):
         super().__init__()
@@ -260,10 +263,11 @@ class SequenceEncoder(nn.Module):
 
     def forward(self, ids):
         B, L = ids.shape
-        x = self.embedding(ids)                                                 # (B, L, width)
-        i, l = (torch.arange(n, device=ids.device) for n in (x.shape[-1] // 2, L))
-        angle = l[:, None] * torch.exp(-math.log(1e4) * i / len(i))             # (L, width/2)
-        x = x + torch.cat([angle.cos(), angle.sin()], dim=-1)
+        x, y = self.embedding(ids).chunk(2, dim=-1)                             # (B, L, width/2)
+        i, l = (torch.arange(n, device=ids.device) for n in (x.shape[-1], L))
+        angle = l[:, None] * torch.exp(-math.log(100) * i / len(i))             # (L, width/2)
+        cos, sin = angle.cos(), angle.sin()
+        x = torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)           # (B, L, width)
         # A row without a single token (nothing quoted) would have nothing to attend to: NaN in
         # some kernels. We let it attend to its first padding; the result is masked afterwards.
         mask = (ids != 0) | (l == 0)                                            # (B, L)

@@ -335,30 +335,31 @@ SCALES: dict[str, Callable[[], Config]] = {
         tae=replace(autoencoder.PRESETS["toy"]),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["toy"]),
         loss=replace(autoencoder.LOSSES["toy"]),
-        train_tae=TrainTAE(steps=2000, batch=4, lr=2e-3, image_steps=150, crowd=6, window=8,
-                           finish=0.2),
+        train_tae=TrainTAE(steps=1000, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8,
+                           finish=0.15),
         text=replace(text_cond.PRESETS["toy"]),
         dit=replace(backbone.PRESETS["toy"]),
-        clips=ClipConfig(count=18432),
-        train_dit=TrainDiT(steps=3000, batch=16, lr=1.4e-3, warmup=100, ema=0.995, align=0.1),
+        clips=ClipConfig(count=10240),
+        train_dit=TrainDiT(steps=2400, batch=16, lr=1.4e-3, warmup=100, ema=0.995, align=0.1),
         flow=FlowConfig(std=1.3, shift=2.0),   # place and direction are decided near the noise
         sdot=SDOTConfig(solver="pot"),
         sample=SampleConfig(steps=16, schedule="shifted", guidance=5.0),
     ),
-    # one GPU, hours: 16 x 64 x 64 clips with two objects, 8 x 8 x 8, latent (16, 2, 8, 8)
+    # 2 CPU cores, hours: 16 x 64 x 64 clips with two objects, latent (16, 4, 8, 8), 64 tokens
     "small": lambda: Config(
         scale="small", coupling="independent", patch=(1, 2, 2),
-        clips=ClipConfig(size=64, things=2, count=50_000),
+        clips=ClipConfig(size=64, things=2, count=40_960),
         tae=replace(autoencoder.PRESETS["small"]),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["small"]),
         loss=replace(autoencoder.LOSSES["small"]),
-        train_tae=TrainTAE(steps=40_000, batch=32, lr=4e-4, warmup=500, image_steps=10_000,
-                           image_batch=128, every=2000),
+        train_tae=TrainTAE(steps=6000, batch=4, lr=2e-3, image_steps=300, crowd=6, window=8,
+                           finish=0.2),
         text=replace(text_cond.PRESETS["small"]),
         dit=replace(backbone.PRESETS["small"]),
-        train_dit=TrainDiT(steps=100_000, batch=256, lr=3e-4, warmup=1000, ema=0.9999, every=2000,
+        train_dit=TrainDiT(steps=20_000, batch=32, lr=1e-3, warmup=200, ema=0.999, every=500,
                            align=0.1),
-        sample=SampleConfig(steps=50),
+        flow=FlowConfig(std=1.3, shift=2.0),
+        sample=SampleConfig(steps=25, schedule="shifted", guidance=5.0),
     ),
     # 8 GPUs, weeks: 4 s at 8 frames a second, 256 px; 4 x 16 x 16 = 1024 tokens
     "1b": lambda: paper_scale(
@@ -505,7 +506,8 @@ class ToyClips:
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
         training, length = split == "tae", max(c.frames, t.window)
         scene = world.sample_world(rng, max(c.things, t.crowd) if training else c.things,
-                                   frames=length, overlap=training, script=c.script)
+                                   frames=length, overlap=training, script=c.script,
+                                   cap=world.cap_of(c.things))
         fast = training and t.motion > 1
         interval = world.motion_interval(rng, done, t.motion) if fast else 1.0
         side, start = max(H, W), rng.randint(0, max(0, length - T))

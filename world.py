@@ -101,6 +101,7 @@ class Thing:
     direction: str
     speed: str
     word: str = ""  # the text of a sign
+    cap: float = 0.0  # height of a sign's capitals; 0: the largest for a sign alone
     radius: float = 0.17  # of the circle with the same area; unused by signs
     x: float = 0.5  # centre in the first frame
     y: float = 0.5
@@ -198,9 +199,11 @@ def bitmap(shape: str, word: str, radius: int) -> Tensor:
 
 
 def bitmap_of(thing: Thing, H: int) -> tuple[str, str, int]:
-    """Give the arguments of `bitmap` for a picture H pixels high. Short words are larger: at H = 32
-    capitals of 16, 11 and 8 pixels, Chinese characters, which are wider, of 15 and 10."""
-    cap = {1: 16, 2: 11}.get(len(thing.word), 8) / 32 - (not thing.word.isascii()) / 32
+    """Give the arguments of `bitmap` for a picture H pixels high. On a sign alone short words are
+    larger: at H = 32 capitals of 16, 11 and 8 pixels; Chinese characters, which are wider, of 15
+    and 10."""
+    cap = thing.cap or {1: 16, 2: 11}.get(len(thing.word), 8) / 32
+    cap -= (not thing.word.isascii()) / 32
     size = cap if thing.shape == "sign" else thing.radius
     return thing.shape, thing.word, round(size * H * SUPERSAMPLE)
 
@@ -262,6 +265,11 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
 WANDER = {"sign": 1 / 32, "shape": 3 / 32}      # how far from the centre a single object may pass
 
 
+def cap_of(things: int) -> float:
+    """Give the height of capitals in worlds of so many objects; 0: the largest for each length."""
+    return 6 / 32 if things > 1 else 0.0
+
+
 def place(thing: Thing, rng: random.Random, frames: int = 16, wander: float = 1.0) -> Thing:
     """Choose where an object starts, so that its path stays in the picture and the middle of the
     path is within `wander` of the picture's centre."""
@@ -282,13 +290,15 @@ def apart(a: Thing, b: Thing, frames: int) -> bool:
 
 def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
                  heldout: bool | None = False, frames: int = 16, overlap: bool = False,
-                 script: str = "latin") -> World:
+                 script: str = "latin", cap: float = 0.0) -> World:
     """Draw a world of several objects of different colours, which overlap only if `overlap`.
 
     signs: the share of signs. 70 % of them show one letter, the others words, each length equally
-    often. heldout: False as in training, True for what is held out, None for both."""
+    often; with a `cap`, the height of their capitals, one letter is as often as any other length.
+    heldout: False as in training, True for what is held out, None for both."""
     letters, words, never = SCRIPTS[script]
     lengths = sorted({len(w) for w in words})
+    single = 1 / (1 + len(lengths)) if cap else 0.7
     drawn: list[Thing] = []
     tries = 0
     while len(drawn) < things:
@@ -296,7 +306,7 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
         if tries % 50 == 0:                     # nothing else fits: start again
             drawn.clear()
         sign = rng.random() < signs
-        shares = (0.7, *[0.3 / len(lengths)] * len(lengths))
+        shares = (single, *[(1 - single) / len(lengths)] * len(lengths))
         length = rng.choices((1, *lengths), shares)[0]
         choice = letters if length == 1 else [w for w in words + never if len(w) == length]
         thing = Thing(
@@ -304,14 +314,16 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
             shape="sign" if sign else rng.choice(SHAPES),
             direction=rng.choice(list(DIRECTIONS)),
             speed="slow" if sign else rng.choice(list(SPEEDS)),         # a long word has no room
-            word=rng.choice(choice) if sign else "",
+            word=rng.choice(choice) if sign else "", cap=cap if sign else 0.0,
             radius=rng.uniform(0.17, 0.19))
         if heldout is not None and is_heldout(thing) != heldout:
             continue
         wander = WANDER["sign" if sign else "shape"] if things == 1 else 1.0
-        thing = place(thing, rng, frames, wander)
-        if overlap or all(apart(thing, d, frames) for d in drawn):
-            drawn.append(thing)
+        for _ in range(20):                     # a large sign needs several tries to find room
+            thing = place(thing, rng, frames, wander)
+            if overlap or all(apart(thing, d, frames) for d in drawn):
+                drawn.append(thing)
+                break
     return World(tuple(drawn), background=rng.uniform(0.0, 0.15))
 
 
@@ -375,9 +387,8 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
     """Draw (kind, prompt) to judge a model by, the same for the same seed.
 
     n of kind `trained` (3/5 shapes, 2/5 one-letter signs); 3n/10 `heldout`, shapes in held-out
-    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects, a
-    prompt with signs may have words of any length and shapes too: a single letter is so large that
-    hardly anything fits beside it."""
+    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects, two
+    fifths of them are signs, and a prompt of kind `words` has a word of several letters."""
     rng = random.Random(f"prompts/{seed}")
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
     out: list[tuple[str, str]] = []
@@ -387,11 +398,11 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
             sign = kind.startswith("words") or (kind == "trained" and got < 2 * n // 5)
             share = float(sign) if things == 1 else 0.4 * sign
             world = sample_world(rng, things, share, heldout=kind.endswith("heldout"),
-                                 frames=frames, script=script)
-            lengths = [len(t.word) for t in world.things if t.word]
-            if sign and not lengths:
+                                 frames=frames, script=script, cap=cap_of(things))
+            longest = max(len(t.word) for t in world.things)
+            if sign and (longest == 0 or kind != "trained" and longest == 1):
                 continue
-            if sign and things == 1 and (kind == "trained") != (lengths == [1]):
+            if sign and things == 1 and kind == "trained" and longest > 1:
                 continue
             out.append((kind, caption(world)))
             got += 1
@@ -434,12 +445,12 @@ def centred_sprite(alpha: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
 
 
 @cache
-def templates(H: int, script: str) -> tuple[Tensor, list[tuple[str, str]]]:
+def templates(H: int, script: str, cap: float = 0.0) -> tuple[Tensor, list[tuple[str, str]]]:
     """Make the sprite of every shape, at eight sizes, and of every word -> (K, H * H) unit rows and
     (shape, word) of each. They are made from rendered clips in the same way as sprites to judge."""
     shape = Thing("white", "circle", "right", "slow", x=0.4)
     things = [replace(shape, shape=s, radius=r / 200) for s in SHAPES for r in range(26, 42, 2)]
-    sign = replace(shape, shape="sign", x=0.38)
+    sign = replace(shape, shape="sign", cap=cap, x=0.38)
     things += [replace(sign, word=w) for words in SCRIPTS[script] for w in words]
     rows = []
     for thing in things:
@@ -466,7 +477,7 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
     alpha = ((x - background).abs().amax(0) / 0.7).clamp(0, 1)                          # (T, H, W)
     colors = seen_colors(x)                                                             # (T, H, W)
     areas = torch.bincount(colors[alpha > 0.75], minlength=len(COLORS))
-    bank, labels = templates(H, script)
+    bank, labels = templates(H, script, cap_of(things))
     t = torch.arange(T) - (T - 1) / 2
     seen = []
     for color in areas.topk(things).indices.tolist():
@@ -512,7 +523,8 @@ def check_judge(seed: int, n: int = 500, things: int = 1, frames: int = 16, size
     """Measure how often the judge agrees with the truth, on n rendered clips (on fewer, but at
     least 20, if they are large)."""
     rng = random.Random(f"judge/{seed}")
-    worlds = [sample_world(rng, things, heldout=None, frames=frames, script=script)
+    worlds = [sample_world(rng, things, heldout=None, frames=frames, script=script,
+                           cap=cap_of(things))
               for _ in range(max(20, min(n, 2**25 // (frames * size * size))))]
     return accuracy([judge(render([w], frames, size)[0], caption(w)) for w in worlds])
 
@@ -528,7 +540,8 @@ def draw_sheet(out: Path, seed: int) -> None:
     import matplotlib.pyplot as plt
 
     rng = random.Random(f"sheet/{seed}")
-    worlds = [sample_world(rng, things=1 if i < 15 else 2) for i in range(21)]
+    worlds = [sample_world(rng) if i < 15 else sample_world(rng, 2, cap=cap_of(2))
+              for i in range(21)]
     clips = render(worlds, H=64).permute(0, 2, 3, 4, 1) / 2 + 0.5               # (B, T, H, W, 3)
     figure, axes = plt.subplots(7, 3, figsize=(12, 9))
     for ax, world, clip in zip(axes.flat, worlds, clips):

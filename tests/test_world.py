@@ -58,6 +58,21 @@ def test_what_moves_alone_passes_near_the_middle():
     assert any(abs(t.x - 0.5) > 0.25 for _ in range(20) for t in world.sample_world(rng, 2).things)
 
 
+def test_with_several_objects_words_of_every_length_are_as_often_and_of_one_height():
+    rng = random.Random(5)
+    signs = [t for _ in range(400) for t in world.sample_world(rng, 2, cap=world.cap_of(2)).things
+             if t.word]
+    assert 300 < len(signs) < 560                       # 2 in 5, and shapes find room less often
+    for length in (1, 2, 3):
+        assert 0.15 < sum(len(t.word) == length for t in signs) / len(signs) < 0.55
+    heights = {world.bitmap(*world.bitmap_of(t, 64)).shape[1] for t in signs}
+    assert heights == {(12 + 2 * 3) * world.SUPERSAMPLE}        # capitals of 12 pixels, two margins
+    prompts = world.test_prompts(0, 40, things=2)
+    words = [[len(p["text"]) for p in world.parse(text)] for kind, text in prompts
+             if kind.startswith("words")]
+    assert len(words) == 16 and all(len(w) == 2 and max(w) > 1 for w in words)
+
+
 def test_heldout_is_never_drawn_and_leaves_no_word_or_colour_out():
     rng = random.Random(0)
     drawn = [world.sample_world(rng).things[0] for _ in range(3000)]
@@ -212,7 +227,7 @@ def test_judge_agrees_with_two_objects():
 def test_judge_reads_prompts_typed_by_hand():
     """In another order than drawn, with "an" and spaces; each fact can be wrong."""
     a = world.Thing("red", "circle", "right", "fast", x=0.2, y=0.25)
-    b = world.Thing("blue", "sign", "left", "slow", "HE", x=0.6, y=0.75)
+    b = world.Thing("blue", "sign", "left", "slow", "HE", world.cap_of(2), x=0.6, y=0.75)
     (clip,) = world.render([world.World((a, b))], H=64)
     right = 'a blue sign saying "HE" moving left and  an red circle moving right fast '
     assert world.judge(clip, right) == dict.fromkeys(
