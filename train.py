@@ -197,7 +197,7 @@ class TrainConfig:
     clip: float = 1.0  # the largest gradient norm
     ema: float = 0.0  # moving average of the weights; 0: none
     every: int = 200  # steps between checkpoints: a kill loses at most so many
-    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products (small on a GPU: bf16)
 
     def __post_init__(self):
         within(self, 0, 1e12, "steps", "warmup")
@@ -2470,7 +2470,12 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
     for name in ("data", "workdir", "base", "init"):
         if given.get(name) == "":
             raise UserError(f"--{name} '': no such folder")
-    cfg = taken_over(given) or SCALES[given.get("scale", "toy")]()
+    cfg = taken_over(given)
+    if not cfg:
+        cfg = SCALES[given.get("scale", "toy")]()
+        if cfg.scale == "small" and (command.plan or device_of(command).type == "cuda"):
+            for stage in ("train_tae", "train_dit"):
+                setattr(cfg, stage, replace(getattr(cfg, stage), precision="bf16"))
     had_data = bool(cfg.data)
     for name, section in list(vars(cfg).items()):
         if is_dataclass(section):
@@ -2582,9 +2587,14 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
                         "is no video token")
 
 
+def device_of(command: Command) -> torch.device:
+    """--device, or what there is."""
+    return torch.device(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def start_ranks(command: Command) -> torch.device:
     """Join the other ranks, if torchrun started several -> this rank's device."""
-    device = torch.device(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(command)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here")
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":

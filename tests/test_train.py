@@ -803,6 +803,20 @@ def test_memory_and_gpus_that_are_too_few_are_one_line(tmp_path, monkeypatch, ca
         assert capfd.readouterr().err == line
 
 
+def test_small_computes_in_bf16_on_a_gpu(monkeypatch):
+    def chosen(*flags):
+        cfg, _ = train.parse(list(flags))
+        return cfg.train_tae.precision, cfg.train_dit.precision
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen("--scale", "small") == ("fp32", "fp32")
+    assert chosen("--scale", "small", "--plan") == ("bf16", "bf16")            # a plan is for GPUs
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen("--scale", "small") == ("bf16", "bf16")
+    assert chosen("--scale", "small", "--device", "cpu") == chosen("--scale", "toy")
+    assert chosen("--scale", "small", "--train_dit.precision", "fp32") == ("bf16", "fp32")
+
+
 def test_torchrun_leaves_every_flag_to_us(capsys):
     """It claims a flag that is a prefix of one of its own, wherever that stands."""
     from torch.distributed.run import get_args_parser
