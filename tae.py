@@ -125,9 +125,10 @@ class TAEConfig:
                                  f"stride less than the {len(self.mult)} levels of mult")
         if self.channels % 4:
             raise ValueError(f"channels {self.channels}: must be a multiple of 4")
-        wider = [m != before for m, before in zip(self.mult, self.mult[:1] + self.mult)]
-        if len(self.res_blocks) != len(self.mult) or any(
-                w and not n for w, n in zip(wider, self.res_blocks)):
+        m, n, extra = self.mult, self.res_blocks, self.decoder_extra
+        pairs = list(zip(m, m[1:], n, n[1:]))           # of a level and the next, coarser one
+        if len(n) != len(m) or any(a != b and not (coarse and fine + extra)
+                                   for a, b, fine, coarse in pairs):
             raise ValueError(f"res_blocks {' '.join(map(str, self.res_blocks))}: a number for each "
                              f"of {len(self.mult)} levels, 1 or more where the width changes")
         if self.channels * self.mult[-1] % self.heads:
@@ -208,7 +209,7 @@ PRESETS = {
     "toy": TAEConfig(channels=64, mult=(1, 1, 1), space_stride=(1, 1), time_stride=(2, 2), stem=4,
                      res_blocks=(0, 1, 1), decoder_extra=0, latent_channels=8),
     # 4x8x8: a clip of 16 x 64 x 64 becomes (16, 4, 8, 8)
-    "small": TAEConfig(channels=64, mult=(1, 2, 2), space_stride=(2, 1), time_stride=(2, 2), stem=4,
+    "small": TAEConfig(channels=96, mult=(1, 1, 1), space_stride=(2, 1), time_stride=(2, 2), stem=4,
                        res_blocks=(0, 1, 1), decoder_extra=0),
     # 8x8x8
     "paper": TAEConfig(),                                                   # 114.06 M parameters

@@ -75,6 +75,7 @@ def test_parameters_and_rates():
     (TINY, {"mult": (1, 2)}, "space_stride 2 2 2: must be 1 or 2 each, one stride less than the 2"),
     (TINY, {"time_stride": (2, 3, 2)}, "time_stride 2 3 2: must be 1 or 2 each, one stride less"),
     (TINY, {"res_blocks": (1, 0, 1, 1)}, "res_blocks 1 0 1 1: a number for each of 4 levels, 1 or"),
+    (TINY, {"res_blocks": (0, 1, 1, 1)}, "res_blocks 0 1 1 1: a number for each of 4 levels, 1 or"),
     (TINY, {"channels": 3}, "channels 3: must be 4 or more"),
     (TINY, {"channels": 18}, "channels 18: must be a multiple of 4"),
     (TINY, {"mult": (1, 2, -2, 2)}, "mult 1 2 -2 2: must be 1 or more"),
