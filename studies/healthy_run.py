@@ -12,7 +12,7 @@ prompts and noise.
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import common
 import torch
@@ -36,9 +36,9 @@ def averaged(checkpoint, cfg):
     return state[part]
 
 
-def keep(out, folder, cfg, every):
+def keep(out, folder, cfg, every, kept):
     """Keep each checkpoint that is at a mark and whole, as a file that load_run reads."""
-    for percent in KEPT:
+    for percent in kept:
         checkpoint = folder / f"dit/step_{percent // 5 * every:07d}"
         file = out / f"at_{percent:03d}.safetensors"
         if (checkpoint / ".metadata").exists() and not file.exists():
@@ -47,21 +47,26 @@ def keep(out, folder, cfg, every):
                                | averaged(checkpoint, cfg), config=json.dumps(asdict(cfg)))
 
 
-def train_and_keep(base, out):
-    """Train the dit stage of `base` again -> {percent: a file with the weights at that point}."""
+def train_and_keep(base, out, kept=KEPT, seed=None, threads=2):
+    """Train the dit stage of `base` again -> {percent: a file with the weights at that point}.
+
+    kept: multiples of 5 below 100. seed: by default that of `base`."""
     folder, cfg = out / "run", train.read_config(base)
+    if seed is not None:
+        cfg = replace(cfg, seed=seed)
     every = cfg.train_dit.steps // 20
     if every < 1:
         raise SystemExit(f"{base}: fewer than 20 steps in the dit stage")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(common.train, folder, {
-            "base": base, "stage": "dit", "train_dit.every": every}, "model.safetensors", threads=2)
+            "base": base, "stage": "dit", "seed": cfg.seed, "train_dit.every": every},
+            "model.safetensors", threads=threads)
         while not running.done():
-            keep(out, folder, cfg, every)
+            keep(out, folder, cfg, every, kept)
             time.sleep(0.1)
         running.result()
-    keep(out, folder, cfg, every)
-    found = {percent: out / f"at_{percent:03d}.safetensors" for percent in KEPT}
+    keep(out, folder, cfg, every, kept)
+    found = {percent: out / f"at_{percent:03d}.safetensors" for percent in kept}
     return {p: file for p, file in found.items() if file.exists()} | {
         100: folder / "model.safetensors"}
 

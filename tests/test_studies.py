@@ -45,8 +45,10 @@ def test_nothing_outside_imports_a_study():
     for path in [*ROOT.glob("*.py"), *(p for p in STUDIES.glob("*.py"))]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        allowed = {"autoencoders"} if path.stem == "reenact" else set()     # a study and its sequel
-        assert not names & set(SCRIPTS) - allowed, path.name
+        names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        allowed = {"reenact": "autoencoders", "end_to_end": "couplings",    # what it goes on from
+                   "unseen_motion": "couplings", "physics": "healthy_run", "judge_rater": "versus"}
+        assert not names & set(SCRIPTS) - {allowed.get(path.stem)}, path.name
         assert "common" not in names or path.parent == STUDIES, path.name
 
 
@@ -256,3 +258,141 @@ def test_a_study_is_runs_that_can_be_continued(tmp_path, capfd):
     assert sum(after[p] != t for p, t in before.items()) == 1
     with pytest.raises(SystemExit, match="dit.depth 0: must be 1 or more"):     # train.py's line
         common.compare(base, out, {"wrong": {"dit.depth": 0}}, seeds=1)
+
+
+# ---- physics, and the judge as a rater ----
+
+def test_a_path_is_fitted_with_and_without_a_turn():
+    from physics import fit
+    t = torch.arange(16).double()
+    end, turns = t[-1:], torch.cat([torch.arange(1, 14, 0.25).double(), t[-1:]])
+    v, k, left = fit(3 - 0.5 * t, t, end)
+    assert (v, k) == pytest.approx((-0.5, 15)) and left.abs().max() < 1e-12
+    # What a line leaves of t^2 at T times has the mean square (T^2 - 1) (T^2 - 4) / 180.
+    assert fit(0.1 * t**2, t, end)[2].square().mean().item() == pytest.approx(
+        0.01 * 255 * 252 / 180)
+    v, k, left = fit(20 - 2 * (t - 8.5).abs(), t, turns)
+    assert (v, k) == pytest.approx((2, 8.5)) and left.abs().max() < 1e-12
+    assert fit(20 + 2 * t, t, turns)[:2] == pytest.approx((2, 15))              # it need not turn
+
+
+def squares(sizes, centres):
+    """A clip of white squares on black; centres (T, 2) in whole pixels, sizes odd."""
+    x = torch.full((3, len(sizes), 32, 32), -1.0)
+    for frame, size, (cx, cy) in zip(x.unbind(1), sizes, centres):
+        frame[:, cy - size // 2 : cy + size // 2 + 1, cx - size // 2 : cx + size // 2 + 1] = 1
+    return x
+
+
+def test_the_errors_of_clips_drawn_by_hand():
+    from physics import errors
+    steady = [(6 + t, 16) for t in range(16)]                                   # 1 pixel a frame
+    line, area, speed, direction, _ = errors(squares([9] * 16, steady),
+                                             "a white square moving right fast")
+    assert max(line, area, speed, direction) < 1e-5
+    _, _, speed, direction, _ = errors(squares([9] * 16, steady), "a white square moving up left")
+    assert (speed, direction) == pytest.approx((0.5, 135), abs=1e-4)
+    # Areas of 49 and 121 in turn: 36 from their mean of 85.
+    assert errors(squares([7, 11] * 8, steady), "a white square moving right")[1] == pytest.approx(
+        36 / 85, rel=1e-4)
+    jump = [(4 + t + (t > 7), 16) for t in range(16)]
+    left = torch.tensor([float(x) for x, _ in jump]).double()
+    t = torch.stack([torch.ones(16), torch.arange(16.0)], 1).double()
+    left = left - t @ torch.linalg.lstsq(t, left[:, None]).solution[:, 0]       # by torch's own
+    assert errors(squares([9] * 16, jump), "a white square moving right")[0] == pytest.approx(
+        left.square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_errors_where_an_object_is_not_seen():
+    from physics import errors
+    prompt = "a white square moving right fast"
+    clip = squares([9] * 16, [(4 + t, 16) for t in range(16)])
+    assert all(map(math.isnan, errors(torch.full((3, 16, 32, 32), -1.0), prompt)))
+    clip[:, 9:] = -1                                            # seen in 9 of 16 frames: a line,
+    line, area, speed, *_ = errors(clip, prompt)                # and an area that vanishes
+    assert max(line, speed) < 1e-5 and area == pytest.approx(math.sqrt(7 / 9), rel=1e-4)
+    clip[:, 7:] = -1
+    assert all(map(math.isnan, errors(clip, prompt)))
+
+
+@pytest.mark.parametrize("things, size", [(1, 32), (2, 64)])
+def test_real_clips_have_hardly_any_errors(things, size):
+    """They are drawn in quarters of a pixel: an RMS of sqrt(2 / 12) / 4 = 0.10 pixels of 32."""
+    import physics
+
+    import train
+    cfg = train.Config(clips=train.ClipConfig(things=things, size=size))
+    for fast in (False, True):
+        x, captions = physics.real_clips(cfg, 12, fast)
+        assert x.shape == (12, 3, 16, size, size)
+        e = torch.tensor([physics.errors(*pair, fast) for pair in zip(x, captions)])
+        assert not e[:, 0].isnan().any()
+        line, area, speed, direction, bounce = e.nanmedian(0).values.tolist()
+        assert line < 0.15 and area < 0.02 and speed < 0.02 and direction < 1
+        assert bounce < 0.05 if fast else math.isnan(bounce)
+
+
+def test_a_bounce_that_does_not_come():
+    from physics import errors
+    prompt = "a white square moving right fast"                                 # 2 pixels a frame
+    x = [min(6 + 2 * t, 26) for t in range(16)]                                 # it stops
+    assert errors(squares([9] * 16, [(a, 16) for a in x]), prompt, True)[4] > 0.7
+    x = [6 + 2 * t if t < 11 else 26 - (t - 10) for t in range(16)]             # at half the speed
+    assert errors(squares([9] * 16, [(a, 16) for a in x]), prompt, True)[4] == pytest.approx(
+        0.5, abs=0.1)
+
+
+def test_where_an_accuracy_is_saturated():
+    from physics import saturation
+    assert saturation({5: 0.2, 10: 0.97, 20: 0.9, 40: 0.965, 100: 0.98}) == 40
+    assert saturation({5: 0.97, 100: 0.98}) == 5 and saturation({5: 0.2, 100: 0.98}) == 100
+
+
+def test_votes_of_the_judge():
+    from judge_rater import vote, votes
+    yes, no = {"color": True, "shape": True}, {"color": True, "shape": False}
+    sign = {"color": False, "shape": True, "text": True}
+    assert [vote(yes, no, axis) for axis in ("all", "color", "shape")] == [1, 0, 1]
+    assert vote(no, yes, "all") == -1
+    a, b, c = [yes, sign], [no, sign], [no, {**sign, "text": False}]
+    assert votes([a, b], [c, c], "all").tolist() == [[1, 0], [1, 1]]
+    assert votes([a], [c], "text").tolist() == [[1]]                            # signs alone
+    arm = [a, b, c]                                                             # each with the next
+    assert votes(arm, arm, "all").tolist() == [[1, 0, -1], [0, 1, -1]]
+    two = [a, c]
+    assert votes(two, two, "all").tolist() == [[1], [1]]
+
+
+def test_variances_of_votes_by_hand_and_in_a_simulation():
+    from judge_rater import mean_squares, variances
+    y = torch.tensor([[1.0, 0], [0, -1]]).double()              # rows and columns alone
+    assert mean_squares(y) == ((1, 1, 0), (1, 1, 1)) and variances(y) == (0.5, 0.5, 0)
+    y = torch.tensor([[1.0, -1], [-1, 1]]).double()             # neither
+    assert mean_squares(y)[0] == (0, 0, 4) and variances(y) == (0, 0, 4)
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g).double()
+    p, t, e = 0.5 * draw(400, 1), 0.2 * draw(1, 300), 0.7 * draw(400, 300)
+    assert variances(0.3 + p + t + e) == pytest.approx(         # of the numbers that were drawn
+        (p.var().item(), t.var().item(), e.var().item()), rel=0.08)
+    assert variances(t + e, against_itself=True) == pytest.approx(      # the mean is known to be 0
+        (0, t.square().mean().item(), (t + e).square().mean().item()), rel=0.08)
+
+
+def test_an_interval_over_prompts_and_trainings():
+    from judge_rater import margin, prompts_needed, student
+    for freedom, t in ((1, 12.706), (2, 4.303), (10, 2.228), (100, 1.984), (1e5, 1.960)):
+        assert student(freedom) == pytest.approx(t, abs=0.002)
+    c = torch.tensor([-0.1, 0.2, 0.5]).double()                 # trainings alone: a sample of three
+    assert margin(c.expand(50, 3)) == pytest.approx(4.303 * 0.3 / math.sqrt(3), rel=1e-3)
+    prompts = torch.tensor([-1.0, 0, 0, 1, 1]).double()         # prompts alone: a sample of five
+    assert margin(prompts[:, None].expand(5, 3)) == pytest.approx(
+        2.776 * prompts.std().item() / math.sqrt(5), rel=1e-3)
+    assert margin(torch.zeros(5, 3).double()) == 0
+
+    from versus import half_width
+    n = prompts_needed(1.0, 0.0, 0.0, K=1)                      # no ties, as many wins as losses
+    assert half_width(n / 2, n / 2, n) <= 5 < half_width((n - 1) / 2, (n - 1) / 2, n - 1)
+    assert prompts_needed(0.0, 0.0, 1.0, K=3) == math.ceil(n / 3)
+    least = 0.001 * (1.96 / 0.05) ** 2                          # 1.54 trainings
+    assert prompts_needed(0.1, 0.001, 0.1, K=math.floor(least)) == math.inf
+    assert prompts_needed(0.1, 0.001, 0.1, K=math.ceil(least)) < math.inf

@@ -1,0 +1,256 @@
+"""Question: do better models predict physics better? Do the physical errors of samples go on
+falling when more training no longer raises the accuracy of prompts?
+
+Run:    python studies/physics.py runs/toy [RUN ...]; and the same with --fast
+Time:   40 minutes on 2 cores for each run of the toy; continues where it was stopped
+Answer: not run yet
+
+The dit stage of a run is trained again with each of three seeds, and its averaged weights are kept
+at 5 to 100 % of the steps. Each of these models makes a clip from the caption of every held-out
+clip. Objects of the toy world keep their size, and move in a straight line at constant speed. How
+far from that are the samples, the real clips, and what the autoencoder makes of the real clips?
+
+    line       distance of the centre of mass from the best such line, RMS, in pixels
+    area       distance of the area from its mean over the clip, RMS, relative to that mean
+    speed      of the line, less the speed that the caption says, in pixels a frame
+    direction  of the line, against the direction that the caption says, in degrees
+    bounce     --fast: speed after the bounce against the speed before it, relative; 1 for no bounce
+
+A pixel is a 32nd of the picture's height. The figure of a model is the median over its clips, so
+that a few which show something else do not decide it. Clips in which an object is not seen in half
+of the frames have no errors; the table says their share. Signs have one letter: which letters stand
+on longer ones is no physics. With --fast the dit stage learns from clips with twice the motion,
+where fast objects bounce off the edge once, and `line` turns round once. The autoencoder stays.
+--finished compares finished runs, of several scales for example, and trains nothing.
+"""
+import itertools
+import math
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import common
+import torch
+from healthy_run import train_and_keep
+from tqdm import tqdm
+
+import flow
+import train
+import world
+
+KEPT = (5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90)  # percent of the steps; and 100
+FAST = 2.0                                              # motion between two frames with --fast
+ERRORS = ("line", "area", "speed", "direction", "bounce")
+AS_GOOD = 0.02                                          # accuracies that differ by less are equal
+
+
+# ---- 1. The errors of a clip ---------------------------------------------------------------------
+
+def fit(p, t, turns):
+    """Fit p ~ w - v |t - k| by least squares over w, v and these k: a line at constant speed v that
+    turns round at time k, or does not if k is the last time. p, t: (n,) -> v, k, what is left."""
+    u = -(t - turns[:, None]).abs()                                                     # (K, n)
+    u, p = u - u.mean(1, keepdim=True), p - p.mean()
+    v = (u * p).sum(1) / u.square().sum(1)
+    left = p - v[:, None] * u
+    best = left.square().sum(1).argmin()
+    return v[best].item(), turns[best].item(), left[best]
+
+
+def rebound(p, t, k):
+    """Compare the speeds after and before the turn k: 0 if what came returns at the same speed."""
+    speed = lambda part: fit(p[part], t[part], t[part][-1:])[0]
+    return abs(1 + speed(t >= k) / speed(t <= k)) if k < t[-1] else 1.0
+
+
+def follow(clip, wanted):
+    """Find the objects asked for in a clip (3, T, H, W), as `world.perceive` does -> for each its
+    area (T,) and centre (2, T), in pixels of a picture 32 high."""
+    x = ((clip.float() + 1) / 2).clamp(0, 1)
+    H, W = x.shape[2:]
+    rim = torch.ones(H, W, dtype=torch.bool)
+    rim[2:-2, 2:-2] = False
+    background = x[:, :, rim].flatten(1).median(1).values.view(3, 1, 1, 1)
+    alpha = ((x - background).abs().amax(0) / 0.7).clamp(0, 1)                          # (T, H, W)
+    colors = world.seen_colors(x)
+    for w in wanted:
+        mine = (colors == list(world.COLORS).index(w["color"])) | (len(wanted) == 1)
+        own, *centre = world.track(torch.where(mine, alpha, 0))
+        yield own.sum((1, 2)).double() * (32 / H) ** 2, torch.stack(centre).double() * 32 / H
+
+
+def errors(clip, prompt, fast=False):
+    """Measure ERRORS of a clip, means over its objects; nan if one of them is not seen."""
+    rows, wanted = [], world.parse(prompt)
+    for w, (area, centre) in zip(wanted, follow(clip, wanted)):
+        seen = area > 0.015 * 32 * 32                               # as for the judge
+        if 2 * seen.sum() < len(area):
+            return [math.nan] * len(ERRORS)
+        t, asked = torch.arange(len(area)).double()[seen], world.DIRECTIONS[w["direction"]]
+        turns = torch.cat([torch.arange(1, len(area) - 2, 0.25).double(), t[-1:]] if fast else
+                          [t[-1:]])
+        (vx, kx, x), (vy, ky, y) = (fit(p, t, turns) for p in centre[:, seen])
+        speed = world.SPEEDS[w["speed"]] * (FAST if fast else 1)
+        angle = math.degrees(math.atan2(vy, vx) - math.atan2(asked[1], asked[0]))
+        bounces = [rebound(p, t, k) for p, k, d in zip(centre[:, seen], (kx, ky), asked)
+                   if d and fast and w["speed"] == "fast"]
+        rows.append([(x**2 + y**2).mean().sqrt(), (area / area.mean() - 1).square().mean().sqrt(),
+                     abs(math.hypot(vx, vy) - speed), abs((angle + 180) % 360 - 180),
+                     sum(bounces) / len(bounces) if bounces else math.nan])
+    return torch.tensor(rows).nanmean(0).tolist()
+
+
+# ---- 2. Clips and models -------------------------------------------------------------------------
+
+class FastClips(train.ToyClips):
+    """Clips of the toy world with FAST times the motion between two frames."""
+
+    def clip(self, split, i, shape, done=0.0):
+        c, rng = self.cfg.clips, random.Random(f"{split}/{self.cfg.seed}/{i}")
+        scene = world.sample_world(rng, c.things, frames=c.frames, script=c.script)
+        return world.render([scene], *shape[:2], interval=FAST)[0], world.caption(scene)
+
+
+def real_clips(cfg, n, fast):
+    """Draw n held-out clips whose signs have one letter -> (n, 3, T, H, W), captions."""
+    source = (FastClips if fast else train.ToyClips)(cfg)
+    drawn = (source.clip("heldout", i, cfg.clips.shape) for i in itertools.count())
+    plain = (pair for pair in drawn if all(len(w["text"]) < 2 for w in world.parse(pair[1])))
+    x, captions = zip(*itertools.islice(plain, n))
+    return torch.stack(x), list(captions)
+
+
+def row_of(clips, prompts, fast, **more):
+    """Judge and measure clips -> a row of the table: "right" is the share in which all that the
+    prompt says is seen. Lines of the judge do not turn round: of fast clips it reads no motion."""
+    verdicts = [world.judge(clip, p) for clip, p in zip(clips, prompts)]
+    right = [all(good for key, good in v.items() if not fast or key not in ("direction", "speed"))
+             for v in verdicts]
+    e = torch.tensor([errors(clip, p, fast) for clip, p in zip(clips, prompts)])    # (n, errors)
+    return {"loss": math.nan, "right": sum(right) / len(e), "left out": e[:, 0].isnan().double()
+            .mean().item(), **dict(zip(ERRORS, e.nanmedian(0).values.tolist())), **more}
+
+
+@torch.no_grad()
+def measured(file, out, clips, captions, fast):
+    """Measure a model: samples for all captions, each from its own noise, and the validation loss
+    on 64 real clips; kept in the folder `out`."""
+    kept = out / f"{file.stem}-{len(captions)}.json"
+    if not kept.exists():
+        run = train.load_run(file, "cuda" if torch.cuda.is_available() else "cpu")
+        z = run.tae.normalize(run.tae.encode(clips[:64].to(run.device)).mean)
+        P, mask, *_ = run.prompts(captions[:64])
+        loss, _ = flow.validation_loss(lambda x, t: run.dit(x, t, P, mask), z, run.cfg.flow, 10)
+        n = run.cfg.sample.batch
+        made = torch.cat([run.generate(captions[i : i + n], range(i, i + len(captions[i : i + n])))
+                          for i in range(0, len(captions), n)]).cpu()
+        train.write_json(kept, row_of(made, captions, fast, loss=loss))
+    return train.read_json(kept)
+
+
+def models(base, out, clips, captions, seeds, fast):
+    """Train and measure the models of one run -> {percent: [a row for each seed]}."""
+    if fast:
+        common.train(out / "latents", {"base": base, "stage": "latents"}, "latents/index.json",
+                     program=__file__, threads=2)
+        base = out / "latents"
+
+    def one(seed):
+        files = train_and_keep(base, out / f"seed-{seed}", KEPT, seed, threads=1)
+        return {m: measured(file, out / f"seed-{seed}", clips, captions, fast)
+                for m, file in sorted(files.items())}
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(tqdm(pool.map(one, range(seeds)), desc=out.name, unit="seed", total=seeds))
+    return {m: [of[m] for of in found] for m in found[0] if all(m in of for of in found)}
+
+
+# ---- 3. Figures ----------------------------------------------------------------------------------
+
+def saturation(right):
+    """Find the mark from which on the accuracy {mark: share} is about that of the last mark."""
+    marks = sorted(right)
+    off = [i for i, m in enumerate(marks) if abs(right[m] - right[marks[-1]]) > AS_GOOD]
+    return marks[off[-1] + 1 if off else 0]
+
+
+def conclude(rows, shown):
+    """Say how far the errors fall from where on accuracy no longer rises."""
+    mean = {m: sum(row["right"] for row in of) / len(of) for m, of in rows.items()}
+    first, last = saturation(mean), max(rows)
+    said = [f"right {mean[first]:.3f} and {mean[last]:.3f}"]
+    for key in [key for key in shown if key in ("loss", *ERRORS)]:
+        ((fall, spread),) = common.mean_and_spread(
+            [{0: late[key] / early[key] - 1} for early, late in zip(rows[first], rows[last])], (0,))
+        said.append(f"{key} {fall:+.0%} +- {spread:.0%}")
+    print(f"between {first} % and {last} % of the steps: {', '.join(said)}")
+
+
+def draw(tables, shown, path):
+    """Plot figures by percent of the steps; dotted: real clips, dashed: their reconstructions."""
+    plt = common.pyplot()
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3))
+    for ax, key in zip(axes, shown):
+        for i, (name, rows) in enumerate(tables.items()):
+            marks = [m for m in rows if isinstance(m, int)]
+            ax.errorbar(marks, *zip(*(common.mean_and_spread(rows[m], (key,))[0] for m in marks)),
+                        fmt="o-", ms=3, lw=1, capsize=2, color=f"C{i}", label=name)
+            for what, style in (("real", ":"), ("reconstructed", "--")):
+                ax.axhline(rows[what][0][key], color=f"C{i}", ls=style, lw=1)
+        ax.set(title=key, xlabel="% of the steps", yscale="linear" if key == "right" else "log")
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout(); figure.savefig(path, dpi=120); plt.close(figure)
+
+
+# ---- 4. The study --------------------------------------------------------------------------------
+
+def main():
+    if "--workdir" in sys.argv:                         # a run of train.py on FastClips
+        train.ToyClips, train.same_latents = FastClips, lambda cfg: False
+        sys.exit(train.main(sys.argv[1:]))
+    parser = common.Parser(__doc__, "physics", seeds=True)
+    add = parser.add_argument
+    add("runs", type=common.Path, nargs="+", metavar="RUN", help="finished runs of the toy world")
+    add("--fast", action="store_true", help="clips with twice the motion, which bounce")
+    add("--clips", type=common.whole, default=160, help="held-out ones (default: %(default)s)")
+    add("--finished", action="store_true", help="measure the runs as they are; trains nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)                            # two seeds at a time
+    out = args.out / ("fast" if args.fast else "plain")
+    shown, tables = ["loss", "right", "left out", *ERRORS[: None if args.fast else -1]], {}
+    names = [base.resolve().name for base in args.runs]
+    if len(set(names)) < len(names):
+        parser.error(f"{' '.join(map(str, args.runs))}: two runs of one name")
+    for name, base in zip(names, args.runs):
+        try:
+            run = train.load_run(base)
+        except ValueError as error:
+            parser.error(str(error))
+        if run.cfg.data:
+            parser.error(f"{base}: a run on videos; a study needs the judge of the toy world")
+        clips, captions = real_clips(run.cfg, args.clips, args.fast)
+        with torch.no_grad():
+            again = torch.cat([run.decode(run.tae.normalize(run.tae.encode(x).mean))
+                               for x in clips.split(32)])
+        if args.finished:
+            found = {100: [measured(train.result_of(base), out / name, clips, captions,
+                                    args.fast)]}
+        else:
+            found = models(base, out / name, clips, captions, args.seeds, args.fast)
+        rows = tables[name] = {"real": [row_of(clips, captions, args.fast)],
+                               "reconstructed": [row_of(again, captions, args.fast)], **found}
+        print(f"\n| {name} | " + " | ".join(shown) + " |\n" + "|---" * (1 + len(shown)) + "|")
+        for mark, of in rows.items():
+            cells = ["" if math.isnan(a) else f"{a:.3f}" + f" +- {b:.3f}" * (len(of) > 1)
+                     for a, b in common.mean_and_spread(of, shown)]
+            print(f"| {mark}{' %' * isinstance(mark, int)} | {' | '.join(cells)} |")
+        if len(found) > 1:
+            conclude(found, shown)
+    train.write_json(out / "study.json", tables)
+    draw(tables, [key for key in shown if key != "left out"], out / "study.png")
+    print(f"wrote {out / 'study.json'}, {out / 'study.png'}")
+
+
+if __name__ == "__main__":
+    main()
