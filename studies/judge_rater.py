@@ -3,7 +3,7 @@ better than diffusion, and the whole training than half of it? How many prompts 
 it take to decide a difference of five points?
 
 Run:    python studies/judge_rater.py runs/toy
-Time:   55 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
+Time:   40 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
 Answer: not run yet
 
 Each arm is trained with three seeds, on the autoencoder and the latents of the run, and makes clips
@@ -129,21 +129,28 @@ def verdicts(base, folder, prompts, flags):
 # ---- 4. Table and figure -------------------------------------------------------------------------
 
 def row_of(name, axis, y):
-    """Count the votes (n, K) of one comparison -> a row of the table."""
+    """Count the votes (n, K) of one comparison -> a row of the table. An arm against itself wins as
+    often as it loses, if all pairs are taken together: there the intervals are of one pair, around
+    0, by prompts alone and by what the trainings add."""
     prompts, itself = y.int().tolist(), len(set(PAIRS[name])) == 1
-    flat, most, (low, high) = sum(prompts, []), [majority(of) for of in prompts], bootstrap(prompts)
-    rate, both = net_win_rate(flat), math.nan if itself else 100 * margin(y)
-    alike = agreement(prompts)
+    flat, most, alike = sum(prompts, []), [majority(of) for of in prompts], agreement(prompts)
+    wins, ties, losses = (flat.count(v) for v in (1, 0, -1))
+    P, T, E = variances(y, itself)
+    if itself:
+        rate, high = 0.0, half_width(wins / y.shape[1], losses / y.shape[1], len(y))
+        low, both = -high, 196 * math.sqrt(T + E / len(y))
+    else:
+        rate, (low, high), both = net_win_rate(flat), bootstrap(prompts), 100 * margin(y)
     print("| " + " | ".join((
-        name, axis, str(len(y)), " / ".join(str(flat.count(v)) for v in (1, 0, -1)),
-        " ".join(f"{100 * of:+.1f}" for of in y.mean(0)), f"{rate:+.1f}",
-        f"{low:+.1f} to {high:+.1f}", "" if itself else f"{rate - both:+.1f} to {rate + both:+.1f}",
-        f"{net_win_rate(most):+.1f}, p = {sign_test(most.count(1), most.count(-1)):.2g}",
-        "{:.2f} ({:.2f})".format(*alike) if alike else "",
-        " / ".join(f"{100 * math.sqrt(v):.1f}" for v in variances(y, itself)),
+        name, axis, str(len(y)), f"{wins} / {ties} / {losses}",
+        " ".join(f"{100 * of:+.1f}" for of in y.mean(0)), f"{rate:+.1f}" * (not itself),
+        f"{low:+.1f} to {high:+.1f}", f"{rate - both:+.1f} to {rate + both:+.1f}",
+        f"{net_win_rate(most):+.1f}, p = {sign_test(most.count(1), most.count(-1)):.2g}"
+        * (not itself), "{:.2f} ({:.2f})".format(*alike) if alike and not itself else "",
+        " / ".join(f"{100 * math.sqrt(v):.1f}" for v in (P, T, E)),
         "" if itself else "not decided" if abs(rate) <= both else "AB"[rate < 0])) + " |")
-    return {"name": name, "axis": axis, "rate": rate, "low": low, "high": high, "both": both,
-            "variances": variances(y, itself)}
+    return {"name": name, "axis": axis, "rate": rate, "rates": (100 * y.mean(0)).tolist(),
+            "low": low, "high": high, "both": both, "variances": (P, T, E)}
 
 
 def movie_gen():
@@ -168,12 +175,13 @@ def draw(rows, path):
         at = torch.arange(len(mine)) + 0.2 * (i - 1)
         left.errorbar(at, rate, both, fmt="none", ecolor=f"C{i}", lw=1, capsize=4)
         left.errorbar(at, rate, (rate - low, high - rate), fmt="o", color=f"C{i}", lw=4, label=name)
+        left.plot(at, torch.tensor([row["rates"] for row in mine]), "kx", ms=4)
         P, T, E = mine[0]["variances"]
         for K, style in zip((1, 3, 10), ("-", "--", ":")) if i < 2 else ():
             right.plot(n, 196 * (P / n + T / K + E / (n * K)).sqrt(), style, color=f"C{i}",
                        label=f"{name}, K = {K}")
     left.set_xticks(range(len(AXES)), AXES)
-    left.set(title="net win rate; thick: 95 % over prompts, thin: and over trainings")
+    left.set(title="net win rate; thick: 95 % over prompts, thin: and trainings, x: a pair")
     left.axhline(0, color="k", lw=0.5)
     right.axhline(5, color="k", lw=0.5)
     right.set(xscale="log", yscale="log", xlabel="prompts", title="half of the 95 % interval")

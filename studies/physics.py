@@ -2,7 +2,7 @@
 falling when more training no longer raises the accuracy of prompts?
 
 Run:    python studies/physics.py runs/toy [RUN ...]; and the same with --fast
-Time:   40 minutes on 2 cores for each run of the toy; continues where it was stopped
+Time:   30 minutes on 2 cores for each run of the toy; continues where it was stopped
 Answer: not run yet
 
 The dit stage of a run is trained again with each of three seeds, and its averaged weights are kept
