@@ -356,7 +356,7 @@ SCALES: dict[str, Callable[[], Config]] = {
                            finish=0.2),
         text=replace(text_cond.PRESETS["small"]),
         dit=replace(backbone.PRESETS["small"]),
-        train_dit=TrainDiT(steps=25_000, batch=16, lr=1.2e-3, warmup=200, ema=0.999, every=250,
+        train_dit=TrainDiT(steps=20_000, batch=16, lr=1.2e-3, warmup=200, ema=0.999, every=250,
                            align=0.1),
         flow=FlowConfig(std=1.3, shift=2.0),
         sample=SampleConfig(steps=25, schedule="shifted", guidance=5.0),

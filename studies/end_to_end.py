@@ -1,0 +1,229 @@
+"""Question: which autoencoder makes the better videos, 2.5D, 3D or VidTwin, with as many latent
+values and the same training time? Does the order by reconstruction hold for generation?
+
+Run:    python studies/end_to_end.py
+Time:   95 minutes on 2 cores; continues where it was stopped
+Answer: not run yet
+
+Each arm is the toy with `--variant`, on one thread: 240 CPU seconds for the autoencoder, 400 for
+the DiT, which has one width and depth. Short runs measure the seconds of a step first, and so how
+many steps that buys; the table says what was really taken. VidTwin, a transformer from scratch,
+needs longer: in a fourth arm its autoencoder has three times the time, and trains on clips of one
+object, on which it comes further than on crowds.
+
+A validation loss compares runs on one latent, and not latents: it says what share of a latent's
+variance is left open by prompt and noisy latent, detail that nobody sees included. These figures
+mean the same in every arm:
+- one step: what the DiT predicts from pure noise, where no latent has told anything yet, decoded
+  and compared with real clips of the prompt. No prediction is nearer to them than their mean.
+- what the judge sees in samples with guidance.
+- energy distance of samples without guidance, which would change the distribution, to real clips of
+  the same prompts: 0 for one distribution. Pixels are features that no arm has trained: all of
+  them, where blur counts, or means over 2 x 4 x 4, where only colour, layout and motion do.
+"""
+import collections
+import math
+import random
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import common
+import torch
+import torch.nn.functional as F
+from couplings import energy_distance
+from tqdm import tqdm
+
+import train
+import world
+
+ARMS = {                    # the variant, its autoencoder's time in budgets, other flags
+    "2.5d": ("2.5d", 1, {}), "3d": ("3d", 1, {}), "vidtwin": ("vidtwin", 1, {}),
+    "vidtwin-3x": ("vidtwin", 3, {"train_tae.crowd": 1})}
+SETS = 8                                                # of real clips: so many for each prompt
+ROWS = {                                                # title, decimals; is more better, or less?
+    "values": ("latent values", 0, 0), "tokens": ("tokens", 0, 0),
+    "tae_size": ("autoencoder: million parameters", 2, 0), "tae_steps": ("steps", 0, 0),
+    "tae_seconds": ("CPU seconds", 0, 0), "psnr": ("reconstruction, dB", 2, 1),
+    "dit_size": ("DiT: million parameters", 2, 0), "dit_steps": ("steps", 0, 0),
+    "dit_seconds": ("CPU seconds", 0, 0), "loss": ("validation loss, not comparable", 3, 0),
+    "one_step": ("one step from noise, dB", 2, 1), "color": ("colour", 2, 1),
+    "shape": ("shape", 2, 1), "direction": ("direction", 2, 1), "text": ("one letter", 2, 1),
+    "heldout": ("held-out combinations", 2, 1), "coarse": ("energy distance, coarse", 3, -1),
+    "coarse_again": ("of reconstructions", 3, 0), "fine": ("energy distance, all pixels", 2, -1),
+    "fine_again": ("of reconstructions", 2, 0), "sample": ("CPU seconds a sample", 3, -1)}
+
+
+# ---- 1. The steps that a time buys ---------------------------------------------------------------
+
+class Timed(train.Run):
+    """A run whose log says the CPU seconds of its process; pauses and neighbours do not count."""
+
+    def log(self, stage, step, **figures):
+        super().log(stage, step, cpu=time.process_time(), **figures)
+
+
+def pace(rows):
+    """Rows of a log -> {stage: (steps, CPU seconds of a step)}. Of a step that was made twice the
+    last counts; the first after a start, which pays for what is made once, does not."""
+    took = collections.defaultdict(dict)
+    for a, b in zip(rows, rows[1:]):
+        if "loss" in a and "loss" in b and a["stage"] == b["stage"]:
+            took[b["stage"]][b["step"]] = b["cpu"] - a["cpu"]
+    return {stage: (max(of) + 1, sum(of.values()) / len(of)) for stage, of in took.items()}
+
+
+def steps_for(recipe, seconds, tae, dit):
+    """The steps that `tae` and `dit` CPU seconds buy, images and clips in the proportion of the
+    recipe, a TrainTAE. seconds: of a step in each stage."""
+    whole = recipe.image_steps * seconds.get("tae/image", 0) + recipe.steps * seconds["tae/video"]
+    return {"train_tae.image_steps": round(recipe.image_steps * tae / whole),
+            "train_tae.steps": round(recipe.steps * tae / whole),
+            "train_dit.steps": round(dit / seconds["dit"])}
+
+
+# ---- 2. Measures in pixels -----------------------------------------------------------------------
+
+def real_clips(prompts, sets, name):
+    """Draw clips of the toy world until each prompt has `sets` -> (sets, n, 3, T, H, W)."""
+    rng, wanted = random.Random(name), collections.Counter(prompts)
+    found = {prompt: [] for prompt in prompts}
+    while any(len(found[p]) < sets * n for p, n in wanted.items()):
+        scene = world.sample_world(rng, heldout=None)
+        found.get(world.caption(scene), []).append(scene)
+    return torch.stack([world.render([found[p].pop() for p in prompts]) for _ in range(sets)])
+
+
+def sampled(run, prompts, **settings):
+    """Clips for prompts, with changed settings of sampling."""
+    run.cfg.sample = replace(run.cfg.sample, **settings)
+    return torch.cat([run.generate(prompts[i:i + 32], range(i, min(i + 32, len(prompts))))
+                      for i in range(0, len(prompts), 32)])
+
+
+@torch.no_grad()
+def measure(folder):
+    """Compare the reconstructions and samples of a run with real clips -> folder/measures.json."""
+    run, report = train.load_run(folder), train.read_json(folder / "report.json")
+    row = {"psnr": report["tae_psnr_db"], "loss": report["dit_val_loss"],
+           "values": math.prod(run.latent_shape),
+           "tokens": train.tokens_of(run.cfg, train.parts_of(run.cfg, run.cfg.clips.shape)[0]),
+           **report["prompt_accuracy"], **{f"{k}_real": v for k, v in report["judge"].items()}}
+    paces = pace(train.Run(folder, None).rows())
+    for part in ("tae", "dit"):
+        mine = [paces[stage] for stage in paces if stage.startswith(part)]
+        row |= {f"{part}_size": report["parameters"][part] / 1e6,
+                f"{part}_steps": sum(steps for steps, _ in mine),
+                f"{part}_seconds": sum(steps * each for steps, each in mine)}
+
+    prompts = [prompt for kind, prompt in world.test_prompts(run.cfg.seed, run.cfg.sample.prompts)
+               if kind in ("trained", "heldout")]
+    start = time.process_time()
+    sampled(run, prompts[:32])
+    row["sample"] = (time.process_time() - start) / len(prompts[:32])
+    made = sampled(run, prompts, guidance=1.0)
+    first = sampled(run, prompts, guidance=1.0, steps=1)
+    real = real_clips(prompts, SETS, f"end_to_end/{run.cfg.seed}")
+    again = torch.cat([run.decode(run.tae.normalize(run.tae.encode(x).mean))
+                       for x in real[0].split(32)])
+    decibels = lambda squared_error: 10 * math.log10(4 / squared_error)
+    row["one_step"] = decibels((first - real).square().mean().item())
+    row["one_step_real"] = decibels(real.var(0).mean().item())      # of the mean of a prompt
+    for name, features in (("coarse", lambda x: F.avg_pool3d(x, (2, 4, 4)).flatten(1)),
+                           ("fine", lambda x: x.flatten(1))):
+        others = [features(x) for x in real[1:]]
+        for key, clips in ((name, made), (f"{name}_again", again), (f"{name}_real", real[0])):
+            mine = features(clips)
+            row[key] = sum(energy_distance(mine, x, paired=True) for x in others) / len(others)
+    train.write_json(folder / "measures.json", row)
+
+
+# ---- 3. The study --------------------------------------------------------------------------------
+
+def order(found, better):
+    """{arm: (mean, spread)} -> the arms, best first, with > between two where the means are further
+    apart than both spreads together, else ~."""
+    arms = sorted(found, key=lambda arm: -better * found[arm][0])
+    sign = lambda a, b: ">" if abs(a[0] - b[0]) > a[1] + b[1] else "~"
+    return arms[0] + "".join(f" {sign(found[a], found[b])} {b}" for a, b in zip(arms, arms[1:]))
+
+
+def tell(rows, path):
+    """Print the table, and the order of the arms by each figure; draw figures over PSNR."""
+    of = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
+    orders = []
+    print("| | " + " | ".join(ARMS) + " | real clips |\n" + "|---" * (2 + len(ARMS)) + "|")
+    for key, (title, digits, better) in ROWS.items():
+        found = {arm: common.mean_and_spread(of[arm], [key])[0] for arm in ARMS}
+        there = f"{key}_real" in rows[0]
+        cells = [*found.values()] + common.mean_and_spread(rows, [f"{key}_real"] * there)
+        print(f"| {title} | " + " | ".join(f"{a:.{digits}f}" + f" +- {b:.{digits}f}" * (b > 0)
+                                           for a, b in cells) + " |" + "  |" * (not there))
+        orders += [f"{title}: {order(found, better)}"] if better else []
+    print("\nBest first, > where means are further apart than both spreads:\n" + "\n".join(orders))
+
+    plt = common.pyplot()
+    shown = ("one_step", "shape", "heldout", "coarse", "fine")
+    figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 3.2))
+    for ax, key in zip(axes, shown):
+        for arm in ARMS:
+            ax.plot(*zip(*((row["psnr"], row[key]) for row in of[arm])), "o", label=arm)
+        if f"{key}_real" in rows[0]:
+            ax.axhline(common.mean_and_spread(rows, [f"{key}_real"])[0][0], ls="--", color="gray")
+        ax.set(title=ROWS[key][0], xlabel=ROWS["psnr"][0])
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout(); figure.savefig(path, dpi=120); plt.close(figure)
+    print(f"wrote {path}; dashed: real clips")
+
+
+def main():
+    if "--workdir" in sys.argv:                         # a run of train.py, timed and measured
+        train.Run = Timed
+        status = train.main(sys.argv[1:])
+        folder = common.Path(sys.argv[sys.argv.index("--workdir") + 1])
+        if status == 0 and (folder / "report.json").exists():
+            measure(folder)
+        sys.exit(status)
+    parser = common.Parser(__doc__, "end_to_end", seeds=True)
+    parser.add_argument("--tae-seconds", type=common.positive, default=240.0, help="CPU")
+    parser.add_argument("--dit-seconds", type=common.positive, default=400.0, help="CPU")
+    args = parser.parse_args()
+    recipe = {v: train.parse(["--variant", v])[0].train_tae for v, *_ in ARMS.values()}
+    always = {"coupling": "independent", "sample.prompts": 120}
+
+    def short(run):
+        """Time a twentieth of the recipe -> {stage: CPU seconds of a step}."""
+        (variant, seed), folder = run, args.out / "short/{}-{}".format(*run)
+        common.train(folder, always | {
+            "variant": variant, "seed": seed, "clips.count": 256, "stage": "dit",
+            "train_tae.image_steps": recipe[variant].image_steps // 20,
+            "train_tae.steps": recipe[variant].steps // 20, "train_dit.steps": 60},
+            "model.safetensors", __file__)
+        return {k: each for k, (_, each) in pace(train.Run(folder, None).rows()).items()}
+
+    def whole(run):
+        """Train and measure one arm -> its row of figures."""
+        (arm, seed), (variant, times, others) = run, ARMS[run[0]]
+        folder = args.out / f"{args.tae_seconds:g}-{args.dit_seconds:g}/{arm}-{seed}"
+        steps = steps_for(recipe[variant], seconds[variant], times * args.tae_seconds,
+                          args.dit_seconds)
+        common.train(folder, always | steps | others | {"variant": variant, "seed": seed},
+                     "measures.json", __file__)
+        return {"arm": arm, "seed": seed, **train.read_json(folder / "measures.json")}
+
+    with ThreadPoolExecutor(2) as pool:                 # two at a time, short and whole
+        both = {v: [pool.submit(short, (v, seed)) for seed in range(2)] for v in recipe}
+        seconds = {v: {stage: (a.result()[stage] + b.result()[stage]) / 2 for stage in a.result()}
+                   for v, (a, b) in both.items()}
+        runs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
+        rows = list(tqdm(pool.map(whole, runs), desc="study", unit="run", total=len(runs)))
+    if len(values := {row["values"] for row in rows}) > 1:
+        raise SystemExit(f"latents of different sizes: {values}")
+    train.write_json(args.out / "study.json", rows)
+    tell(rows, args.out / "study.png")
+
+
+if __name__ == "__main__":
+    main()
