@@ -2,12 +2,13 @@
 like after 10, 25, 50 and 100 % of the steps?
 
 Run:    python studies/healthy_run.py runs/toy
+        python studies/healthy_run.py runs/small --watch, while train.py --scale small is at work
 Time:   20 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
 Answer: a picture of loss curves and samples to compare your own run with, and a table.
 
 The dit stage is trained once more on the latents of the run. The averaged weights of a checkpoint
 at each tenth, and at a quarter, are kept while it trains; each makes the same clips from the same
-prompts and noise.
+prompts and noise. With --watch the run itself is what is watched: for one that takes hours.
 """
 import json
 import time
@@ -18,6 +19,7 @@ import common
 import torch
 import torch.distributed.checkpoint as dcp
 
+import flow
 import train
 import world
 
@@ -39,7 +41,8 @@ def averaged(checkpoint, cfg):
 def keep(out, folder, cfg, every, kept):
     """Keep each checkpoint that is at a mark and whole, as a file that load_run reads."""
     for percent in kept:
-        checkpoint = folder / f"dit/step_{percent // 5 * every:07d}"
+        step = percent * cfg.train_dit.steps // 100 // every * every
+        checkpoint = folder / f"dit/step_{step:07d}"
         file = out / f"at_{percent:03d}.safetensors"
         if (checkpoint / ".metadata").exists() and not file.exists():
             tae = train.load_tensors(folder / "tae/tae.safetensors")
@@ -66,9 +69,31 @@ def train_and_keep(base, out, kept=KEPT, seed=None, threads=2):
             time.sleep(0.1)
         running.result()
     keep(out, folder, cfg, every, kept)
+    return files_of(out, folder, kept)
+
+
+def watch(folder, out, kept=KEPT):
+    """Keep the marks of a run while it trains, the same -> {percent: file}."""
+    cfg = train.read_config(folder)
+    while not (folder / "model.safetensors").exists():
+        keep(out, folder, cfg, cfg.train_dit.every, kept)
+        time.sleep(0.5)
+    return files_of(out, folder, kept)
+
+
+def files_of(out, folder, kept):
+    """The files of the marks that were met, and the result of the run."""
     found = {percent: out / f"at_{percent:03d}.safetensors" for percent in kept}
     return {p: file for p, file in found.items() if file.exists()} | {
         100: folder / "model.safetensors"}
+
+
+@torch.no_grad()
+def validation_loss(loaded, clips, captions):
+    """The loss of the DiT on real clips, as the report measures it."""
+    z = loaded.tae.normalize(loaded.tae.encode(clips.to(loaded.device)).mean)
+    P, mask, *_ = loaded.prompts(captions)
+    return flow.validation_loss(lambda x, t: loaded.dit(x, t, P, mask), z, loaded.cfg.flow, 10)[0]
 
 
 def picture(losses, frames, prompts, path):
@@ -93,19 +118,26 @@ def picture(losses, frames, prompts, path):
 def main():
     parser = common.Parser(__doc__, "healthy_run", of_run=True)
     parser.add_argument("--prompts", type=common.whole, default=40, help="that are judged")
+    parser.add_argument("--watch", action="store_true", help="keep what RUN has at each tenth, "
+                        "while it trains; trains nothing")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    files = train_and_keep(args.run, args.out)
-    run = train.Run(args.out / "run", train.read_config(args.run))
-    dit = run.losses()["dit"]
-    losses = train.Run(args.run, run.cfg).losses() | {"dit": dit}
+    try:
+        cfg = train.read_config(args.run)
+        files = (watch if args.watch else train_and_keep)(args.run, args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    dit = train.Run(args.run if args.watch else args.out / "run", cfg).losses()["dit"]
+    losses = train.Run(args.run, cfg).losses() | {"dit": dit}
 
-    c = run.cfg.clips
+    c, clips = cfg.clips, train.ToyClips(cfg)
+    real, captions = zip(*(clips.clip("heldout", i, c.shape) for i in range(64)))
     asked = [prompt for kind, prompt in world.test_prompts(
-        run.cfg.seed, args.prompts, c.things, c.frames, c.script) if kind == "trained"]
+        cfg.seed, args.prompts, c.things, c.frames, c.script) if kind == "trained"]
     shown = asked[:: max(1, len(asked) // 8)][:8]
     frames = {}
-    print("| steps | loss | " + " | ".join(FIGURES) + " |\n" + "|---" * (2 + len(FIGURES)) + "|")
+    print("| steps | loss | validation loss | " + " | ".join(FIGURES) + " |\n"
+          + "|---" * (3 + len(FIGURES)) + "|")
     for percent, file in files.items():
         loaded = train.load_run(file)
         clips = torch.cat([loaded.generate(asked[i:i + 32], range(i, min(i + 32, len(asked))))
@@ -113,7 +145,8 @@ def main():
         right = world.accuracy([world.judge(clip, p) for clip, p in zip(clips, asked)])
         steps = round(percent / 100 * len(dit))
         near = [dit[i] for i in range(max(0, steps - max(1, len(dit) // 40)), steps)]
-        print(f"| {percent} % | {sum(near) / len(near):.3f} | "
+        held_out = validation_loss(loaded, torch.stack(real), list(captions))
+        print(f"| {percent} % | {sum(near) / len(near):.3f} | {held_out:.3f} | "
               + " | ".join(f"{right[k]:.2f}" if k in right else "" for k in FIGURES) + " |")
         if percent in SHOWN:
             frames[percent] = [clips[asked.index(p)][:, c.frames // 2] for p in shown]

@@ -31,10 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import common
 import torch
-from healthy_run import train_and_keep
+from healthy_run import train_and_keep, validation_loss
 from tqdm import tqdm
 
-import flow
 import train
 import world
 
@@ -138,13 +137,11 @@ def measured(file, out, clips, captions, fast):
     kept = out / f"{file.stem}-{len(captions)}.json"
     if not kept.exists():
         run = train.load_run(file, "cuda" if torch.cuda.is_available() else "cpu")
-        z = run.tae.normalize(run.tae.encode(clips[:64].to(run.device)).mean)
-        P, mask, *_ = run.prompts(captions[:64])
-        loss, _ = flow.validation_loss(lambda x, t: run.dit(x, t, P, mask), z, run.cfg.flow, 10)
         n = run.cfg.sample.batch
         made = torch.cat([run.generate(captions[i : i + n], range(i, i + len(captions[i : i + n])))
                           for i in range(0, len(captions), n)]).cpu()
-        train.write_json(kept, row_of(made, captions, fast, loss=loss))
+        train.write_json(kept, row_of(
+            made, captions, fast, loss=validation_loss(run, clips[:64], captions[:64])))
     return train.read_json(kept)
 
 
