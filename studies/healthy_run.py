@@ -38,16 +38,19 @@ def averaged(checkpoint, cfg):
     return state[part]
 
 
-def keep(out, folder, cfg, every, kept):
-    """Keep each checkpoint that is at a mark and whole, as a file that load_run reads."""
-    for percent in kept:
-        step = percent * cfg.train_dit.steps // 100 // every * every
+def keep(out, folder, cfg, marks):
+    """Keep each checkpoint that is whole and of a step in marks, {percent: step}, as a file that
+    load_run reads -> {percent: file}, with the result of the run if it has ended."""
+    for percent, step in marks.items():
         checkpoint = folder / f"dit/step_{step:07d}"
         file = out / f"at_{percent:03d}.safetensors"
         if (checkpoint / ".metadata").exists() and not file.exists():
             tae = train.load_tensors(folder / "tae/tae.safetensors")
             train.save_tensors(file, {f"tae.{k}": v for k, v in tae.items()}
                                | averaged(checkpoint, cfg), config=json.dumps(asdict(cfg)))
+    files = {p: out / f"at_{p:03d}.safetensors" for p in marks} | {
+        100: folder / "model.safetensors"}
+    return {percent: file for percent, file in files.items() if file.exists()}
 
 
 def train_and_keep(base, out, kept=KEPT, seed=None, threads=2):
@@ -58,6 +61,7 @@ def train_and_keep(base, out, kept=KEPT, seed=None, threads=2):
     if seed is not None:
         cfg = replace(cfg, seed=seed)
     every = cfg.train_dit.steps // 20
+    marks = {percent: percent // 5 * every for percent in kept}
     if every < 1:
         raise SystemExit(f"{base}: fewer than 20 steps in the dit stage")
     with ThreadPoolExecutor(1) as pool:
@@ -65,27 +69,21 @@ def train_and_keep(base, out, kept=KEPT, seed=None, threads=2):
             "base": base, "stage": "dit", "seed": cfg.seed, "train_dit.every": every},
             "model.safetensors", threads=threads)
         while not running.done():
-            keep(out, folder, cfg, every, kept)
+            keep(out, folder, cfg, marks)
             time.sleep(0.1)
         running.result()
-    keep(out, folder, cfg, every, kept)
-    return files_of(out, folder, kept)
+    return keep(out, folder, cfg, marks)
 
 
 def watch(folder, out, kept=KEPT):
-    """Keep the marks of a run while it trains, the same -> {percent: file}."""
+    """Keep those marks at which a run writes a checkpoint, while it trains -> {percent: file}."""
     cfg = train.read_config(folder)
+    marks = {p: p * cfg.train_dit.steps // 100 for p in kept}
+    marks = {p: step for p, step in marks.items() if step % cfg.train_dit.every == 0}
     while not (folder / "model.safetensors").exists():
-        keep(out, folder, cfg, cfg.train_dit.every, kept)
+        keep(out, folder, cfg, marks)
         time.sleep(0.5)
-    return files_of(out, folder, kept)
-
-
-def files_of(out, folder, kept):
-    """The files of the marks that were met, and the result of the run."""
-    found = {percent: out / f"at_{percent:03d}.safetensors" for percent in kept}
-    return {p: file for p, file in found.items() if file.exists()} | {
-        100: folder / "model.safetensors"}
+    return keep(out, folder, cfg, marks)
 
 
 @torch.no_grad()

@@ -260,6 +260,31 @@ def test_a_study_is_runs_that_can_be_continued(tmp_path, capfd):
         common.compare(base, out, {"wrong": {"dit.depth": 0}}, seeds=1)
 
 
+@pytest.mark.slow
+def test_the_marks_of_a_run_are_the_averages_in_its_checkpoints(tmp_path):
+    import healthy_run
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    import train
+    run, out = tmp_path / "run", tmp_path / "out"
+    subprocess.run([sys.executable, ROOT / "train.py", "--workdir", run, "--device", "cpu", *TINY,
+                    "--steps", "20", "--train_dit.every", "10"], check=True, capture_output=True)
+    files = healthy_run.watch(run, out)                 # of a run that has ended: what it left
+    assert set(files) == {50, 100} and files[100] == run / "model.safetensors"
+    at, end = (train.load_tensors(files[percent]) for percent in (50, 100))
+    dcp_to_torch_save(run / "dit/step_0000010", tmp_path / "whole.pt")
+    there = torch.load(tmp_path / "whole.pt", weights_only=False)["average"]
+    assert there and at.keys() == end.keys()
+    assert all(torch.equal(at[k], v) for k, v in there.items())
+    assert any(not torch.equal(at[k], end[k]) for k in there)
+    loaded = train.load_run(files[50])
+    clips = train.ToyClips(loaded.cfg)
+    real, captions = zip(*(clips.clip("heldout", i, (16, 32, 32)) for i in range(64)))
+    measured = healthy_run.validation_loss(train.load_run(run), torch.stack(real), list(captions))
+    told = json.loads((run / "report.json").read_text())["dit_val_loss"]
+    assert measured == pytest.approx(told, abs=2e-4)
+
+
 # ---- physics, and the judge as a rater ----
 
 def test_a_path_is_fitted_with_and_without_a_turn():
