@@ -777,9 +777,11 @@ def counted(container) -> bool:
 def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
     """Width and height of a frame with square pixels, before it is turned, and how that is done:
     [a, b, c, d] of the display matrix, which maps (x, y) to (a x + c y, b x + d y)."""
+    from av.sidedata.sidedata import SideDataContainer
+
     turn = [1, 0, 0, 1]
     with contextlib.suppress(ValueError):       # side data that FFmpeg knows and PyAV does not
-        for side in frame.side_data:
+        for side in SideDataContainer(frame):   # frame.side_data would keep the frame: a cycle
             if "DISPLAYMATRIX" in str(side.type):
                 a, b, _, c, d = memoryview(bytes(side)).cast("i")[:5]
                 turn = [a, b, c, d]

@@ -1,5 +1,6 @@
 """Videos: what is read is what a player shows, whatever the file's header says; captions; folders;
 threads that read ahead. The files are made here: frame k shows its number."""
+import gc
 import itertools
 import os
 import re
@@ -795,7 +796,9 @@ def test_no_reader_is_waited_for_that_nobody_needs():
 def test_a_reader_that_hangs_does_not_keep_a_signal_away(training):
     """Elsewhere the first signal ends the process, while a model trains a second one does."""
     code = f"""if True:
-        import sys, time, train
+        import signal, sys, time
+        signal.pthread_sigmask(signal.SIG_BLOCK, {{2, 10, 15}})     # as at the top of train.py
+        import train
         train.listen()
         if {training}:
             train.TRAINING.set()
@@ -843,6 +846,21 @@ def test_files_that_once_failed():
     assert round_.any(0).sum().item() == pytest.approx(round_.any(1).sum().item(), rel=0.03)
     x = window(CASES / "alpha.webm", 0, 1)[0].float()
     assert x[..., 0].max() > 200 and x[2, 2].max() < 8
+
+
+def test_frames_are_gone_when_a_window_is_read(tmp_path):
+    """PyAV's frame.side_data ties a frame to itself: gigabytes wait for the garbage collector."""
+    path = write(tmp_path / "v.mp4", 40)
+    frames = lambda: sum(type(o).__name__ == "VideoFrame" for o in gc.get_objects())
+    gc.collect()
+    gc.disable()
+    try:
+        before = frames()
+        train.probe(path)
+        assert len(train.read_window(path, 3, 2, 16, 32, 25.0)) == 16
+        assert frames() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
