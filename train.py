@@ -223,7 +223,7 @@ class TrainTAE(TrainConfig):
         super().__post_init__()
         within(self, 0, 1e12, "image_steps")
         within(self, 1, 1e12, "image_batch", "window", "motion")
-        within(self, 1, len(world.COLORS), "crowd")
+        within(self, 1, 100, "crowd")
         within(self, 0, 1, "finish")
 
 

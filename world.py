@@ -291,7 +291,8 @@ def apart(a: Thing, b: Thing, frames: int) -> bool:
 def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
                  heldout: bool | None = False, frames: int = 16, overlap: bool = False,
                  script: str = "latin", cap: float = 0.0) -> World:
-    """Draw a world of several objects of different colours, which overlap only if `overlap`.
+    """Draw a world of several objects, which overlap only if `overlap`. Their colours differ, as
+    long as there are enough.
 
     signs: the share of signs. 70 % of them show one letter, the others words, each length equally
     often; with a `cap`, the height of their capitals, one letter is as often as any other length.
@@ -303,14 +304,15 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     tries = 0
     while len(drawn) < things:
         tries += 1
-        if tries % 50 == 0:                     # nothing else fits: start again
+        if tries % 50 == 0 and not overlap:     # nothing else fits: start again
             drawn.clear()
         sign = rng.random() < signs
         shares = (single, *[(1 - single) / len(lengths)] * len(lengths))
         length = rng.choices((1, *lengths), shares)[0]
         choice = letters if length == 1 else [w for w in words + never if len(w) == length]
+        left = [c for c in COLORS if c not in [d.color for d in drawn]]
         thing = Thing(
-            color=rng.choice([c for c in COLORS if c not in [d.color for d in drawn]]),
+            color=rng.choice(left or list(COLORS)),
             shape="sign" if sign else rng.choice(SHAPES),
             direction=rng.choice(list(DIRECTIONS)),
             speed="slow" if sign else rng.choice(list(SPEEDS)),         # a long word has no room
