@@ -215,6 +215,7 @@ class TrainTAE(TrainConfig):
     image_steps: int = 0  # steps on single frames, before the model is inflated to video
     image_batch: int = 32  # frames in such a step
     crowd: int = 1  # toy world: objects in a clip while training; background alone teaches nothing
+    signs: float = 0.4  # toy world: share of signs in such a crowd; letters are the hardest part
     window: int = 16  # frames of a training clip
     motion: int = 1  # curriculum: clips become up to so many times as fast; 1: off
     finish: float = 0.0  # share of the steps, at the end, on whole clips without a crowd
@@ -224,7 +225,7 @@ class TrainTAE(TrainConfig):
         within(self, 0, 1e12, "image_steps")
         within(self, 1, 1e12, "image_batch", "window", "motion")
         within(self, 1, 100, "crowd")
-        within(self, 0, 1, "finish")
+        within(self, 0, 1, "finish", "signs")
 
 
 @dataclass
@@ -505,9 +506,9 @@ class ToyClips:
         c, t, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
         rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
         training, length = split == "tae", max(c.frames, t.window)
-        scene = world.sample_world(rng, max(c.things, t.crowd) if training else c.things,
-                                   frames=length, overlap=training, script=c.script,
-                                   cap=world.cap_of(c.things))
+        crowd = {"things": max(c.things, t.crowd), "signs": t.signs, "overlap": True}
+        scene = world.sample_world(rng, **(crowd if training else {"things": c.things}),
+                                   frames=length, script=c.script, cap=world.cap_of(c.things))
         fast = training and t.motion > 1
         interval = world.motion_interval(rng, done, t.motion) if fast else 1.0
         side, start = max(H, W), rng.randint(0, max(0, length - T))

@@ -43,7 +43,7 @@ def test_everything_stays_inside_and_apart():
         assert torch.minimum(*alone).max() < 0.6      # at most two half-covered rims meet
     crowded = [world.sample_world(rng, things=4, overlap=True).things for _ in range(20)]
     assert not all(world.apart(t[0], t[1], 16) for t in crowded)
-    many = world.sample_world(rng, things=100, overlap=True).things     # more than there are colours
+    many = world.sample_world(rng, things=100, overlap=True).things     # more than colours
     assert len(many) == 100 and {t.color for t in many} == set(world.COLORS)
     assert len({t.color for t in many[:len(world.COLORS)]}) == len(world.COLORS)
 
