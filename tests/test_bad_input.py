@@ -65,7 +65,8 @@ OUT_OF_BOUNDS = """
     "steps -1", "batch 0", "lr 0", "lr -1", "warmup -1", "decay 1.5", "weight_decay -1", "beta2 1",
     "beta2 -0.5", "clip 0", "clip -1", "ema 2", "every 0", "precision fp16", *(
         ("accumulate 0", "drop 1.5", "align -1") if stage == "dit" else
-        ("image_steps -1", "image_batch 0", "crowd 0", "window 0", "motion 0", "finish 2", "signs 2"))))
+        ("image_steps -1", "image_batch 0", "crowd 0", "signs 2", "window 0", "motion 0",
+         "finish 2"))))
 
 ALL_WORDS = {"seed", "train_dit.lr", "patch", "reshard", "train_dit.precision"}
 MAY_BE_ALONE = {"plan", "clips.others"}
