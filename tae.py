@@ -208,8 +208,8 @@ PRESETS = {
     # 4x4x4: a clip of 16 x 32 x 32 becomes (8, 4, 8, 8)
     "toy": TAEConfig(channels=64, mult=(1, 1, 1), space_stride=(1, 1), time_stride=(2, 2), stem=4,
                      res_blocks=(0, 1, 1), decoder_extra=0, latent_channels=8),
-    # 4x8x8: a clip of 16 x 64 x 64 becomes (16, 4, 8, 8)
-    "small": TAEConfig(channels=96, mult=(1, 1, 1), space_stride=(2, 1), time_stride=(2, 2), stem=4,
+    # 2x8x8: a clip of 16 x 64 x 64 becomes (16, 8, 8, 8)
+    "small": TAEConfig(channels=96, mult=(1, 1, 1), space_stride=(2, 1), time_stride=(2, 1), stem=4,
                        res_blocks=(0, 1, 1), decoder_extra=0),
     # 8x8x8
     "paper": TAEConfig(),                                                   # 114.06 M parameters
@@ -219,8 +219,8 @@ VIDTWIN_PRESETS = {     # toy and small: as many values as the presets above, ha
                          query_layers=2, query_heads=4, query_ffn=64, structure_down=0,
                          structure_channels=8, dynamics_down=0),
     "small": VidTwinConfig(size=64, patch=8, width=256, depth=6, heads=8, queries=8,
-                           query_layers=4, query_ffn=256, structure_channels=16,
-                           dynamics_channels=16),
+                           query_layers=4, query_ffn=256, structure_channels=32,
+                           dynamics_channels=32),
     "paper": VidTwinConfig(),                                               # 312.1 M
 }
 LOSSES = {

@@ -651,19 +651,19 @@ def test_a_run_on_another_shares_its_autoencoder_and_latents(finished, tmp_path)
     folder = tmp_path / "run"
     before = (finished / "model.safetensors").read_bytes()
     fork(finished, folder, "--seed", "1", "--dit.qk_norm", "true", "--text.without", "words",
-         "--steps", "2")
+         "--text.layers", "1", "--dit.dim", "64", "--steps", "2")
     same_files(folder, finished, "tae/tae.safetensors")
     for path in (finished / "latents").iterdir():
         assert path.samefile(folder / "latents" / path.name)
     there, here = train.read_config(finished), train.load_run(folder).cfg
     assert (there.clips, there.tae, there.train_tae) == (here.clips, here.tae, here.train_tae)
-    assert (here.seed, here.dit.dim, here.dit.qk_norm, here.train_dit.steps) == (1, 48, True, 2)
+    assert (here.seed, here.dit.dim, here.dit.qk_norm, here.train_dit.steps) == (1, 64, True, 2)
     assert (finished / "model.safetensors").read_bytes() == before
     assert len(losses(folder)) == 2
 
 
 @pytest.mark.parametrize("flags", ["--clips.count 20 --clips.frames 16 --patch 4 2 2",
-                                   "--text.width 16 --clips.count 264"])
+                                   "--text.max_bytes 90 --clips.count 264"])
 def test_a_run_on_another_with_other_clips_or_text_encodes_them(finished, tmp_path, flags):
     folder = tmp_path / "run"
     fork(finished, folder, "--steps", "1", *flags.split())
@@ -676,7 +676,7 @@ def test_a_run_on_another_with_other_clips_or_text_encodes_them(finished, tmp_pa
     with torch.no_grad():
         want = train.load_tae(opened(folder)).encode(x[None]).mean
     assert torch.allclose(mine.rows(torch.tensor([7]))[0], want, atol=1e-5)
-    assert (mine.shapes == there.shapes) == ("width" in flags)
+    assert (mine.shapes == there.shapes) == ("bytes" in flags)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
