@@ -1681,8 +1681,8 @@ def encode_latents(run: Run, clips) -> None:
 
 def same_latents(cfg: Config) -> bool:
     """Whether the latents of --base are those that this run would make."""
-    trained = ("dim", "width", "layers", "heads", "without", "offload", "batch")    # or no matter
-    free = {"clips.fps", "clips.workers", *(f"text.{name}" for name in trained)}
+    free = {"clips.fps", "clips.workers", "text.dim", "text.width", "text.layers", "text.heads",
+            "text.without", "text.offload"}             # what is kept depends on none of these
     other, mine = ({k: v for k, v in flat(asdict(c)).items()
                     if k.startswith(("clips.", "text.", "data")) and k not in free}
                    for c in (read_config(cfg.base), cfg))
@@ -2077,9 +2077,8 @@ def make_report(run: Run, clips) -> dict:
 
 @torch.no_grad()
 def on_held_out(run: Run, loaded: Loaded, clips) -> tuple[float, float]:
-    """Measure 64 held-out clips -> (PSNR of the autoencoder, flow-matching loss of the DiT at ten
-    fixed times, Movie Gen's proxy for what people prefer). The first twelve clips are written to
-    reconstructions/, each beside what the autoencoder makes of it."""
+    """Measure 64 held-out clips -> (PSNR of the autoencoder, validation loss of the DiT). The first
+    twelve are written to reconstructions/, each beside what the autoencoder makes of it."""
     T, H, W = shape = run.cfg.clips.shape
     tae, folder, psnr, z, captions = loaded.tae, run.folder / "reconstructions", [], [], []
     with writing(folder):
@@ -2092,11 +2091,18 @@ def on_held_out(run: Run, loaded: Loaded, clips) -> tuple[float, float]:
             write_video(folder / f"{i:02d}.gif", pair, run.cfg.clips.fps)
         z.append(tae.normalize(posterior.mean))
         captions += told
+    loss = validation_loss(loaded, torch.cat(z), captions)
+    return round(torch.cat(psnr).mean().item(), 2), round(loss, 4)
+
+
+@torch.no_grad()
+def validation_loss(loaded: Loaded, z: Tensor, captions: list[str]) -> float:
+    """The flow-matching loss of the DiT on normalised latents (B, C, T', H', W'), at ten fixed
+    times: Movie Gen's proxy for what people prefer."""
     P, mask, _, _ = loaded.prompts(captions)
     v_fn = lambda *all: torch.cat([loaded.dit(*part) for part in zip(       # as in sampling
         *(v.split(loaded.cfg.sample.batch) for v in (*all, P, mask)))])
-    loss, *_ = flow.validation_loss(v_fn, torch.cat(z), loaded.cfg.flow, times=10)
-    return round(torch.cat(psnr).mean().item(), 2), round(loss, 4)
+    return flow.validation_loss(v_fn, z, loaded.cfg.flow, times=10)[0]
 
 
 def judged(rows: list[dict], made: Tensor, seed: int) -> dict:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -115,7 +116,25 @@ def train_all(base, out, variants, seeds, workers, programs=None):
     return runs
 
 
-# ---- 2. Compare ----------------------------------------------------------------------------------
+# ---- 2. Clips of a trained run -------------------------------------------------------------------
+
+def sampled(run, prompts, **settings):
+    """Make a clip for each prompt, number i from seed i -> (n, 3, T, H, W) on the CPU. settings: of
+    sampling, other ones than those of the run."""
+    run.cfg.sample = replace(run.cfg.sample, **settings)
+    n = run.cfg.sample.batch
+    return torch.cat([run.generate(prompts[i:i + n], range(i, min(i + n, len(prompts)))).cpu()
+                      for i in range(0, len(prompts), n)])
+
+
+@torch.no_grad()
+def reconstructed(run, clips):
+    """What the autoencoder of a run makes of clips."""
+    return torch.cat([run.decode(run.tae.normalize(run.tae.encode(x).mean))
+                      for x in clips.split(32)])
+
+
+# ---- 3. Compare ----------------------------------------------------------------------------------
 
 def compare(base, out, variants, seeds=3, workers=2, shown=FIGURES, programs=None):
     """Train the variants of the run `base`; print a table of mean +- spread over the seeds; write

@@ -15,6 +15,7 @@ import sys
 
 import common
 import torch
+import torch.nn.functional as F
 
 import flow
 import sdot
@@ -37,6 +38,11 @@ def energy_distance(a, b, paired=False):
     across = torch.cdist(a, b)
     own = across.diagonal().sum() if paired else 0
     return (2 * (across.sum() - own) / (n * m - (n if paired else 0)) - within).item()
+
+
+# Features of clips in pixels, for that: means, where only colour, layout and motion count, or all.
+FEATURES = {"coarse": lambda x: F.avg_pool3d(x, (2, 4, 4)).flatten(1),
+            "fine": lambda x: x.flatten(1)}
 
 
 @torch.no_grad()

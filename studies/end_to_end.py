@@ -27,12 +27,10 @@ import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import common
 import torch
-import torch.nn.functional as F
-from couplings import energy_distance
+from couplings import FEATURES, energy_distance
 from tqdm import tqdm
 
 import train
@@ -95,13 +93,6 @@ def real_clips(prompts, sets, name):
     return torch.stack([world.render([found[p].pop() for p in prompts]) for _ in range(sets)])
 
 
-def sampled(run, prompts, **settings):
-    """Clips for prompts, with changed settings of sampling."""
-    run.cfg.sample = replace(run.cfg.sample, **settings)
-    return torch.cat([run.generate(prompts[i:i + 32], range(i, min(i + 32, len(prompts))))
-                      for i in range(0, len(prompts), 32)])
-
-
 @torch.no_grad()
 def measure(folder):
     """Compare the reconstructions and samples of a run with real clips -> folder/measures.json."""
@@ -120,18 +111,16 @@ def measure(folder):
     prompts = [prompt for kind, prompt in world.test_prompts(run.cfg.seed, run.cfg.sample.prompts)
                if kind in ("trained", "heldout")]
     start = time.process_time()
-    sampled(run, prompts[:32])
+    common.sampled(run, prompts[:32])
     row["sample"] = (time.process_time() - start) / len(prompts[:32])
-    made = sampled(run, prompts, guidance=1.0)
-    first = sampled(run, prompts, guidance=1.0, steps=1)
+    made = common.sampled(run, prompts, guidance=1.0)
+    first = common.sampled(run, prompts, guidance=1.0, steps=1)
     real = real_clips(prompts, SETS, f"end_to_end/{run.cfg.seed}")
-    again = torch.cat([run.decode(run.tae.normalize(run.tae.encode(x).mean))
-                       for x in real[0].split(32)])
+    again = common.reconstructed(run, real[0])
     decibels = lambda squared_error: 10 * math.log10(4 / squared_error)
     row["one_step"] = decibels((first - real).square().mean().item())
     row["one_step_real"] = decibels(real.var(0).mean().item())      # of the mean of a prompt
-    for name, features in (("coarse", lambda x: F.avg_pool3d(x, (2, 4, 4)).flatten(1)),
-                           ("fine", lambda x: x.flatten(1))):
+    for name, features in FEATURES.items():
         others = [features(x) for x in real[1:]]
         for key, clips in ((name, made), (f"{name}_again", again), (f"{name}_real", real[0])):
             mine = features(clips)

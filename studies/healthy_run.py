@@ -20,7 +20,6 @@ import common
 import torch
 import torch.distributed.checkpoint as dcp
 
-import flow
 import train
 import world
 
@@ -42,15 +41,14 @@ def averaged(checkpoint, cfg):
 def keep(out, folder, cfg, marks):
     """Keep each checkpoint that is whole and of a step in marks, {percent: step}, as a file that
     load_run reads -> {percent: file}, with the result of the run if it has ended."""
-    for percent, step in marks.items():
-        checkpoint = folder / f"dit/step_{step:07d}"
-        file = out / f"at_{percent:03d}.safetensors"
+    files = {percent: out / f"at_{percent:03d}.safetensors" for percent in marks}
+    for percent, file in files.items():
+        checkpoint = folder / f"dit/step_{marks[percent]:07d}"
         if (checkpoint / ".metadata").exists() and not file.exists():
             tae = train.load_tensors(folder / "tae/tae.safetensors")
             train.save_tensors(file, {f"tae.{k}": v for k, v in tae.items()}
                                | averaged(checkpoint, cfg), config=json.dumps(asdict(cfg)))
-    files = {p: out / f"at_{p:03d}.safetensors" for p in marks} | {
-        100: folder / "model.safetensors"}
+    files[100] = folder / "model.safetensors"
     return {percent: file for percent, file in files.items() if file.exists()}
 
 
@@ -87,14 +85,6 @@ def watch(folder, out, kept=KEPT):
     return keep(out, folder, cfg, marks)
 
 
-@torch.no_grad()
-def validation_loss(loaded, clips, captions):
-    """The loss of the DiT on real clips, as the report measures it."""
-    z = loaded.tae.normalize(loaded.tae.encode(clips.to(loaded.device)).mean)
-    P, mask, *_ = loaded.prompts(captions)
-    return flow.validation_loss(lambda x, t: loaded.dit(x, t, P, mask), z, loaded.cfg.flow, 10)[0]
-
-
 def picture(losses, frames, prompts, path):
     """Draw the loss of each stage above; below, a row of middle frames for each percentage."""
     plt = common.pyplot()
@@ -124,13 +114,16 @@ def main():
     try:
         cfg = train.read_config(args.run)
         files = (watch if args.watch else train_and_keep)(args.run, args.out)
-    except ValueError as error:
+    except train.UserError as error:
         parser.error(str(error))
     dit = train.Run(args.run if args.watch else args.out / "run", cfg).losses()["dit"]
     losses = train.Run(args.run, cfg).losses() | {"dit": dit}
 
-    c, clips = cfg.clips, train.ToyClips(cfg)
-    real, captions = zip(*(clips.clip("heldout", i, c.shape) for i in range(64)))
+    c, source = cfg.clips, train.ToyClips(cfg)
+    real, captions = zip(*(source.clip("heldout", i, c.shape) for i in range(64)))
+    tae = train.load_run(files[100]).tae                        # that of all marks
+    with torch.no_grad():
+        z = tae.normalize(tae.encode(torch.stack(real)).mean)
     asked = [prompt for kind, prompt in world.test_prompts(
         cfg.seed, args.prompts, c.things, c.frames, c.script) if kind == "trained"]
     shown = asked[:: max(1, len(asked) // 8)][:8]
@@ -139,12 +132,11 @@ def main():
           + "|---" * (3 + len(FIGURES)) + "|")
     for percent, file in files.items():
         loaded = train.load_run(file)
-        clips = torch.cat([loaded.generate(asked[i:i + 32], range(i, min(i + 32, len(asked))))
-                           for i in range(0, len(asked), 32)])
+        clips = common.sampled(loaded, asked)
         right = world.accuracy([world.judge(clip, p) for clip, p in zip(clips, asked)])
         steps = round(percent / 100 * len(dit))
         near = [dit[i] for i in range(max(0, steps - max(1, len(dit) // 40)), steps)]
-        held_out = validation_loss(loaded, torch.stack(real), list(captions))
+        held_out = train.validation_loss(loaded, z, list(captions))
         print(f"| {percent} % | {sum(near) / len(near):.3f} | {held_out:.3f} | "
               + " | ".join(f"{right[k]:.2f}" if k in right else "" for k in FIGURES) + " |")
         if percent in SHOWN:

@@ -117,12 +117,9 @@ def verdicts(base, folder, prompts, flags):
     if not kept.exists():
         common.train(folder, {"base": base, "coupling": "independent", "stage": "dit", **flags},
                      "model.safetensors")
-        run, found = train.load_run(folder, "cuda" if torch.cuda.is_available() else "cpu"), []
-        for i in range(0, len(prompts), run.cfg.sample.batch):
-            part = prompts[i : i + run.cfg.sample.batch]
-            clips = run.generate(part, range(i, i + len(part))).cpu()
-            found += map(world.judge, clips, part)
-        train.write_json(kept, found)
+        run = train.load_run(folder, "cuda" if torch.cuda.is_available() else "cpu")
+        clips = common.sampled(run, prompts)
+        train.write_json(kept, [world.judge(clip, p) for clip, p in zip(clips, prompts)])
     return train.read_json(kept)
 
 

@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import common
 import torch
-from healthy_run import train_and_keep, validation_loss
+from healthy_run import train_and_keep
 from tqdm import tqdm
 
 import train
@@ -137,11 +137,9 @@ def measured(file, out, clips, captions, fast):
     kept = out / f"{file.stem}-{len(captions)}.json"
     if not kept.exists():
         run = train.load_run(file, "cuda" if torch.cuda.is_available() else "cpu")
-        n = run.cfg.sample.batch
-        made = torch.cat([run.generate(captions[i : i + n], range(i, i + len(captions[i : i + n])))
-                          for i in range(0, len(captions), n)]).cpu()
-        train.write_json(kept, row_of(
-            made, captions, fast, loss=validation_loss(run, clips[:64], captions[:64])))
+        z = run.tae.normalize(run.tae.encode(clips[:64].to(run.device)).mean)
+        loss = train.validation_loss(run, z, captions[:64])
+        train.write_json(kept, row_of(common.sampled(run, captions), captions, fast, loss=loss))
     return train.read_json(kept)
 
 
@@ -227,9 +225,7 @@ def main():
         if run.cfg.data:
             parser.error(f"{base}: a run on videos; a study needs the judge of the toy world")
         clips, captions = real_clips(run.cfg, args.clips, args.fast)
-        with torch.no_grad():
-            again = torch.cat([run.decode(run.tae.normalize(run.tae.encode(x).mean))
-                               for x in clips.split(32)])
+        again = common.reconstructed(run, clips)
         if args.finished:
             found = {100: [measured(train.result_of(base), out / name, clips, captions,
                                     args.fast)]}

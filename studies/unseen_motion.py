@@ -24,8 +24,7 @@ from dataclasses import replace
 
 import common
 import torch
-import torch.nn.functional as F
-from couplings import energy_distance
+from couplings import FEATURES, energy_distance
 from tqdm import tqdm
 
 import tae
@@ -86,20 +85,12 @@ def measure(folder, clips, n=160, others=640):
     """Compare reconstructions and samples of a run with real clips -> a row of figures."""
     run = train.load_run(folder)
     (x, captions), (real, _) = clips.heldout(0, n), clips.heldout(n, others)
-    again = torch.cat([run.decode(run.tae.normalize(run.tae.encode(part).mean))
-                       for part in x.split(32)])
-
-    def sampled(guidance):
-        run.cfg.sample.guidance = guidance
-        return torch.cat([run.generate(captions[i:i + 32], range(i, min(i + 32, n)))
-                          for i in range(0, n, 32)])
-
+    again = common.reconstructed(run, x)
     row = {"psnr": tae.psnr(again, x).mean().item()}
-    row |= right(sampled(run.cfg.sample.guidance), captions)
+    row |= right(common.sampled(run, captions), captions)
     row |= {f"{key}_real": share for key, share in right(x, captions).items()}
-    made = sampled(1.0)
-    for name, features in (("coarse", lambda x: F.avg_pool3d(x, (2, 4, 4)).flatten(1)),
-                           ("fine", lambda x: x.flatten(1))):
+    made = common.sampled(run, captions, guidance=1.0)
+    for name, features in FEATURES.items():
         for key, mine in (("again", again), ("made", made), ("real", x)):
             row[f"{name}_{key}"] = energy_distance(features(mine), features(real))
     return row

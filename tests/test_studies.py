@@ -277,10 +277,12 @@ def test_the_marks_of_a_run_are_the_averages_in_its_checkpoints(tmp_path):
     assert there and at.keys() == end.keys()
     assert all(torch.equal(at[k], v) for k, v in there.items())
     assert any(not torch.equal(at[k], end[k]) for k in there)
-    loaded = train.load_run(files[50])
+    assert train.load_run(files[50]).cfg == train.read_config(run)
+    loaded = train.load_run(run)
     clips = train.ToyClips(loaded.cfg)
     real, captions = zip(*(clips.clip("heldout", i, (16, 32, 32)) for i in range(64)))
-    measured = healthy_run.validation_loss(train.load_run(run), torch.stack(real), list(captions))
+    z = loaded.tae.normalize(loaded.tae.encode(torch.stack(real)).mean)
+    measured = train.validation_loss(loaded, z, list(captions))
     told = json.loads((run / "report.json").read_text())["dit_val_loss"]
     assert measured == pytest.approx(told, abs=2e-4)
 
