@@ -564,7 +564,7 @@ def test_a_config_survives_json():
 def test_derived_widths_follow_dim():
     cfg = replace(PRESETS["toy"], dim=384)
     assert (cfg.ffn_width, cfg.text_width) == (1024, 384)
-    assert [c.ffn_width for c in PRESETS.values()] == [448, 512, 4096, 8192, 16384]
+    assert [c.ffn_width for c in PRESETS.values()] == [448, 704, 4096, 8192, 16384]
     assert replace(cfg, ffn=100, text_dim=7).ffn_width == 100
 
 
