@@ -1,14 +1,15 @@
 """Question: how much faster do two ranks sample than one process, by parallel mode and by the speed
 of the link between them?
 
-Run:    python studies/bench_parallel.py --links none 1gbit 100mbit
+Run:    python studies/bench_parallel.py runs/small --links none 1gbit 100mbit
 Time:   10 minutes on 2 cores; `--links` needs root and Linux, without it 4 minutes
 Answer: CFG-parallel and PipeFusion gain on every link; Ring and Ulysses on a fast one only.
 
 The same clip in each mode in turn, one thread a rank, the median of the ratios of each round. A
 link is two network namespaces joined by a veth pair with a token bucket (tbf); where that is not
-possible the script says so and goes on without. Model: D 192, 6 heads, 8 layers, 784 tokens,
-guided, 8 Euler steps, fp32, random weights. `ideal`: a link that takes no time; a pipeline still
+possible the script says so and goes on without. Model: that of a run, for --clips of its prompts at
+a time; without a run one with D 192, 6 heads, 8 layers, 784 tokens and random weights, for one
+clip. Guided, 8 Euler steps, fp32. `ideal`: a link that takes no time; a pipeline still
 has to be filled. `two copies`: two processes on the two cores that have nothing to do with each
 other, each with all of the work, times two: where that is below 2 the cores share something, and no
 mode can be expected to reach its ideal. Also measures `ParallelSampler` on one rank over a loop
@@ -33,6 +34,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dit
 import sample_parallel as sp
+import train
+import world
 
 STEPS, GUIDANCE = 8, 3.0
 MODES = {"CFG": {"cfg": 2}, "Ring": {"ring": 2}, "Ulysses": {"ulysses": 2},
@@ -43,50 +46,61 @@ SPACES = ("filmstrip-a", "filmstrip-b")
 ADDRESS = ("10.77.0.1", "10.77.0.2")
 
 
-def case():
-    """model, x0, text, null: the same on every rank."""
+@torch.no_grad()
+def case(run, clips):
+    """The model, and x0, text, mask, null, null_mask as `ParallelSampler.sample` takes them: the
+    same on every rank."""
     torch.manual_seed(0)
-    model = dit.DiT(dit.DiTConfig((dit.Stream(4, (1, 2, 2), (4, 28, 28)),), 192, 8, 6)).eval()
-    with torch.no_grad():
+    if not run:
+        model = dit.DiT(dit.DiTConfig((dit.Stream(4, (1, 2, 2), (4, 28, 28)),), 192, 8, 6)).eval()
         for w in model.parameters():
             w.add_(torch.randn_like(w), alpha=0.02)
-    return model, torch.randn(1, 4, 4, 28, 28), torch.randn(1, 16, 192), torch.randn(1, 1, 192)
+        x0, text, null = (torch.randn(clips, 4, 4, 28, 28), torch.randn(clips, 16, 192),
+                          torch.randn(1, 1, 192).expand(clips, 16, 192))
+        return model, (x0, text, None, null, None)
+    loaded = train.load_run(run)
+    c = loaded.cfg.clips
+    prompts = [p for _, p in world.test_prompts(0, clips, c.things, c.frames, c.script)][:clips]
+    P, mask, P0, mask0 = loaded.prompts(prompts)
+    more = (0, P.shape[1] - P0.shape[1])                        # as long as the prompts
+    P0, mask0 = torch.nn.functional.pad(P0, (0, 0, *more)), torch.nn.functional.pad(mask0, more)
+    return loaded.dit, (loaded.noise(range(clips)), P, mask, P0, mask0)
 
 
 @torch.no_grad()
-def by_hand(model, x0, text, null):
+def by_hand(model, x0, text, mask, null, null_mask):
     """What one process does: both branches of guidance in one batch, Euler."""
-    both, x = torch.cat([text, null.expand(1, 16, -1)]), x0
+    both, x = torch.cat([text, null]), x0
+    masks = None if mask is None else torch.cat([mask, null_mask])
     for i in range(STEPS):
-        v, v0 = model(x.expand(2, -1, -1, -1, -1), torch.full((2,), i / STEPS), both).chunk(2)
+        v, v0 = model(torch.cat([x, x]), torch.full((len(both),), i / STEPS), both, masks).chunk(2)
         x = x + (v0 + GUIDANCE * (v - v0)) / STEPS
     return x
 
 
-def rank_main(rank, address, port, rounds):
+def rank_main(rank, address, port, args):
     """One of two ranks; rank 0 prints a JSON object: mode -> its seconds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=2,
                             timeout=timedelta(minutes=5))
-    model, x0, text, null = case()
-    null16 = null.expand(1, 16, -1)
+    model, inputs = case(args.run, args.clips)
     samplers = {}
     for name, flags in MODES.items():
         flags = dict(flags)
         patches = flags.pop("patches", 0)
         samplers[name] = sp.ParallelSampler(model, sp.make_mesh(**flags), patches=patches)
     seconds = {name: [] for name in ("one process", COPIES, *MODES)}
-    reference = by_hand(model, x0, text, null)
-    for turn in range(rounds + 1):                              # the first warms up
+    reference = by_hand(model, *inputs)
+    for turn in range(args.rounds + 1):                              # the first warms up
         for name in seconds:
             dist.barrier()
             began = time.perf_counter()
             if name in MODES:
-                x1 = samplers[name].sample(x0, text, None, null16, None, GUIDANCE, STEPS)
+                x1 = samplers[name].sample(*inputs, GUIDANCE, STEPS)
                 if not name.startswith("Pipe"):
                     assert sp.difference(x1, reference) < 1e-4
             elif rank == 0 or name == COPIES:   # with one process the other rank waits, idle
-                by_hand(model, x0, text, null)
+                by_hand(model, *inputs)
             if name == COPIES:
                 dist.barrier()                                  # until the slower one is done
             if turn:
@@ -97,15 +111,15 @@ def rank_main(rank, address, port, rounds):
     dist.destroy_process_group()
 
 
-def overhead(rounds):
+def overhead(args):
     """ParallelSampler on one rank over the loop by hand: the median ratio."""
-    model, x0, text, null = case()
-    sampler, null16, ratios = sp.ParallelSampler(model), null.expand(1, 16, -1), []
-    for turn in range(rounds + 1):
+    model, inputs = case(args.run, args.clips)
+    sampler, ratios = sp.ParallelSampler(model), []
+    for turn in range(args.rounds + 1):
         began = time.perf_counter()
-        by_hand(model, x0, text, null)
+        by_hand(model, *inputs)
         between = time.perf_counter()
-        sampler.sample(x0, text, None, null16, None, GUIDANCE, STEPS)
+        sampler.sample(*inputs, GUIDANCE, STEPS)
         if turn:
             ratios.append((time.perf_counter() - between) / (between - began))
     return statistics.median(ratios)
@@ -135,7 +149,7 @@ def unlink():
         subprocess.run(["ip", "netns", "del", space], capture_output=True)
 
 
-def two_ranks(rounds, apart):
+def two_ranks(args, apart):
     """Both ranks of `rank_main`, each in its namespace or both on this host -> seconds by mode."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -147,8 +161,9 @@ def two_ranks(rounds, apart):
         env = {**os.environ, "OMP_NUM_THREADS": "1"} | (
             {"GLOO_SOCKET_IFNAME": f"fs{rank}"} if apart else {})
         ranks.append(subprocess.Popen(
-            [*inside, sys.executable, __file__, "--rank", str(rank), address, str(port),
-             "--rounds", str(rounds)], stdout=subprocess.PIPE, text=True, env=env))
+            [*inside, sys.executable, __file__, args.run, "--clips", str(args.clips), "--rank",
+             str(rank), address, str(port), "--rounds", str(args.rounds)],
+            stdout=subprocess.PIPE, text=True, env=env))
     out = [r.communicate()[0] for r in ranks]
     if any(r.returncode for r in ranks):
         raise SystemExit("bench_parallel.py: a rank failed, see above")
@@ -190,13 +205,15 @@ def draw(found, ideals, path):
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", nargs="?", default="", help="a finished run")
+    parser.add_argument("--clips", type=int, default=1, help="at a time")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--links", nargs="+", default=["none"], metavar="RATE",
                         help="none, or a rate that tc knows: 1gbit, 100mbit")
     parser.add_argument("--rank", nargs=3, metavar=("RANK", "ADDRESS", "PORT"), help="internal")
     args = parser.parse_args()
     if args.rank:
-        return rank_main(int(args.rank[0]), args.rank[1], args.rank[2], args.rounds)
+        return rank_main(int(args.rank[0]), args.rank[1], args.rank[2], args)
     torch.set_num_threads(1)
     folder = Path("out/studies/bench_parallel")
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +231,7 @@ def main():
                     continue
                 apart = False
         try:
-            raw[rate] = two_ranks(args.rounds, apart)
+            raw[rate] = two_ranks(args, apart)
         finally:
             unlink()
         ones = raw[rate]["one process"]
@@ -225,7 +242,7 @@ def main():
               f"{found[rate][COPIES]:.2f} times as much work a second", flush=True)
         for n in MODES:
             print(f"| {n} | {rate} | {found[rate][n]:.2f} | ideal {ideals[n]:.2f} |", flush=True)
-    ratio = overhead(args.rounds)
+    ratio = overhead(args)
     print(f"ParallelSampler on one rank: {ratio:.3f} times the loop by hand")
     (folder / "bench.json").write_text(json.dumps(
         {"ideal": ideals, "speedup": found, "seconds": raw, "overhead": ratio}, indent=1))
