@@ -5,7 +5,7 @@ Run:    python studies/bench_parallel.py runs/small --links none 1gbit 100mbit
 Time:   10 minutes on 2 cores; `--links` needs root and Linux, without it 4 minutes
 Answer: CFG-parallel and PipeFusion gain on every link; Ring and Ulysses on a fast one only.
 
-The same clip in each mode in turn, one thread a rank, the median of the ratios of each round. A
+The same clips in each mode in turn, one thread a rank, the median of the ratios of each round. A
 link is two network namespaces joined by a veth pair with a token bucket (tbf); where that is not
 possible the script says so and goes on without. Model: that of a run, for --clips of its prompts at
 a time; without a run one with D 192, 6 heads, 8 layers, 784 tokens and random weights, for one

@@ -159,7 +159,7 @@ def step(M=10_000, group=64, repeats=3):
     """The share of one training step of the small preset that drawing and pairing take."""
     import dit
     import train
-    cfg, batch = train.finish(train.SCALES["small"]()), 16      # 16 of its 256: on a CPU
+    cfg, batch = train.finish(train.SCALES["small"]()), 16
     s = cfg.dit.streams[0]
     z = torch.randn(M, s.numel)
     c = sdot.Coupling.fit(z, torch.arange(M) // group, budget=0.01)

@@ -20,6 +20,8 @@ import torch
 import train
 from dit import CONDITIONINGS, DiT
 
+BATCH = 64                                              # clips in a step
+
 
 def matched(base, conditioning):
     """Switch `base` to another conditioning; widen its FFN until it is as large as before."""
@@ -31,7 +33,7 @@ def matched(base, conditioning):
     return replace(cfg, ffn=cfg.ffn_width + round(gap / 8) * 8)
 
 
-def seconds_per_step(cfg, B=64, L=14, rounds=6):
+def seconds_per_step(cfg, B=BATCH, L=14, rounds=6):
     """Measure a training step of each conditioning on one thread, in turn -> {name: the median}."""
     torch.set_num_threads(1)
     models, seconds = {}, {c: [] for c in CONDITIONINGS}
@@ -62,7 +64,7 @@ def main():
         plan.write_text(json.dumps(seconds_per_step(cfg)))
     cost = json.loads(plan.read_text())
     common.compare(args.run, args.out, {c: {
-        "dit.conditioning": c, "dit.ffn": matched(cfg, c).ffn,
+        "dit.conditioning": c, "dit.ffn": matched(cfg, c).ffn, "train_dit.batch": BATCH,
         "train_dit.steps": max(1, round(args.seconds / cost[c]))} for c in CONDITIONINGS},
         args.seeds)
     print("The DiT paper's order, by FID on images, best first: " + ", ".join(CONDITIONINGS))

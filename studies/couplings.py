@@ -141,7 +141,7 @@ def main():
     parser = common.Parser(__doc__, "couplings", of_run=True, seeds=True)
     parser.add_argument("--steps", type=common.whole, default=400, help="training steps of each")
     args = parser.parse_args()
-    steps = {"train_dit.steps": args.steps}
+    steps = {"train_dit.steps": args.steps, "train_dit.batch": 64}
     variants = {c: {"coupling": c, **steps} for c in COUPLINGS}
     variants["sdot-global"] |= {"sdot.target": 0.2}
     variants["diffusion"] = {"flow.objective": "diffusion", "flow.shift": 1.0, **steps}

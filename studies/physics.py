@@ -20,8 +20,8 @@ A pixel is a 32nd of the picture's height. The figure of a model is the median o
 that a few which show something else do not decide it. Clips in which an object is not seen in half
 of the frames have no errors; the table says their share. Signs have one letter: which letters stand
 on longer ones is no physics. With --fast the dit stage learns from clips with twice the motion,
-where fast objects bounce off the edge once, and `line` turns round once. The autoencoder stays.
---finished compares finished runs, of several scales for example, and trains nothing.
+where fast objects bounce off the edge once; the fitted line may turn round once. The autoencoder
+stays. --finished compares finished runs, of several scales for example, and trains nothing.
 """
 import itertools
 import math

@@ -17,7 +17,7 @@ def main():
     parser = common.Parser(__doc__, "text_encoders", of_run=True, seeds=True)
     parser.add_argument("--steps", type=common.whole, default=400, help="training steps of each")
     args = parser.parse_args()
-    steps = {"train_dit.steps": args.steps}
+    steps = {"train_dit.steps": args.steps, "train_dit.batch": 64}
     variants = {"all three": {}} | {f"without {name}": {"text.without": name} for name in ENCODERS}
     common.compare(args.run, args.out, {k: v | steps for k, v in variants.items()}, args.seeds,
                    shown=("loss", "color", "shape", "direction", "text", "words", "heldout"))
