@@ -29,7 +29,7 @@ does nothing else. Only `block.attend` mixes video tokens; everything else acts 
 and may be called on a slice of the token axis. So a sampler can spread this model over many ranks
 without a change to this file.
 
-    python dit.py             # shapes, zero output, overfits one clip; out/dit/gates.png       25 s
+    python dit.py             # zero output at first, overfits one clip; out/dit/gates.png      25 s
 
 Differences from the paper
     - All blocks share one adaLN, and each adds a table of its own, as in PixArt. That the paper
@@ -78,7 +78,7 @@ def adaln_zero(h, modulation, attention, cross_attention, ffn):
 
 # ---- 2. Sizes ------------------------------------------------------------------------------------
 
-# The four ways for t to enter the blocks, from the best to the worst in [DIT s3.2]; see section 6.
+# The four ways for t to enter the blocks, from the best to the worst in [DIT fig. 5]; section 6.
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 
 
@@ -353,8 +353,8 @@ class DiT(nn.Module):
     This is the model for one latent. With several in cfg.streams, DiT(cfg) makes a FlatDiT; other
     conditionings have blocks of their own (section 6)."""
 
-    def __new__(cls, cfg):
-        return super().__new__(cls if len(cfg.streams) == 1 else FlatDiT)
+    def __new__(cls, cfg=None):                                 # copy.deepcopy gives no cfg
+        return super().__new__(FlatDiT if cfg and len(cfg.streams) > 1 else cls)
 
     def __init__(self, cfg):
         super().__init__()
@@ -454,9 +454,6 @@ class DiT(nn.Module):
                                     align_corners=False)[0].T                       # (n, D)
                 tables[i] = nn.Parameter(new.contiguous())
         self.cfg = replace(self.cfg, streams=streams)
-
-
-
 
 
 # ---- 6. Variants: other ways for t to enter, several latents -------------------------------------
@@ -580,25 +577,6 @@ class FlatDiT(DiT):
 # ---- 7. Demo -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def trace(model, x, t, text):
-    """Run the parts of forward and print the shape that each returns -> the velocity."""
-    def show(name, y, meaning):
-        print(f"  {name:12}{str(tuple(y.shape)):20}{meaning}")
-        return y
-    show("x", x, "B C T H W: latent clips")
-    tokens = show("patchify", model.patchify(x), f"B N Cpqr: patches {model.cfg.streams[0].patch}")
-    pos = show("positions", model.positions(x.shape), "N D: phi_t + phi_h + phi_w")
-    c = show("condition", model.condition(t), "B 1+6 D: t, and shift, scale, gate twice")
-    h = show("embed", model.embed(tokens), "B N D")
-    show("text", text, "B L D_text: from text_cond.py")
-    for block in model.blocks:
-        h = block(h, pos, c, text)
-    show("blocks", h, f"B N D: {len(model.blocks)} of them")
-    out = show("head", model.head(h, c), "B N Cpqr")
-    return show("unpatchify", model.unpatchify(out, x.shape), "B C T H W: the velocity")
-
-
-@torch.no_grad()
 def gap_to_the_idea(model, x, t, text):
     """Measure the largest difference between the last block and `adaln_zero` with its weights."""
     block, c, pos = model.blocks[-1], model.condition(t), model.positions(x.shape)
@@ -619,8 +597,7 @@ def moving_blobs(channels, T, H, W):
 
 
 def demo(out, steps):
-    """Print shapes, check that the first output is exactly zero, overfit one clip and draw how the
-    gates open."""
+    """Check that the first output is exactly zero, overfit one clip and draw how the gates open."""
     torch.manual_seed(0)
     cfg = PRESETS["toy"]
     (s,) = cfg.streams
@@ -629,7 +606,8 @@ def demo(out, steps):
     B, clip = 4, moving_blobs(s.channels, *s.size)
     text = torch.randn(1, 8, cfg.dim).expand(B, -1, -1)
     x1 = clip.expand(B, -1, -1, -1, -1)
-    at_start = trace(model, torch.randn(x1.shape), torch.rand(B), text).abs().max().item()
+    with torch.no_grad():
+        at_start = model(torch.randn(x1.shape), torch.rand(B), text).abs().max().item()
 
     opt = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     losses, gates, began = [], [], time.time()
@@ -692,7 +670,6 @@ def draw(out, gates, losses, clip, sample):
         right.axvline(y * both.shape[-1] - 0.5, color="w", lw=0.5)
     right.axhline(both.shape[2] - 0.5, color="w", lw=2)
     right.set(title="Channel 0, frame by frame:\nthe clip; a sample", xticks=[], yticks=[])
-    out.mkdir(parents=True, exist_ok=True)
     fig.tight_layout(); fig.savefig(out / "gates.png", dpi=120); plt.close(fig)
     print(f"  figure: {out / 'gates.png'}")
 
@@ -701,7 +678,7 @@ def draw(out, gates, losses, clip, sample):
 
 def main():
     """Run the demo from the command line."""
-    parser = argparse.ArgumentParser(description="The backbone: shapes, and one clip overfitted",
+    parser = argparse.ArgumentParser(description="The backbone overfits one clip.",
                                      allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"dit.py: {message}\n")   # one line, no usage
     parser.add_argument("--steps", type=int, default=300, help="training steps")
@@ -709,6 +686,10 @@ def main():
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: must be 1 or more")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}")
     sys.exit(0 if demo(args.out, args.steps) else 1)
 
 

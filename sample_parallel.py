@@ -1,6 +1,6 @@
 """sample_parallel.py: one prompt, many ranks, the same clip: xDiT's parallel modes for a video DiT.
 
-               cfg 0: the prompt (cfg 1, the null text, is a second picture like this one)
+        cfg 0: the prompt (the ranks of cfg 1, which have the null text, are arranged like these)
          pp 0: first half of the blocks     pp 1: second half
         .-----------------------------.    .-----------------------------.
         | tokens of patch m           | h  | tokens of patch m - 1       |-> v, gathered over cfg,
@@ -11,7 +11,7 @@
       PipeFusion     blocks on stages, patches flow through; K, V of later patches are stale [PF]
       Ring           tokens on ranks; K and V travel round the ring [RA]
       Ulysses        tokens on ranks; inside attention, heads on ranks [UL]
-      parallel VAE   rows of the picture on ranks, to decode the clip [XD]; or tiles in time [MG]
+      parallel VAE   rows of the picture on ranks, to decode the clip [XD]
 
 The model stays as it is and knows nothing about ranks. Only self-attention mixes tokens, so each
 mode is one callable in the place of `block.attend(q, k, v)`, and they nest:
@@ -21,7 +21,7 @@ algorithm in one process, without ranks; many ranks must produce what it produce
 
 Papers.  [XD] xDiT, arXiv 2411.01738.  [PF] PipeFusion, 2405.14430.  [DF] DistriFusion, 2402.19481.
 [UL] DeepSpeed-Ulysses, 2309.14509.  [RA] Ring Attention, 2310.01889.  [USP] Ulysses in Ring,
-2405.07719.  [FA] FlashAttention, 2205.14135 (the online softmax).  [MG] Movie Gen, 2410.13720.
+2405.07719.  [FA] FlashAttention, 2205.14135 (the online softmax).
 
 Contract.  ParallelSampler(model, mesh).sample(x0, text, mask, null, null_mask, guidance, steps)
     x0 (B, ...) noise, fp32; text (B, L, D_text); mask (B, L) bool, True = attend
@@ -41,8 +41,9 @@ Which mode.  CFG-parallel first, it is nearly free. Then Ulysses inside a node w
 PipeFusion across slow ones (its traffic does not grow with depth, and a rank needs only its own
 blocks), Ring where Ulysses runs out of heads. Bytes that one rank sends in a step of the 30b model
 (73,728 tokens, one row, bf16, 8 ranks, for CFG 2), by `traffic`: Ring 76 GB while it computes,
-Ulysses 19 GB that it waits for, PipeFusion 0.9 GB while it computes, CFG-parallel 0.02 GB. Ring
-inside PipeFusion sends its whole K, V cache round for each patch: M times Ring's traffic.
+Ulysses 19 GB that it waits for, PipeFusion 1.8 GB while it computes (what goes from stage to stage
+is fp32), CFG-parallel 0.02 GB. Ring inside PipeFusion sends its K, V cache round once for each
+patch: M times Ring's traffic in a block, M / pp times for a rank.
 
 Differences from the paper.
     - PipeFusion for video. xDiT has it for image models only; a fork (pds-amd/xDiT) adds Wan 2.2,
@@ -54,7 +55,7 @@ Differences from the paper.
     - At least one warm-up step, which is xDiT's default. xDiT also allows none: its first step then
       attends to K, V that a dummy run has left in the cache.
     - Euler only: with two evaluations a step, "the previous step's K, V" would be half a step old.
-    - No tensor parallelism (PipeFusion and FSDP divide the weights), no data parallelism.
+    - No tensor parallelism (PipeFusion divides the weights), no data parallelism.
 
 Letters.  B samples, b rows of a batch (2B with guidance in one process); N video tokens, n those of
 a rank or a patch; P numbers in a token; D width; M patches; S steps; W warm-up steps; U, R Ulysses
@@ -97,7 +98,7 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
         exact          all tokens at once: the clip of CFG-parallel, Ulysses, Ring and their hybrids
         pipefusion     patch m sees this step's K, V of patches 0..m, the last step's of the others
         distrifusion   each patch sees this step's K, V of itself, the last step's of all others
-        no_exchange    each patch sees itself alone: what independent tiles are
+        no_exchange    each patch sees only itself, as independent tiles do
     (Fresh and stale K, V are as in the figures of [PF] and [DF].)
 
     The number of pipeline stages does not occur here: dividing the *blocks* among ranks changes who
@@ -452,7 +453,6 @@ class Ring:
 @dataclass
 class Position:
     """Where the schedule stands; the attentions read it."""
-    step: int = 0
     patch: int | None = None        # None: all tokens (warm-up, and without PipeFusion)
 
 
@@ -481,26 +481,6 @@ class StaleKV:
         slot = self.layout.slot(self.at.patch, self.r)
         self.k[:, :, slot], self.v[:, :, slot] = k, v
         return self.core(q, self.k, self.v)
-
-
-class DistriFusion:
-    """The baseline [DF]: all ranks work at once, each on its own patch; K, V of the others are one
-    step old and travel behind the compute of a whole step."""
-
-    def __init__(self, axis, sizes, warmup, at):
-        self.axis, self.sizes, self.warmup, self.at = axis, sizes, warmup, at
-        self.coming = None                                      # sent in this layer a step ago
-
-    def __call__(self, q, k, v):
-        kv, last, me = torch.stack((k, v)), self.coming, self.axis.index
-        shapes = [(*kv.shape[:3], n, kv.shape[4]) for n in self.sizes]
-        self.coming = exchange([kv] * self.axis.size, shapes, self.axis, "kv")
-        parts = self.coming if self.at.step < self.warmup else last
-        return attention(q, *torch.cat([*parts[:me], kv, *parts[me + 1:]], dim=3))
-
-    def finish(self):
-        """Wait for what the last step has sent, although nobody will use it."""
-        torch.cat(self.coming, dim=3)
 
 
 # ---- 5. The sampler ------------------------------------------------------------------------------
@@ -540,8 +520,8 @@ class Outbox:
 
 
 class Share:
-    """Holds what one rank has of a sample: tokens, the same from the first step to the last, and
-    text: of both branches of guidance, or with cfg 2 of its own."""
+    """Holds one rank's share of a sample: its tokens, the same in every step, and the text (of both
+    branches of guidance; with cfg 2 of its own branch)."""
 
     def __init__(self, sampler, x0, text, mask, null, null_mask, ts):
         s, self.model = sampler, sampler.model
@@ -572,39 +552,31 @@ class Share:
 class ParallelSampler:
     """Samples any model with the seams of the contract (module docstring) over `make_mesh(...)`.
 
-        patches       M; 0: as many as stages
-        warmup        W whole steps before the pipeline fills
-        patch_axis    bands of frames (t), rows (h) or columns (w)
-        distrifusion  the baseline instead, on the mesh's ring axis
+        patches     M; 0: as many as stages
+        warmup      W whole steps before the pipeline fills
+        patch_axis  bands of frames (t), rows (h) or columns (w)
     `settings` are those with which `emulate` makes the same clip. After a sample, `sent` holds the
     bytes that its steps sent (without the one broadcast of noise and text and the one reduction of
     the clip), `expected` what `traffic` predicts, `items` the schedule: (step, patch or None)."""
 
-    def __init__(self, model, mesh=None, patches=0, warmup=1, patch_axis="t",
-                 distrifusion=False):
+    def __init__(self, model, mesh=None, patches=0, warmup=1, patch_axis="t"):
         axis = lambda m: Axis(m.size(), m.get_local_rank(), m.get_group())
         self.cfg, self.pp, self.ring, self.ulysses = (
             Axis() if mesh is None else axis(mesh[name]) for name in AXES)
         self.degrees = {name: getattr(self, name).size for name in AXES}
         joined = dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-        self.model, self.distrifusion = model, distrifusion
-        self.warmup, self.patch_axis = warmup, patch_axis
+        self.model, self.warmup, self.patch_axis = model, warmup, patch_axis
         config, depth = getattr(model, "cfg", None), len(model.blocks)
-        check_degrees(self.world, **self.degrees, patches=patches, warmup=warmup, depth=depth,
-                      heads=getattr(config, "heads", None))
+        check_degrees(self.world, **self.degrees, patches=patches, warmup=warmup, depth=depth)
         one_of("patch-axis", patch_axis, ("t", "h", "w"))
         if getattr(config, "conditioning", None) == "in_context":
             raise ValueError("conditioning in_context: parallel sampling has no place for its time "
                              "token")
         piped = self.pp.size > 1
-        if distrifusion and (piped or self.ulysses.size > 1):
-            raise ValueError("distrifusion: needs pp 1 and ulysses 1")
         self.M = (patches or self.pp.size) if piped else 1
-        self.settings = dict(
-            mode="distrifusion" if distrifusion else "pipefusion" if piped else "exact",
-            patches=self.ring.size if distrifusion else self.M, warmup=warmup,
-            patch_axis=patch_axis)
+        self.settings = dict(mode="pipefusion" if piped else "exact", patches=self.M,
+                             warmup=warmup, patch_axis=patch_axis)
         self.mine = spans(split(depth, self.pp.size))[self.pp.index]        # my stage's blocks
         self.first, self.last = self.pp.index == 0, self.pp.index == self.pp.size - 1
         self.prev = self.next = None                # (rank, group) of my two links in the pipeline
@@ -675,19 +647,16 @@ class ParallelSampler:
             from tqdm import tqdm
             items = tqdm(items, desc="sample", unit="step" if self.pp.size == 1 else "patch")
         with swapped_attention(attends):
-            for at.step, at.patch in items:
+            for step, at.patch in items:
                 tokens[:] = layout.tokens(at.patch, self.ring.index)
-                self._work(share, at.step, at.patch, blocks, guidance, received, outbox)
+                self._work(share, step, at.patch, blocks, guidance, received, outbox)
         if outbox:
             outbox.flush()
-        for attend in attends.values():
-            if isinstance(attend, DistriFusion):
-                attend.finish()
         (B, _, P), N, L = share.x.shape, len(layout.order), len(self.model.blocks)
         self.sent = Counter(SENT)
         self.expected = traffic(N, hidden.shape[-1], L, P, B, 1 + share.guided, S, self.warmup,
                                 self.M, q.element_size(), hidden.element_size(),
-                                self.distrifusion, **self.degrees)
+                                **self.degrees)
         self.equal_shares = not (N % (layout.M * layout.R * layout.U) or q.shape[1] % layout.U
                                  or L % self.pp.size)
         return self._assemble(share)
@@ -742,12 +711,10 @@ class ParallelSampler:
         v = guide(v, guidance) if share.guided else v                           # (B, n, P)
         share.x[:, part] += (share.ts[i + 1] - share.ts[i]) * v * share.real[part]      # Euler
         if outbox and i < self.steps - 1:
-            outbox.send(share.x[:, part])               # rows that change only after it was used
+            outbox.send(share.x[:, part])       # no copy: they change only when stage 0 has them
 
     def _attend(self, layout, tokens, at):
         """Nest a block's attention: Ulysses( StaleKV( Ring or plain ) ), less what has degree 1."""
-        if self.distrifusion:
-            return DistriFusion(self.ring, layout.cached(), self.warmup, at)
         core = Ring(self.ring, layout.cached()) if self.ring.size > 1 else attention
         cached = lambda: StaleKV(core, layout, self.ring.index, at) if self.pp.size > 1 else core
         if self.ulysses.size == 1:
@@ -785,18 +752,6 @@ def keep_stage(model, pp, index):
     return model
 
 
-def shard_weights(model, mesh):
-    """Shard with FSDP2 over the ranks that have the same blocks (ring x ulysses): each keeps a
-    slice of every block and gathers a block while it runs. Only blocks: the rest is used outside of
-    `forward`, where FSDP's hooks do not see it."""
-    from torch.distributed.fsdp import fully_shard
-    ranks = mesh["ring", "ulysses"]._flatten("sequence")
-    for block in model.blocks:
-        if not isinstance(block, Elsewhere):
-            fully_shard(block, mesh=ranks, reshard_after_forward=True)
-    return model
-
-
 # ---- 7. Decoding over ranks ----------------------------------------------------------------------
 class Halo(TorchFunctionMode):
     """The parallel VAE of [XD] (DistVAE): runs a decoder on a band of rows as if it had the whole
@@ -806,7 +761,7 @@ class Halo(TorchFunctionMode):
         convolution            gets the neighbours' rows; zeros at the picture's own edge
         group norm             mean and variance over all bands
         attention over space   K and V of all bands; attention over time stays as it is
-        NOT_IN_BANDS           raise ValueError, and so do strides and other paddings over rows
+        NOT_IN_BANDS           raise ValueError, and so do strides and odd paddings over rows
     Anything else that looks across rows (a mean in plain arithmetic, a smooth interpolation) is not
     replaced and sees this rank's band alone: check a new decoder once, as `--check` does.
     Pictures are (frames, C, H, W) or (B, C, T, H, W), attention (sequences, heads, tokens, d) with
@@ -902,11 +857,6 @@ def world_axis():
     return Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
 
 
-def decode_on_rank0(decode, z):
-    """Decode on rank 0; None on the others."""
-    return decode(z) if world_axis().index == 0 else None
-
-
 @torch.no_grad()
 def halo_decode(decode, z):
     """Decode z (B, C, T, H, W), the same on all ranks, with a band of rows on each -> the clip,
@@ -932,52 +882,14 @@ def halo_decode(decode, z):
     return clip if axis.index == 0 else None
 
 
-@torch.no_grad()
-def tiled_decode(decode, z, tile=4, overlap=2):
-    """Decode in tiles along time [MG s3.1.1] of `tile` latent frames, `overlap` of them shared and
-    blended linearly; tile i goes to rank i mod ranks -> the clip on rank 0 (None on the others).
-    The clip is the same for any number of ranks, but not that of one pass, since a tile knows only
-    its own frames. Only the result is exchanged: for slow links and long clips.
-
-    Of n frames that overlap, frame j has weight (j + 1/2) / n in the later tile, where the paper
-    has j / n: so the blend is the same forwards and backwards."""
-    axis, T = world_axis(), z.shape[2]
-    if z.dim() != 5 or not 0 <= overlap <= tile / 2:
-        raise ValueError(f"decode tiles: latent {tuple(z.shape)}, tile {tile}, overlap {overlap}: "
-                         "needs (B, C, T, H, W) and an overlap of at most half a tile")
-    starts = range(0, max(T - overlap, 1), tile - overlap)
-    clip, mine = 0, starts[axis.index::axis.size]
-    for s in mine or starts[:1]:                        # a rank without a tile helps with zeros
-        y = decode(z[:, :, s:s + tile])
-        f, odd = divmod(y.shape[2], min(tile, T - s))                   # frames of a latent frame
-        if odd:
-            raise ValueError(f"decode tiles: {y.shape[2]} frames from {min(tile, T - s)} latent "
-                             "ones, the decoder drops some; use --decode one")
-        weight, n = torch.ones(y.shape[2], device=y.device), f * overlap
-        ramp = (torch.arange(n, device=y.device) + 0.5) / max(n, 1)
-        if s > 0:
-            weight[:n] = ramp
-        if s != starts[-1]:
-            weight[len(weight) - n:] = 1 - ramp
-        y = y * weight.view(-1, 1, 1) * (len(mine) > 0)
-        clip = clip + F.pad(y, (0, 0, 0, 0, f * s, f * T - f * s - y.shape[2]))
-    if axis.size > 1:
-        dist.reduce(clip, 0)
-    return clip if axis.index == 0 else None
-
-
-DECODERS = {"one": decode_on_rank0, "halo": halo_decode, "tiles": tiled_decode}
-
-
 # ---- 8. What is sent -----------------------------------------------------------------------------
-def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None,
-            distrifusion=False, cfg=1, pp=1, ring=1, ulysses=1):
+def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None, cfg=1, pp=1,
+            ring=1, ulysses=1):
     """Compute the bytes that one rank sends in S steps, by purpose, for equal shares [XD table 1,
     made exact].
 
         ulysses   4 b n D (U-1)/U L/pp     Q, K, V out and O back; n = N/UR, b rows of a batch
         ring      2 b n D (R-1) L/pp       K, V, R - 1 hops; in PipeFusion the whole cache, M times
-        kv        2 b n D (R-1) L          DistriFusion: as many, to all others, used a step later
         cfg       B n P                    the output, once a step, fp32
         hidden    b n D                    a stage to the next. No L: it does not grow with depth
         latent    B n P                    the last stage to the first, fp32, after all but the last
@@ -991,7 +903,7 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None
     rounds = W + (S - W) * M if pp > 1 else S
     sent = {
         "ulysses": 4 * b * n * D * (ulysses - 1) / ulysses * layers * size * S,
-        "kv" if distrifusion else "ring": 2 * b * n * D * (ring - 1) * layers * size * rounds,
+        "ring": 2 * b * n * D * (ring - 1) * layers * size * rounds,
         "cfg": B * n * P * 4 * S if cfg == 2 else 0,
         "hidden": b * n * D * (hidden_size or size) * S if pp > 1 else 0,
         "latent": B * n * P * 4 * (S - 1) if pp > 1 else 0,
@@ -1001,10 +913,10 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None
 
 # ---- 9. A run and its check ----------------------------------------------------------------------
 def rounding(model, steps):
-    """Bound how far sums in another order may move a clip, relative to its largest value: 2^-24 for
-    fp32 (2^-9 for bf16) for each of some 6 matrix products in each block and step, as if they all
-    added up, but 3 % at most. Measured, it is a tenth of that; a wrong algorithm is off by 1e-3 and
-    more (the demo shows one)."""
+    """Bound how far rounding may move a clip, relative to its largest value: 2^-24 in fp32 (2^-8 in
+    bf16) for each of about 6 matrix products in a block and step, as if all errors added up; at
+    most 3 %. Measured errors are a tenth of it; a wrong algorithm is off by 1e-3 or more (the demo
+    shows one)."""
     unit = torch.finfo(next(model.parameters()).dtype).eps / 2
     return min(6 * len(model.blocks) * steps * unit, 0.03)
 
@@ -1023,8 +935,6 @@ def measure(sampler, **inputs):
     seconds, sent, steps = time.perf_counter() - start, everyone(sampler.sent), sampler.steps
     parts = [f"{axis} {n}" for axis, n in sampler.degrees.items() if n > 1]
     parts += [f"M {sampler.M}"] if sampler.pp.size > 1 else []
-    if sampler.distrifusion:
-        parts = [f"distrifusion {sampler.world}"]
     return x1, {"mode": " x ".join(parts) or "one process", "seconds": seconds,
                 "sent": {k: max(s[k] for s in sent) for k in sorted(set().union(*sent))},
                 "expected": sampler.expected, "equal": sampler.equal_shares,
@@ -1037,8 +947,8 @@ TABLE_HEAD = f"  {'mode':22s} difference {'':12s}   kB/step   formula  {'sent fo
 
 def agrees(row, x1, want):
     """Print a row of the table -> whether x1 is what one process makes, up to rounding, and the
-    bytes are the formula's. Marks: = equal, ! not equal, ~ shares are uneven, so the busiest rank
-    sends more than the formula's equal share, and only the purposes are compared."""
+    bytes are the formula's. Marks: = equal; ! not equal; ~ shares are uneven: the busiest rank
+    sends more than an equal share, and only the purposes are compared."""
     sent, expected, off = row["sent"], row["expected"], difference(x1, want)
     right = sent == expected if row["equal"] else sent.keys() == expected.keys()
     mark = "!" if not right else "=" if row["equal"] else "~"
@@ -1050,17 +960,15 @@ def agrees(row, x1, want):
 
 
 def sample_every(model, inputs, device="cpu", warmup=1, patch_axis="t"):
-    """Sample once with each mesh that so many ranks and this model allow, and with DistriFusion
-    -> [(x1, row)]."""
+    """Sample once with each mesh that so many ranks and this model allow -> [(x1, row)]."""
     world, heads = len(everyone(0)), model.cfg.heads
     divisors = [d for d in range(1, world + 1) if world % d == 0]
-    modes = [(d, M, False) for d in itertools.product((1, 2), divisors, divisors, divisors)
+    modes = [(d, M) for d in itertools.product((1, 2), divisors, divisors, divisors)
              if math.prod(d) == world and d[1] <= len(model.blocks) and d[3] <= heads
              for M in ([d[1], 2 * d[1]] if d[1] > 1 else [0])]
-    modes += [((1, 1, world, 1), 0, True)] if world > 1 else []
     return [measure(ParallelSampler(model, make_mesh(*degrees, device=device), M, warmup,
-                                    patch_axis, distrifusion), **inputs)
-            for degrees, M, distrifusion in modes]
+                                    patch_axis), **inputs)
+            for degrees, M in modes]
 
 
 def count_right(model, inputs, results):
@@ -1159,7 +1067,8 @@ class TinyDiT(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """A small decoder with all that looks across rows in real ones."""
+    """A small decoder with the three operations that look across rows in real ones: convolution,
+    group norm and attention."""
 
     def __init__(self, C=2, width=16):
         super().__init__()
@@ -1177,8 +1086,8 @@ class TinyDecoder(nn.Module):
 
 
 def demo_rank(model, decoder, inputs, z):
-    """Sample with every mode, then decode in both ways: what each forked rank of the demo does."""
-    return sample_every(model, inputs), halo_decode(decoder, z), tiled_decode(decoder, z)
+    """Sample with every mode, then decode: what each forked rank of the demo does."""
+    return sample_every(model, inputs), halo_decode(decoder, z)
 
 
 def wrong_splice_rank(model, inputs):
@@ -1256,7 +1165,7 @@ def demo(out="out/sample_parallel"):
     right = same = modes = 0
     for world in (2, 4):
         ranks = launch(demo_rank, world, model, decoder, inputs, z)
-        results, halo, tiles = ranks[0]
+        results, halo = ranks[0]
         modes, right = modes + len(results), right + count_right(model, inputs, results)
         same += sum(all(torch.equal(x1, other[0][i][0]) for other in ranks)
                     for i, (x1, _) in enumerate(results))
@@ -1270,9 +1179,6 @@ def demo(out="out/sample_parallel"):
     a, b = difference(halo, clip), difference(bands, clip)
     claim("halo decode by 4 ranks equals one", f"{a:.1e} (independent bands: {b:.1e})",
           f"{bound:.0e} (> 1e-2)", a < bound and b > 1e-2)
-    tiled = difference(tiles, tiled_decode(decoder, z))
-    claim("time tiles of 4 ranks equal the same tiles on one", f"{tiled:.1e}", f"{bound:.0e}",
-          tiled < bound)
 
     print("\nwhat staleness costs: error relative to the exact clip of the same steps "
           "(L2; 4 clips, W = 1, bands of frames; random weights)")
@@ -1315,13 +1221,6 @@ def fail(message):
     sys.exit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    """Ends with one line and status 2 on bad arguments."""
-
-    def error(self, message):
-        fail(message.removeprefix("argument "))
-
-
 def number(kind, low, high):
     """Make the type of an argument: a number of this kind between these bounds."""
     def read(word):
@@ -1337,15 +1236,17 @@ def parse(argv=None):
     """Parse the command line, and check what needs neither run nor ranks."""
     # torchrun accepts abbreviations and would swallow a flag that is a prefix of one of its own
     # (--n, --m, --r, --log): none here is.
-    p = Parser(allow_abbrev=False, description="Sample a trained run with many ranks (torchrun); "
-               "without --workdir, show every mode on a tiny model.",
-               epilog="cfg x pp x ring x ulysses must be the number of ranks.")
+    p = argparse.ArgumentParser(
+        allow_abbrev=False, description="Sample a trained run with many ranks (torchrun); without "
+        "--workdir, show every mode on a tiny model.",
+        epilog="cfg x pp x ring x ulysses must be the number of ranks.")
+    p.error = lambda message: fail(message.removeprefix("argument "))
     a, ranks = p.add_argument, number(int, 1, 4096)
     a("--workdir", help="folder of a run of train.py, or its model.safetensors")
     a("--prompt", action="append", default=[], help="a caption; may be repeated")
     a("--prompt-file", help="a text file with one prompt a line")
-    a("--mode", default="mesh", choices=("mesh", "every", "distrifusion"), help="mesh: as the "
-      "degrees say; every: with --check, each mesh of so many ranks, no clip; or that baseline")
+    a("--mode", default="mesh", choices=("mesh", "every"), help="mesh: as the degrees say; every: "
+      "with --check, each mesh of so many ranks, no clip")
     a("--cfg", type=number(int, 1, 2), default=1, help="2: prompt and null text on two groups")
     a("--pp", type=ranks, default=1, help="PipeFusion stages")
     a("--patches", type=ranks, default=0, help="PipeFusion patches (default: as many as stages)")
@@ -1354,33 +1255,31 @@ def parse(argv=None):
       help="patches are bands of frames, rows or columns")
     a("--ring", type=ranks, default=1, help="Ring ranks")
     a("--ulysses", type=ranks, default=1, help="Ulysses ranks")
-    a("--shard", action="store_true", help="FSDP2: slice each block over ring x ulysses ranks")
     a("--steps", type=number(int, 1, 10_000), help="of the solver (default: the run's)")
     a("--schedule", choices=("linear", "linear_quadratic", "shifted"), help="(default: the run's)")
     a("--guidance", type=number(float, -100, 100), help="guidance scale (default: the run's)")
     a("--seed", type=number(int, 0, 2**63 - 1), default=0, help="the same seed, the same clip")
     a("--out", default="out/sample_parallel/clip.mp4",
       help="FILE.mp4 or .gif, with several prompts FILE-0.mp4, FILE-1.mp4 ...")
-    a("--decode", default="auto", choices=("auto", *DECODERS), help="one: rank 0; halo: bands of "
-      "rows, the same clip; tiles: along time, blended; auto: halo where there are rows for all")
+    a("--decode", default="auto", choices=("auto", "one", "halo"), help="one: rank 0; halo: bands "
+      "of rows, the same clip; auto: halo where there are rows for all")
     a("--check", action="store_true", help="compare with one process; exit status 1 if it differs")
     a("--device", default="cpu", choices=("cpu", "cuda"), help="gloo, or NCCL with a GPU a rank")
     args = p.parse_args(argv)
     given = [n for n, value in vars(args).items() if value != p.get_default(n)]
     if given and not args.workdir:
-        p.error(f"--workdir: needed with --{given[0]} (without it, the demo runs)")
+        flag = given[0].replace("_", "-")
+        p.error(f"--workdir: needed with --{flag} (without it, the demo runs)")
     for name in given:                                  # a flag that would do nothing is a mistake
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if args.mode != "mesh" and name in (*AXES, "patches", "shard"):
-            p.error(f"{flag}: leave it out, --mode {args.mode} chooses the mesh itself")
+        if args.mode == "every" and name in (*AXES, "patches"):
+            p.error(f"{flag}: leave it out, --mode every chooses the mesh itself")
         if args.mode == "every" and name in ("out", "decode"):
             p.error(f"{flag} {value}: leave it out, --mode every writes no clip")
         if args.mode == "mesh" and args.pp == 1 and name in ("patches", "warmup", "patch_axis"):
             p.error(f"{flag} {value}: needs --pp 2 or more (without a pipeline nothing is stale)")
     if args.mode == "every" and not args.check:
         p.error("--mode every: needs --check")
-    if args.shard and args.ring * args.ulysses == 1:
-        p.error("--shard: needs --ring or --ulysses, ranks that share the weights")
     if Path(args.out).suffix not in (".mp4", ".gif"):
         p.error(f"--out {args.out}: must end in .mp4 or .gif")
     gpus = torch.cuda.device_count() if args.device == "cuda" else math.inf
@@ -1410,7 +1309,7 @@ def sample_run(args):
     """Do what --workdir asks, on every rank -> exit status."""
     prompts, world = prompts_of(args), int(os.environ.get("WORLD_SIZE", 1))
     degrees = {axis: getattr(args, axis) for axis in AXES}
-    if args.mode != "mesh":
+    if args.mode == "every":
         degrees["ring"] = world
     fits = partial(check_degrees, world, **degrees, patches=args.patches, warmup=args.warmup)
     fits(steps=args.steps)
@@ -1446,9 +1345,9 @@ def check_run(args, train, prompts, world, fits):
     ts = run.schedule(args.steps or config.steps, args.schedule)
     fits(steps=len(ts) - 1, depth=len(run.dit.blocks), heads=run.dit.cfg.heads)
     bands = len(shape) == 4 and shape[2] >= world           # (C, T, H, W), not VidTwin's flat ones
-    if args.decode == "halo" and not bands or args.decode == "tiles" and len(shape) != 4:
-        raise ValueError(f"--decode {args.decode}: latents {shape} cannot be cut so for {world} "
-                         "ranks, use --decode one")
+    if args.decode == "halo" and not bands:
+        raise ValueError(f"--decode halo: latents {shape} cannot be cut so for {world} ranks, use "
+                         "--decode one")
     if args.decode == "auto":
         args.decode = "halo" if bands and world > 1 else "one"
     if int(os.environ.get("RANK", 0)) == 0:
@@ -1481,16 +1380,14 @@ def sample_prompts(args, train, prompts, degrees, ts, guidance):
     stage = 0 if mesh is None else mesh["pp"].get_local_rank()
     run = train.load_run(args.workdir, args.device,
                          prepare=lambda dit: keep_stage(dit, args.pp, stage))
-    sampler = ParallelSampler(run.dit, mesh, args.patches, args.warmup, args.patch_axis,
-                              distrifusion=args.mode == "distrifusion")
-    if args.shard:
-        shard_weights(run.dit, mesh)
-    if args.check and rank == 0:                # all blocks, unsharded, whatever the sampler has
+    sampler = ParallelSampler(run.dit, mesh, args.patches, args.warmup, args.patch_axis)
+    if args.check and rank == 0:                # all blocks, whatever the sampler has
         whole = train.load_run(args.workdir, args.device).dit
     for j, prompt in enumerate(prompts):
         inputs = inputs_of(run, prompt, args.seed + j, guidance, ts)
         z, row = measure(sampler, **inputs, progress=True)
-        clip = DECODERS[args.decode](run.decode, z)
+        clip = (halo_decode(run.decode, z) if args.decode == "halo" else
+                run.decode(z) if rank == 0 else None)
         if rank == 0:
             out = Path(args.out)
             path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{j}")
@@ -1499,8 +1396,7 @@ def sample_prompts(args, train, prompts, degrees, ts, guidance):
             train.write_video(path, clip[0].float().cpu(), run.fps_of(prompt))
             print(f"{path}: {prompt}   ({row['seconds']:.1f} s)", flush=True)
         if whole is not None:
-            alone = clip if args.decode == "tiles" else run.decode(z)[:, :, :T, :H, :W]
-            ok &= check(whole, inputs, z, row, clip, alone)
+            ok &= check(whole, inputs, z, row, clip, run.decode(z)[:, :, :T, :H, :W])
     return ok
 
 

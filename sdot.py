@@ -20,15 +20,15 @@ its gradient is b_j - P(x in L_j). So: draw noise, count how much falls into eac
 h_j where it was too much. That is the algorithm: no Sinkhorn iterations, no M x M matrix. After S
 noises the relative mass error is about sqrt(M / S), in any dimension: the error of counting itself.
 
-Papers.  [AF] AlignFlow, arXiv 2510.15038 (the map, eq. 6; one problem per class; stored pairs).
-[PASGD] 2510.27340 (averaged SGD on the dual, as in POT's ot.semidiscrete).  [C2OT] 2503.10636 (a
-coupling that ignores captions makes the noise of training depend on the caption; the noise of
-sampling does not).
+Papers.  [AF] AlignFlow, arXiv 2510.15038 (the map, eq. 5; its cells, eq. 6; one problem per class;
+stored pairs).  [PASGD] 2510.27340 (averaged SGD on the dual, as in POT's ot.semidiscrete).
+[C2OT] 2503.10636 (a coupling that ignores captions makes the noise of training depend on the
+caption; the noise of sampling does not).
 Neighbours of AlignFlow.  [SDFM] Apple's SD-FM, 2509.25519: the same cells, found by SGD for up to
 2.6 million images, and the unbiased chi-square that stops our solver.  "Optimal transport flow
 matching by design", 2606.04092, changes the noise instead of the pairs: if x0 is a low-frequency
-version of the clip, the identity coupling is optimal and there is nothing to solve, but a second
-small model must sample x0.
+version of the clip, the identity coupling is optimal (as they measured), and there is nothing to
+solve, but a second small model must sample x0.
 
 Contract.  latents (M, ...) normalised like the model's data, fp32; from a VAE the posterior MEANS
 (train on a sample of the posterior of the chosen row). groups (M,) int64: equal for the clips that
@@ -47,7 +47,7 @@ per clip for 10 %. The CIFAR-10 recipe of [AF] draws 1000 (for 3 %); shortened t
 above 10 % (studies/bench_sdot.py). [AF] pairs the noise before training and stores (seed, index):
 `pairs` does so, while train.py calls `couple` in its loop. `rebalance` moves surplus noise by
 optimal transport, [AF] to any cell that is short of it. Captions replace classes. Of two identical
-clips one gets the whole cell and the other is never drawn; their content is drawn as often.
+clips one gets the whole cell and the other is never drawn: their content is drawn as it should be.
 
 Letters.  M latents, N targets of one problem, d numbers in a latent, b (N,) masses, h (N,) dual
 weights, p (N,) measured cell masses, sigma, tau the scales of section 4, S noises used so far.
@@ -101,7 +101,7 @@ Solver = Literal["auto", "sgd", "adam", "pot"]
 class SDOTConfig:
     """How the dual weights are found. Step and temperature are in units of tau (section 4)."""
 
-    solver: Solver = "auto"    # auto: sgd, then adam if that missed its target | sgd | adam | pot
+    solver: Solver = "auto"    # auto: sgd, then adam if its error is 1.5 targets | sgd | adam | pot
     target: float = 0.1        # rms relative mass error to stop at; [SDFM]: no gain below 0.22
     budget: float = 4.0        # draw at most this many times N / target^2 noises
     lr: float = 0.0            # first step in units of tau; 0 = 0.5, for adam 0.3
@@ -139,7 +139,7 @@ def keyed_noise(key: tuple[int, ...], rows: int, dim: int, device=None) -> Tenso
 
 
 def assign(x: Tensor, Y: Tensor, h: Tensor, memory: int = 64) -> Tensor:
-    """Find the Laguerre cell of each x, argmax_j <x, y_j> + h_j [AF eq.6]: (B, d), (N, d) -> (B,).
+    """Find the Laguerre cell of each x, argmax_j <x, y_j> + h_j [AF eq.5]: (B, d), (N, d) -> (B,).
 
     It equals argmin_j |x - y_j|^2 - g_j with h = (g - |y|^2) / 2. Blocks of targets keep the scores
     within `memory` MiB, so that N is bounded by the size of Y alone.
@@ -251,7 +251,7 @@ class Solution:
 
 def solve(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = None, key: int = 0,
           ranks: bool = False, on_step: Callable[[int, Tensor], None] | None = None) -> Solution:
-    """Solve one problem by stochastic ascent of the dual: [AF algorithm 1] with other parts.
+    """Solve one problem by stochastic ascent of the dual: [AF, its solver] with other parts.
 
     targets (N, ...), mass (N,) or uniform. `key` gives problems with one seed different noise.
     ranks: all ranks of torch.distributed split each step's noise (from 512 on) and add their
@@ -361,8 +361,8 @@ def averaged_sgd(p: Problem) -> Solution:
     """
     cfg, test_at = p.cfg, 1.3 * p.needed
     for t in itertools.count(1):
-        # A cell that is 1000 times too large at the start would fall by 500 tau, and then climb
-        # back by one step size at a time. So errors larger than counting noise are clipped.
+        # A cell that is 1000 times too large at the start would push its h down by 500 tau in one
+        # step, and need many to come back. So errors larger than counting noise are clipped.
         error = torch.minimum(p.mass_error(), 2 + 6 / (p.batch * p.b).sqrt())
         p.move((cfg.lr or 0.5) * t ** (-2 / 3) * error, 2 / (t + 1))
         if p.samples >= min(test_at, p.budget):
@@ -456,11 +456,11 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor) -> Tens
     """Change as few entries of index (n,) as possible, at the least cost, so that cell j holds
     exactly b_j n noises (rounded).
 
-    The counts of a finite set of noises fluctuate even if the cells are perfect: with K noises per
-    clip, 37 % of them are too many where they are for K = 1, 13 % for K = 10. POT's exact solver
-    moves those nearest to a wall. [AF] moves them to any cell that is short of noise, which loses
-    34 % of the gain for K = 1 and 13 % for K = 10 (measured). Time and memory grow with the square
-    of the noises moved: 2 s and 0.2 GiB for 4000 clips.
+    With K noises for each clip some cells hold more than their share, even if all are perfect: 37 %
+    of the noises are surplus for K = 1, 13 % for K = 10. POT's exact solver moves those nearest to
+    a wall. [AF] moves them to any cell that is short of noise, which loses 34 % of the gain for K =
+    1 and 13 % for K = 10 (measured). Time and memory grow with the square of the noises moved: 2 s
+    and 0.2 GiB for 4000 clips.
     """
     import ot  # imported here: it takes seconds
     n, N = len(x), len(Y)

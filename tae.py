@@ -21,12 +21,11 @@ Contract
                      -> Posterior over z; z (B,C,T',H',W'), T' = ceil(T / time factor). VidTwin
                      takes one size, and its z is flat, (B,n): two latents, which `split` separates
     decode(z, T)     z -> (B,3,T,H,W); surplus frames of the last latent frame are dropped
-                     Both take stream=True: the same result up to rounding, one frame at a time, in
-                     bounded memory (VidTwin's clips have one size, so there it changes nothing)
+                     Both take stream=True: the same result up to rounding, one frame at a time:
+                     memory grows with the latent frames only (VidTwin: with one size, no change)
     normalize(z)     brings each channel to mean 0 and std 1, by the statistics of `LatentStats`
 
 Run.   python tae.py          # image training, inflation, video training, long clip, a figure: 40 s
-       python tae.py --trace  # the shape of the tensor after each layer, toy and paper size: 3 s
 
 Differences from the papers
   [MG] does not publish the weights of the L1, KL and perceptual terms (ours: `LOSSES`), the kernel
@@ -52,7 +51,6 @@ ones on every device.
 import argparse
 import itertools
 import math
-import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -571,10 +569,6 @@ class Autoencoder(nn.Module):
         parts = self.parts(T, H, W)
         return parts[0] if len(parts) == 1 else (sum(map(math.prod, parts)),)
 
-    def compression_rate(self, T: int, H: int, W: int) -> float:
-        """Divide the number of latent values by that of video values. Quote it with a PSNR."""
-        return math.prod(self.latent_shape(T, H, W)) / (3 * T * H * W)
-
     def normalize(self, z: Tensor) -> Tensor:
         """Bring each channel to mean 0 and std 1: what the flow model sees."""
         return (z - self.expand(self.lat_mean)) / self.expand(self.lat_std)
@@ -628,8 +622,8 @@ class TAE(Autoencoder):
                size: tuple[int, int] | None = None, stream: bool = False) -> Tensor:
         """(B,C,T',H',W') -> (B,3,T,H,W). The decoder makes T' * (time factor) frames, of which the
         first `num_frames` are kept [MG]: an image costs as much as all the frames of one latent
-        frame. With `stream`, the other frames are never made. `size` (H, W) crops what `encode`
-        padded."""
+        frame. With `stream`, only the frames that these depend on are made. `size` (H, W) crops
+        what `encode` padded."""
         if stream:
             x = decode_stream(self.decoder, z, num_frames)
         else:
@@ -944,14 +938,6 @@ class VidTwin(Autoencoder):
         p = self.cfg.patch
         return rearrange(h, "b t (h w) (c p q) -> b c t (h p) (w q)", h=self.cfg.grid, p=p, q=p)
 
-    def reenact(self, structure_of: Tensor, dynamics_of: Tensor) -> Tensor:
-        """Decode the structure of some clips (B,3,T,H,W) with the dynamics of others [VT 4.4.1]:
-        content and global movement from the former, fine detail and fast movement from the
-        latter."""
-        n = math.prod(self.shapes[0])
-        a, b = self.encode(structure_of).mean, self.encode(dynamics_of).mean
-        return self.decode(torch.cat([a[:, :n], b[:, n:]], 1))
-
 
 def autoencoder(cfg: TAEConfig | VidTwinConfig) -> Autoencoder:
     """Make the model of a config."""
@@ -1141,8 +1127,8 @@ def windows(frames: Iterable[Tensor], stride: int = 1) -> Iterator[tuple[Tensor,
 
 
 def stream(layer: nn.Module, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Do what a layer's `forward` does with frames (B, C, H, W) that arrive one after the other.
-    (`map` and not a generator expression, which would keep its last frame in memory.)"""
+    """Do what a layer's `forward` does, for frames (B, C, H, W) that arrive one after the other.
+    `map` is used where a generator expression would keep its last frame in memory."""
     if isinstance(layer, nn.ModuleList):
         for each in layer:
             frames = stream(each, frames)
@@ -1182,9 +1168,6 @@ def stream(layer: nn.Module, frames: Iterable[Tensor]) -> Iterator[Tensor]:
             frames = (x for x in frames for _ in range(2))
         return stream(conv, frames) if conv else frames
     return map(layer, frames)               # Conv2D knows no time
-
-
-
 
 
 def encode_stream(encoder: Encoder, x: Tensor) -> Tensor:
@@ -1299,7 +1282,6 @@ def draw(out: Path, x: Tensor, recon: Tensor) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    out.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(8, 1, figsize=(10, 6.2))
     for i, ax in enumerate(axes):
         clip = (recon if i % 2 else x)[i // 2, :, ::2].clamp(-1, 1) / 2 + 0.5
@@ -1341,32 +1323,10 @@ def demo(out: Path, seed: int = 0) -> bool:
              1e-4),
             ("inflation changes image latents by", first.abs().max(), 1e-5),
             ("streaming changes 96 frames by", (streamed - whole).abs().max(), 1e-4),
-            ("inflated model, dB, against 2 less than trained", before, after - 2)):
+            ("dB of the inflated model, at least 2 below the trained one", before, after - 2)):
         ok &= bool(value <= bound)
         print(f"{'PASS' if value <= bound else 'FAIL'} {claim}: {value:.3g} vs <= {bound:.3g}")
     return ok
-
-
-def trace(name: str, model: Autoencoder, T: int, H: int) -> None:
-    """Print the shape (C, T, H, W) after each layer, for a batch of one clip. The model is on the
-    meta device, so it needs no memory."""
-    rows = [("clip", (3, T, H, H))]
-    show = lambda y: (y.shape[1], y.shape[0], *y.shape[2:])                     # (F, C, H, W)
-    layers = [(label, m) for label, m in model.named_modules()
-              if re.search(r"conv_in$|conv_out$|middle$|levels\.\d+\.\d+$", label)]
-    if isinstance(model, VidTwin):
-        show, layers = lambda y: y.shape[1:], model.named_children()
-    for label, layer in layers:
-        layer.register_forward_hook(
-            lambda module, inputs, y, label=label:
-            rows.append((f"{label} {type(module).__name__}", show(y))))
-    z = model.encode(torch.empty(1, 3, T, H, H, device="meta")).mean
-    rows.append(("latent", z.shape[1:]))
-    rows.append(("reconstruction", model.decode(z, T).shape[1:]))
-    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-          f"{100 * model.compression_rate(T, H, H):.4g} % of the values")
-    for label, shape in rows:
-        print(f"  {label:42}{tuple(shape)}")
 
 
 def main() -> int:
@@ -1374,19 +1334,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The temporal autoencoders on moving squares.",
                                      allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"tae.py: {message}\n")       # one line, no usage
-    parser.add_argument("--trace", action="store_true", help="print the shapes, toy and paper size")
     parser.add_argument("--seed", type=int, default=0, help="of weights and clips")
     parser.add_argument("--out", type=Path, default=Path("out/tae"), help="folder of the figure")
     args = parser.parse_args()
-    if not args.trace:
-        return 0 if demo(args.out, args.seed) else 1
-    with torch.device("meta"):
-        trace("2.5D, toy", TAE(PRESETS["toy"]), 16, 32)
-        trace("2.5D, paper, one tile", TAE(PRESETS["paper"]), 32, 768)
-        trace("3D, paper, one tile", TAE(replace(PRESETS["paper"], variant="3d")), 32, 768)
-        trace("VidTwin, toy", VidTwin(VIDTWIN_PRESETS["toy"]), 16, 32)
-        trace("VidTwin, paper", VidTwin(VIDTWIN_PRESETS["paper"]), 16, 224)
-    return 0
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}")
+    return 0 if demo(args.out, args.seed) else 1
 
 
 if __name__ == "__main__":

@@ -120,11 +120,6 @@ class TextConfig:
         """Give the largest number of tokens of an encoder."""
         return getattr(self, "max_" + name)
 
-    def tokens(self, name, ids):
-        """Give the number of tokens in P for so many ids: the same number, or 1 for the toy's bag
-        of concepts."""
-        return 1 if self.mode == "toy" and name == "concepts" else ids
-
 
 PRESETS = {
     "toy":   TextConfig("toy", 160, layers=0),  # so it learns to spell soonest: studies/README.md
@@ -252,9 +247,9 @@ class SequenceEncoder(nn.Module):
 
     Positions enter here, once: the backbone's cross-attention has none for the text, and without
     them CAT and ACT would be the same set of letters. They rotate the embeddings, as RoPE rotates
-    queries. With sums the two would still have the same mean, (C + 1st) + (A + 2nd) + (T + 3rd),
-    and attention has to learn to tell places apart first. Rotated, a letter at another place is
-    another vector, and the means differ."""
+    queries. If they were added, CAT and ACT would still have the same mean vector, and attention
+    would first have to learn to separate places. Rotated, a letter at another place is another
+    vector, and the means differ."""
 
     def __init__(self, embedding, width, layers, heads):
         super().__init__()
@@ -663,7 +658,6 @@ def draw(out, weight, word, strings):
     ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     ax.set_yticks(range(3), ["1st letter", "2nd", "3rd"])
     ax.set_title(f"Where each query looks to spell the held-out word {word}")
-    out.mkdir(parents=True, exist_ok=True)
     fig.tight_layout(); fig.savefig(out / "spelling.png", dpi=120); plt.close(fig)
     print(f"  figure: {out / 'spelling.png'}")
 
@@ -698,12 +692,13 @@ def main():
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: must be 1 or more")
-    if args.prompt is None:
-        sys.exit(0 if demo(args.out, args.steps) else 1)
     try:
+        if args.prompt is None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            sys.exit(0 if demo(args.out, args.steps) else 1)
         print_tokens(args.prompt)
-    except ValueError as e:
-        parser.error(str(e))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # torch's advice on DDP breaks exact resume
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # warns of what exact resume needs
 if __name__ == "__main__":      # for `listen`; before numpy starts threads, which inherit the mask
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
@@ -108,7 +108,7 @@ from sdot import SDOTConfig
 # holds the bounds. What concerns more than one config is checked in `finish`.
 
 
-TINY = sys.float_info.min       # the least number above 0
+TINY = math.ulp(0.0)            # the least number above 0
 
 
 class UserError(ValueError):
@@ -329,8 +329,8 @@ def paper_scale(name: str, clips: ClipConfig, train_tae: TrainTAE, train_dit: Tr
 
 
 SCALES: dict[str, Callable[[], Config]] = {
-    # 2 CPU cores, minutes: 16 x 32 x 32 clips, latent (8, 4, 8, 8), 64 tokens. Small batches and
-    # many steps: of as many clips they learn most. studies/README.md says what else was tried
+    # 2 CPU cores, minutes: 16 x 32 x 32 clips, latent (8, 4, 8, 8), 64 tokens. Small batches, since
+    # from as many clips more steps learn more. studies/README.md says what else was tried
     "toy": lambda: Config(
         patch=(1, 2, 2),                        # a token is 8 x 8 pixels of 4 frames
         tae=replace(autoencoder.PRESETS["toy"]),
@@ -525,7 +525,8 @@ NO_VIDEOS = {".txt", ".csv", ".json", ".jsonl", ".md", ".srt", ".vtt", ".py", ".
 class VideoFolder:
     """Clips of captioned videos (`find_videos`). A clip is a random window: T frames at a random
     start and frame interval, shrunk so that the short side is 1 to 1.5 times the size of a clip,
-    and cropped at random. The last fifth of each video, one clip at least, is held out of training.
+    and cropped at random. The last fifth of each video, one clip at least, is held out of training,
+    if a clip is left to train on.
 
     Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not grow
     with the number, the length or the resolution of the videos.
@@ -534,7 +535,7 @@ class VideoFolder:
     def __init__(self, cfg: Config, videos: list[list]):
         self.cfg, self.root, self.videos = cfg, Path(cfg.data), videos
         self.lost: set[str] = set()
-        self.longest = max(T for T, _, _ in cfg.clips.shapes)
+        self.longest = longest_window(cfg)
         self.last = threading.local()               # the window that this thread decoded last
 
     def shape(self, i: int) -> tuple[int, int, int]:
@@ -589,6 +590,11 @@ class VideoFolder:
                 caption)
 
 
+def longest_window(cfg: Config) -> int:
+    """Frames of the longest window that any stage reads."""
+    return max(cfg.train_tae.window, *(T for T, _, _ in cfg.clips.shapes))
+
+
 def held_out(T: int, frames: int) -> int:
     """The first of the frames that are held out of training: the last fifth, or T frames if that is
     more. 0 if the video is too short for that: then nothing is held out."""
@@ -596,19 +602,20 @@ def held_out(T: int, frames: int) -> int:
     return cut if cut >= T else 0
 
 
-def find_videos(cfg: Config) -> list[list]:
+def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
     """Look through --data -> [name, caption, frames, rate, height / width] of each video.
 
     A video is whatever PyAV can open, in subfolders too, except still pictures and hidden files.
     Its caption stands in NAME.txt beside it, or in a metadata.csv (`file_name,text`) of its folder
     or of a folder above. The files are shared out to the ranks; those passed over are named."""
-    root = Path(cfg.data)
+    root, mesh = Path(cfg.data), mesh or Mesh()
     if not root.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder")
-    there = from_rank0(sorted(
-        path for path in root.rglob("*") if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts))
-        if rank() == 0 else [])
+    there = sorted(path for path in root.rglob("*") if path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(root).parts)
+                   ) if rank() == 0 else []
+    mesh.meet(f"--data {cfg.data}")
+    there = from_rank0(there)
     captions = read_captions(root, [p for p in there if p.name == "metadata.csv"])
     files = [p for p in there if p.suffix.lower() not in NO_VIDEOS]
 
@@ -625,6 +632,7 @@ def find_videos(cfg: Config) -> list[list]:
     with ThreadPoolExecutor(8) as pool:
         found = list(tqdm(pool.map(look, mine), desc="videos", total=len(mine), unit="file",
                           leave=False, delay=3, disable=rank() != 0))
+    mesh.meet(f"--data {cfg.data}")
     every = from_all(found)
     rows = [every[i % world_size()][i // world_size()] for i in range(len(files))]  # as in `files`
     videos = [row for row in rows if isinstance(row, list)]
@@ -648,9 +656,8 @@ def tell_of_videos(cfg: Config, videos: list[list], passed: list[str], absent: s
         say(f"--data: metadata.csv names {some_of(absent)}: no such file here")
     if short := [name for name, _, frames, *_ in videos if frames < c.frames]:
         say(f"--data: shorter than {c.frames} frames, the last is repeated: {some_of(short)}")
-    longest = max(T for T, _, _ in c.shapes)
     if whole := [name for name, _, frames, *_ in videos
-                 if frames >= c.frames and not held_out(longest, frames)]:
+                 if frames >= c.frames and not held_out(longest_window(cfg), frames)]:
         say("--data: too short to hold out a clip for validation, the whole video is used for "
             f"training: {some_of(whole)}")
     seen = -(-c.count // CROPS)
@@ -726,7 +733,7 @@ def open_video(path: Path):
     if not films:
         container.close()
         raise ValueError("a cover picture and no video" if streams else "no video stream")
-    # Not all covers say so: the stream with the most frames, or what FFmpeg thinks the main one.
+    # Some covers are not marked: take the stream with the most frames, then FFmpeg's choice.
     stream = max(films, key=lambda s: (s.frames, s.index == best.index))
     stream.codec_context.thread_count = 1           # frame threads would hold many decoded frames
     return container, stream
@@ -761,7 +768,7 @@ def probe(path: Path) -> tuple[int, float, float]:
     if len(times) < 2:
         raise ValueError("a still picture")
     if len(times) < 3 or counted(container) or None in times:
-        return len(times), usual if usual < 1000 else 25.0, aspect  # 1000: no rate, but a clock's
+        return len(times), usual if usual < 1000 else 25.0, aspect  # 1000: a clock, no rate
     times = torch.tensor(sorted(set(times))).double() * unit
     gaps, span = times.diff(), (times[-1] - times[0]).item()
     mean, median = gaps.mean().item(), gaps.median().item()
@@ -828,8 +835,8 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
         for frame in decoded(container, stream):
             if not count and (frame.pts is None or last is not None and frame.pts <= last.pts):
                 return again(ahead=math.inf)
-            # A frame follows the one before it, unless that was shown for longer: times may be a
-            # little early or late.
+            # Frames count up by one, whatever small errors their times have; only a gap of two
+            # frames or more skips numbers.
             due = at + 1 if count else (frame.pts - origin) * unit * rate
             at = round(due) if last is None or due >= at + 2 else at + 1
             if sought and last is None and at > start:      # a seek goes by the order of decoding
@@ -902,7 +909,7 @@ def world_size() -> int:
 
 
 def from_all(mine) -> list:
-    """What each rank brings, in their order."""
+    """Gather one object from each rank, in the order of the ranks."""
     box = [mine] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(box, mine)
@@ -910,7 +917,7 @@ def from_all(mine) -> list:
 
 
 def from_rank0(mine):
-    """What rank 0 brings."""
+    """Broadcast rank 0's object."""
     box = [mine]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
@@ -918,7 +925,7 @@ def from_rank0(mine):
 
 
 def share(n: int, index: int, parts: int) -> range:
-    """The numbers below n that make up part `index` of so many parts."""
+    """Cut range(n) into equal parts and give part `index`."""
     return range(index * n // parts, (index + 1) * n // parts)
 
 
@@ -965,7 +972,7 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
         ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
         groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
         for m, name in ((ranks, "replicate"), (ranks, "dp"), (groups, "sp")):
-            dist.distributed_c10d._set_pg_timeout(limit, m.get_group(name))     # torch: 30 minutes
+            dist.distributed_c10d._set_pg_timeout(limit, m.get_group(name))    # not 10 or 30 min
         if dp * sp > 1:
             mesh.weights = ranks if replicate > 1 else ranks["dp"]
         if sp > 1:
@@ -1012,6 +1019,7 @@ def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", f
     model.to_empty(device=run.device)
     model.to(run.device)        # moves nothing; FSDP's outermost group looks at its shards anew
     if fresh:
+        run.mesh.meet("initial weights")        # rank 0 may have taken long
         how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole, options=how)
     return model
@@ -1039,8 +1047,9 @@ def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
 
 
 # ---- 4. Files: text, tensors, checkpoints, the log -----------------------------------------------
-# Whatever is written is written beside its place and renamed, so that it is there whole or not at
-# all. Text is read as utf-8 with or without a byte order mark, and written as utf-8.
+# What a later stage reads is written beside its place and renamed, so that it is there whole or not
+# at all; pictures are not, they are made again. Text is read as utf-8 with or without a byte order
+# mark, and written as utf-8.
 
 
 def read_text(path: Path) -> str:
@@ -1150,12 +1159,12 @@ def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 class SafeUnpickler(pickle.Unpickler):
     """Read the pickled table of contents of a DCP checkpoint, which may name the classes of such a
-    table and nothing else, also not through a dotted name."""
+    table and nothing else. It has no BytesStorageMetadata: those entries DCP would unpickle."""
 
     allowed = {
         "torch.distributed.checkpoint.metadata": {
             "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
-            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"},
+            "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"},
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "StorageInfo"},
         "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "bool"},
         "torch.serialization": {"_get_layout"},
@@ -1177,13 +1186,6 @@ class SafeReader(dcp.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-
-class SafePlanner(dcp.DefaultLoadPlanner):
-    """DCP's planner, which refuses entries that DCP would unpickle."""
-
-    def load_bytes(self, read_item, value) -> None:
-        raise ValueError(f"entry {read_item.storage_index.fqn} is not a tensor")
 
 
 class SummedWriter(dcp.FileSystemWriter):
@@ -1226,7 +1228,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, state: dict, mesh: Mesh):
         self.folder, self.state, self.mesh = folder, state, mesh
-        self.writing = None                     # step, future of the one that is being written
+        self.writing = None                     # path, future of the one that is being written
         self.damaged: set[Path] = set()
         if rank() == 0:                         # what a kill or a full disk left half written
             for path in set(folder.glob("step_*")) - set(self.whole()):
@@ -1243,7 +1245,7 @@ class Checkpoints:
         path = self.folder / f"step_{step:07d}"
         if rank() == 0:
             shutil.rmtree(path, ignore_errors=True)                 # a damaged one of this step
-        plan = dcp.DefaultSavePlanner(enable_plan_caching=True)     # a slow proof, once a start
+        plan = dcp.DefaultSavePlanner(enable_plan_caching=True)     # checked at the first save only
         self.writing = path, dcp.async_save(
             self.state, storage_writer=SummedWriter(path), planner=plan,
             process_group=self.mesh.files, no_dist=self.mesh.files is None)
@@ -1271,7 +1273,7 @@ class Checkpoints:
         for path in from_rank0(self.whole()):
             try:
                 self.check(path)
-                dcp.load(self.state, storage_reader=SafeReader(path), planner=SafePlanner(),
+                dcp.load(self.state, storage_reader=SafeReader(path),
                          no_dist=not dist.is_initialized())
                 return int(path.name.removeprefix("step_"))
             except (CheckpointException, ValueError, OSError) as error:
@@ -1291,7 +1293,7 @@ class Checkpoints:
             for file in sums[rank() :: world_size()]:
                 if crc32(file.with_suffix("")) != file.read_text():
                     wrong = f"{file.stem} is not what was written"
-        except OSError as error:
+        except (OSError, ValueError) as error:
             wrong = reason(error)
         if wrong := next(filter(None, from_all(wrong)), ""):
             raise ValueError(wrong)
@@ -1357,8 +1359,7 @@ class Run:
 
 def generator(*key) -> torch.Generator:
     """A CPU generator that depends on nothing but the key, e.g. (seed, "dit", step)."""
-    g, text = torch.Generator(), repr(key).encode()
-    return g.manual_seed(zlib.crc32(text) | zlib.crc32(text[::-1]) << 32)
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 # ---- 5. The loop ---------------------------------------------------------------------------------
@@ -1370,8 +1371,9 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}       # blocked at the
 def listen() -> None:
     """Wait for Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before it takes the machine) in a
     thread. While a model trains, the first signal makes `optimize` write a checkpoint and stop.
-    Otherwise, and at a second signal, the process ends at once: no file is ever half written. A
-    handler in the main thread would be delayed by whatever that thread is waiting for."""
+    Otherwise, and at a second signal, the process ends at once: what a later stage reads is never
+    half written. A handler in the main thread would be delayed by whatever that thread waits for.
+    """
 
     def hear() -> None:
         name = signal.Signals(signal.sigwait(SIGNALS)).name
@@ -1422,8 +1424,8 @@ def data_parallel(run: Run, model: nn.Module) -> nn.Module:
     another order."""
     if run.mesh.weights is not None or world_size() == 1:
         return model
-    return DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=4,
-                                   find_unused_parameters=True, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, bucket_cap_mb=4, find_unused_parameters=True,
+                                   gradient_as_bucket_view=True)
 
 
 def forward_backward(net: nn.Module, parts: list[tuple], bf16: bool) -> Tensor:
@@ -1531,8 +1533,8 @@ def train_tae(run: Run, clips) -> None:
         return
     if not cfg.data and rank() == 0:            # before hours are spent: can the judge be trusted?
         c = cfg.clips
-        said = world.check_judge(cfg.seed, max(20, min(500, 2**25 // math.prod(c.shape))), c.things,
-                                 c.frames, c.size, c.script)
+        said = world.check_judge(cfg.seed, things=c.things, frames=c.frames, size=c.size,
+                                 script=c.script)
         write_json(run.folder / "judge.json", said)
         say("judge agrees with the truth: " + ", ".join(f"{k} {v:.3f}" for k, v in said.items()))
     with named("--loss."):
@@ -1541,7 +1543,7 @@ def train_tae(run: Run, clips) -> None:
     image = lambda: autoencoder.TAE(replace(cfg.tae, variant="2d"))
 
     if cfg.variant != "vidtwin" and not run.has("tae/image.safetensors"):
-        plain = replace(cfg.loss, opl=0.0, gan=0.0)     # refinements come when time is learnt
+        plain = replace(cfg.loss, opl=0.0, gan=0.0)     # these two in video training only
         model = place(run, lambda: objective(image(), plain), t.precision)
         state = optimize(run, "tae/image", model, t, t.image_steps, tae_batches(run, clips, False),
                          cfg.workers)
@@ -1680,7 +1682,8 @@ def encode_latents(run: Run, clips) -> None:
 
 
 def same_latents(cfg: Config) -> bool:
-    """Whether the latents of --base are those that this run would make."""
+    """Whether the latents of --base can serve this run: the same clips and text encoders. Its seed,
+    which draws the clips, may differ."""
     free = {"clips.fps", "clips.workers", "text.dim", "text.width", "text.layers", "text.heads",
             "text.without", "text.offload"}             # what is kept depends on none of these
     other, mine = ({k: v for k, v in flat(asdict(c)).items()
@@ -1691,8 +1694,7 @@ def same_latents(cfg: Config) -> bool:
 
 class Latents:
     """The data set of the dit stage, written by `encode_latents`. Shards are mapped into memory on
-    demand, and the last thousand stay so. Clips are numbered through all shards; those of one shape
-    follow each other."""
+    demand, and the last thousand stay so. Clips are numbered through all shards."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
@@ -1724,11 +1726,13 @@ class Latents:
                                                                    True) for k in keys}
 
     def buckets(self) -> list[tuple[torch.Size, range]]:
-        """(shape of a latent, the clips that have it)."""
-        ranges: dict[torch.Size, range] = {}
+        """(shape of a latent, clips that follow each other and have it); a shape may come twice."""
+        out: list[tuple[torch.Size, range]] = []
         for shape, a, b in zip(self.shapes, self.starts.tolist(), self.starts[1:].tolist()):
-            ranges[shape] = range(ranges[shape].start if shape in ranges else a, b)
-        return list(ranges.items())
+            if out and out[-1][0] == shape:
+                a = out.pop()[1].start
+            out.append((shape, range(a, b)))
+        return out
 
     @cached_property
     def captions(self) -> list[str]:
@@ -1850,7 +1854,7 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
 
     def batch(step: int) -> list[tuple]:
         g = generator(cfg.seed, "dit", step)
-        # The clips of a step have one shape: each as often as there are clips of it.
+        # All clips of a step have one shape, drawn in proportion to the number of its clips.
         at = int(torch.randint(len(latents), (), generator=g))
         shape, clips = next(b for b in buckets if at in b[1])
         times = flow.sample_t(t.batch, cfg.flow, g)[mine]
@@ -1948,7 +1952,7 @@ class Loaded:
         return x.clamp(-1, 1)
 
     def schedule(self, steps: int | None = None, name: str | None = None) -> Tensor:
-        """The times (steps + 1,) to visit, 0 to 1; as configured, where not said."""
+        """The solver's times (steps + 1,) from 0 to 1; by default as configured."""
         s = self.cfg.sample
         return flow.schedule(name or s.schedule, steps or s.steps, shift=self.cfg.flow.shift)
 
@@ -2055,12 +2059,13 @@ def make_report(run: Run, clips) -> dict:
     report["parameters"] = {name: sum(p.numel() for p in m.parameters()) for name, m in (
         ("tae", loaded.tae), ("text", loaded.text), ("dit", loaded.dit))}
     rows = read_json(folder / "samples/index.json")
-    made = torch.cat([load_tensors(folder / f"samples/clips_{i:04d}.safetensors")["clips"]
-                      for i in range(0, len(rows), cfg.sample.batch)])
+    n = cfg.sample.batch
+    clip = lambda i: load_tensors(                          # mapped, so that memory holds a few
+        folder / f"samples/clips_{i - i % n:04d}.safetensors")["clips"][i % n]
     if not cfg.data:
         if (folder / "judge.json").exists():
             report["judge"] = read_json(folder / "judge.json")
-        report |= judged(rows, made, cfg.seed)
+        report |= judged(rows, clip, cfg.seed)
     report["seconds"] = run.seconds()
     report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
     report["machine"] = {"threads": torch.get_num_threads(), "device": str(run.device),
@@ -2068,7 +2073,7 @@ def make_report(run: Run, clips) -> dict:
     draw_curves(folder / "curves.png", run.losses())
     shown = [i for kind in KINDS for i, r in enumerate(rows) if r["kind"] == kind]
     shown = shown[:: max(1, len(rows) // 24)][:24]
-    contact_sheet(folder / "samples.gif", [made[i] for i in shown],
+    contact_sheet(folder / "samples.gif", [clip(i) for i in shown],
                   [rows[i]["prompt"] for i in shown], cfg.clips.fps)
     write_page(folder, report, rows)
     write_json(folder / "report.json", report)
@@ -2105,11 +2110,11 @@ def validation_loss(loaded: Loaded, z: Tensor, captions: list[str]) -> float:
     return flow.validation_loss(v_fn, z, loaded.cfg.flow, times=10)[0]
 
 
-def judged(rows: list[dict], made: Tensor, seed: int) -> dict:
+def judged(rows: list[dict], clip: Callable[[int], Tensor], seed: int) -> dict:
     """Add the judge's verdict to each row -> prompt_accuracy, and gap.random, the same with prompts
     shuffled among the clips: a judge has to be seen to fail."""
-    for row, clip in zip(rows, made):
-        row["verdict"] = world.judge(clip, row["prompt"])
+    for i, row in enumerate(rows):
+        row["verdict"] = world.judge(clip(i), row["prompt"])
     by = lambda kind: [r["verdict"] for r in rows if r["kind"] == kind]
     figures = world.accuracy(by("trained"))
     figures["heldout"] = sum(v["color"] and v["shape"] and v["direction"]
@@ -2119,7 +2124,7 @@ def judged(rows: list[dict], made: Tensor, seed: int) -> dict:
     trained = [i for i, r in enumerate(rows) if r["kind"] == "trained"]
     order = trained.copy()
     random.Random(f"shuffle/{seed}").shuffle(order)
-    shuffled = [world.judge(made[i], rows[j]["prompt"]) for i, j in zip(trained, order)]
+    shuffled = [world.judge(clip(i), rows[j]["prompt"]) for i, j in zip(trained, order)]
     return {"prompt_accuracy": figures, "gap": {"random": world.accuracy(shuffled)}}
 
 
@@ -2245,7 +2250,7 @@ figcaption { font-size: 11px; line-height: 1.3 }
 
 
 def tokens_of(cfg: Config, latent: torch.Size | tuple[int, ...]) -> int:
-    """N, the video tokens of a clip with this latent; of VidTwin's two, whatever its one shape."""
+    """N, the video tokens of a clip with this latent; VidTwin's clips have one shape."""
     if len(cfg.dit.streams) > 1:
         return sum(math.prod(s.size) // math.prod(s.patch) for s in cfg.dit.streams)
     return math.prod(latent[1:]) // math.prod(cfg.dit.streams[0].patch)
@@ -2257,7 +2262,8 @@ def text_tokens(cfg: Config) -> int:
         text = text_cond.TextConditioner(cfg.text)
         longest = world.longest_caption(cfg.clips.things, cfg.clips.script)
         return text(text.encode([longest]))[1].shape[1]
-    return sum(cfg.text.tokens(name, cfg.text.limit(name)) for name in text_cond.ENCODERS)
+    bag = lambda name: name == "concepts" and cfg.text.mode == "toy"        # one token
+    return sum(1 if bag(name) else cfg.text.limit(name) for name in text_cond.ENCODERS)
 
 
 def one_step(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool = False,
@@ -2510,7 +2516,8 @@ def taken_over(given: dict) -> Config | None:
         if given.get("scale", cfg.scale) != cfg.scale:
             raise UserError(f"--scale {given['scale']}: {other} is a run of --scale {cfg.scale}")
         fixed = ("tae.", "vidtwin.", "loss.", "train_tae.", "variant",
-                 *(("text.", "dit.") if how == "init" else ()))
+                 *(("text.", "dit.", "patch") if how == "init" else ()),
+                 *(("clips.size", "clips.frames") if cfg.variant == "vidtwin" else ()))
         for name in given.keys() - HOW - {"text.without"}:
             if name.startswith(fixed):
                 value = given[name]
@@ -2621,8 +2628,6 @@ def start_ranks(command: Command) -> torch.device:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(seconds=command.timeout))
-    elif "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))     # torchrun's caution for many ranks
     return device
 
 
@@ -2635,11 +2640,11 @@ def copies(cfg: Config, command: Command, ranks: int) -> int:
     return ranks // command.sp if small else 1
 
 
-def known_videos(cfg: Config, folder: Path) -> list[list]:
+def known_videos(cfg: Config, folder: Path, mesh: Mesh) -> list[list]:
     """The videos that a run began with, or the run whose latents it shares; else what is there."""
     places = [folder, Path(cfg.base)] if cfg.base and same_latents(cfg) else [folder]
     tables = from_rank0([p / "videos.json" for p in places if (p / "videos.json").exists()])
-    return read_json(tables[0]) if tables else find_videos(cfg)
+    return read_json(tables[0]) if tables else find_videos(cfg, mesh)
 
 
 def work(cfg: Config, command: Command) -> None:
@@ -2656,7 +2661,7 @@ def work(cfg: Config, command: Command) -> None:
     if cfg.text.mode == "pretrained" and rank() == 0:
         with named("--text."):              # now, and not when captions or prompts are encoded
             text_cond.check_sources(cfg.text)
-    clips = VideoFolder(cfg, known_videos(cfg, folder)) if cfg.data else ToyClips(cfg)
+    clips = VideoFolder(cfg, known_videos(cfg, folder, mesh)) if cfg.data else ToyClips(cfg)
     run = open_run(cfg, folder, device, mesh)
     if cfg.data and rank() == 0 and not (folder / "videos.json").exists():
         write_json(folder / "videos.json", clips.videos)

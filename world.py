@@ -354,22 +354,17 @@ def caption(world: World) -> str:
 
 
 def longest_caption(things: int, script: str) -> str:
-    """Write a caption that no other exceeds in words, different words or letters on signs."""
+    """Write a caption with the most words, the most different words and the longest signs."""
     words = sorted(sum(SCRIPTS[script], ()), key=len, reverse=True)
     ways = ("down right", "up left")                                    # without a common word
     return caption(World(tuple(Thing(color, "sign", ways[i % 2], "slow", word)
                                for i, color, word in zip(range(things), COLORS, words))))
 
 
-def _one_of(words) -> str:
-    """Write a pattern for any of these words, the longest first: `down left` before `down`."""
-    return "|".join(sorted(words, key=len, reverse=True))
-
-
 GRAMMAR = re.compile(
-    rf"an? (?P<color>{_one_of(COLORS)}) "
-    rf'(?:(?P<shape>{_one_of(SHAPES)})|sign saying "(?P<word>[^" ]+)")'
-    rf" moving (?P<direction>{_one_of(DIRECTIONS)})(?P<fast> fast)?"
+    rf"an? (?P<color>{'|'.join(COLORS)}) "
+    rf'(?:(?P<shape>{"|".join(SHAPES)})|sign saying "(?P<word>[^" ]+)")'
+    rf" moving (?P<direction>{'|'.join(DIRECTIONS)})(?P<fast> fast)?"
 )
 
 
@@ -389,8 +384,9 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
     """Draw (kind, prompt) to judge a model by, the same for the same seed.
 
     n of kind `trained` (3/5 shapes, 2/5 one-letter signs); 3n/10 `heldout`, shapes in held-out
-    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects, two
-    fifths of them are signs, and a prompt of kind `words` has a word of several letters."""
+    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects, a
+    prompt with signs has one at least: each object is a sign with probability 2/5. Words may have
+    any length; of kind `words`, one has several letters."""
     rng = random.Random(f"prompts/{seed}")
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
     out: list[tuple[str, str]] = []
@@ -513,10 +509,10 @@ def judge(clip: Tensor, prompt: str) -> dict[str, bool]:
     return {k: all(s[k] == w[k] for s, w in zip(seen, wanted)) for k in keys}
 
 
-def accuracy(verdicts: list[dict[str, bool]],
-             keys=("color", "shape", "direction", "speed", "text")) -> dict[str, float]:
+def accuracy(verdicts: list[dict[str, bool]]) -> dict[str, float]:
     """Give the share of true verdicts for each key, among the verdicts that have it."""
-    votes = {key: [v[key] for v in verdicts if key in v] for key in keys}
+    votes = {key: [v[key] for v in verdicts if key in v]
+             for key in ("color", "shape", "direction", "speed", "text")}
     return {key: sum(v) / len(v) for key, v in votes.items() if v}
 
 
@@ -536,23 +532,20 @@ def check_judge(seed: int, n: int = 500, things: int = 1, frames: int = 16, size
 
 def draw_sheet(out: Path, seed: int) -> None:
     """Draw world.png: 21 captioned clips, four frames of each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rng = random.Random(f"sheet/{seed}")
     worlds = [sample_world(rng) if i < 15 else sample_world(rng, 2, cap=cap_of(2))
               for i in range(21)]
     clips = render(worlds, H=64).permute(0, 2, 3, 4, 1) / 2 + 0.5               # (B, T, H, W, 3)
-    figure, axes = plt.subplots(7, 3, figsize=(12, 9))
+    figure = Figure(figsize=(12, 9))
+    axes = figure.subplots(7, 3)
     for ax, world, clip in zip(axes.flat, worlds, clips):
         ax.set_axis_off()
         ax.set_title(caption(world).replace(" and ", "\nand "), fontsize=7, pad=2)
         ax.imshow(torch.cat([F.pad(frame, (0, 0, 0, 2), value=1.0) for frame in clip[::5]], 1))
     figure.tight_layout(pad=0.5)
     figure.savefig(out / "world.png", dpi=110)
-    plt.close(figure)
     print(f"wrote {out / 'world.png'}")
 
 

@@ -33,8 +33,7 @@ def averaged(checkpoint, cfg):
     part = "average" if cfg.train_dit.ema else "model"
     state = {part: {k: torch.empty_like(w)
                     for k, w in train.TextToVideo(cfg).named_parameters()}}
-    dcp.load(state, storage_reader=train.SafeReader(checkpoint), planner=train.SafePlanner(),
-             no_dist=True)
+    dcp.load(state, storage_reader=train.SafeReader(checkpoint), no_dist=True)
     return state[part]
 
 

@@ -32,7 +32,9 @@ def trained(path, seconds, seed):
 def decodings(model, a, b):
     """Two batches of clips -> {name: clips}: reconstructed, swapped, from one latent alone."""
     made = {"A": model(a)[0], "B": model(b)[0],
-            "structure of A, dynamics of B": model.reenact(a, b)}
+            "structure of A, dynamics of B": model.decode(torch.cat([
+                model.split(model.encode(a).mean)[0].flatten(1),
+                *(z.flatten(1) for z in model.split(model.encode(b).mean)[1:])], 1))}
     for part in ("structure", "dynamics"):
         made[f"{part} of A alone"] = model.decode(model.encode(a).mean, only=part)
     return made

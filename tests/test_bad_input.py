@@ -236,6 +236,10 @@ PLACES += [
     (lambda here: sketch(here / "run"), "--init run --workdir new --text pretrained",
      "--text.mode pretrained: --init run has settled it"),
     (lambda here: sketch(here / "run"), "--init run --workdir new", "run: not finished"),
+    (lambda here: sketch(here / "run"), "--init run --workdir new --patch 1 4 4",
+     "--patch 1 4 4: --init run has settled it"),
+    (lambda here: sketch(here / "run", "--tae", "vidtwin"), "--base run --workdir new "
+     "--clips.size 64", "--clips.size 64: --base run has settled it"),
 ]
 RANKS = [       # with so many ranks
     (2, "--batch 63", "--batch 63: not a multiple of 2"),

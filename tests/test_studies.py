@@ -147,6 +147,21 @@ def test_a_projected_coupling_pairs_within_the_principal_directions(tmp_path, mo
     assert torch.equal(couplings.Projected.load(tmp_path / "coupling.pt", z).couple(x0), found)
 
 
+def test_structure_and_dynamics_of_two_clips_are_decoded_together():
+    import reenact
+
+    import tae
+    torch.manual_seed(0)
+    model = tae.VidTwin(tae.VIDTWIN_PRESETS["toy"]).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1) if not p.any() else None
+    a, b = torch.rand(2, 1, 3, 16, 32, 32) * 2 - 1
+    name = "structure of A, dynamics of B"
+    same, other = reenact.decodings(model, a, a), reenact.decodings(model, a, b)
+    assert torch.allclose(same[name], same["A"], atol=1e-5)
+    assert all((other[name] - other[x]).abs().max() > 1e-4 for x in "AB")
+
+
 def test_the_conditionings_are_compared_at_equal_size():
     import conditionings
 

@@ -37,7 +37,7 @@ PROMPTS = ["a red circle moving left", 'a white sign saying "CAT" moving up']
 def main(folder, *flags):
     """The command line in this process. The judge has its own test, which takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "check_judge", lambda *_: {"color": 1.0})
+        patch.setattr(world, "check_judge", lambda *_, **__: {"color": 1.0})
         return train.main(["--workdir", str(folder), "--device", "cpu", *flags])
 
 
@@ -493,14 +493,14 @@ def test_the_other_couplings_train(finished, tmp_path, coupling, capfd):
 
 
 def damage(folder, how):
-    """Cut the data of a checkpoint, or flip one bit of it."""
-    (data,) = folder.glob("*.distcp")
+    """Cut the data of a checkpoint, or flip one bit of it, or of its checksum."""
+    (data,) = folder.glob("*.distcp.crc32" if how == "checksum" else "*.distcp")
     content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 4
+    content[len(content) // 2] ^= 128 if how == "checksum" else 4       # no UTF-8 any more
     data.write_bytes(content[:-100] if how == "cut" else content)
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped bit"])
+@pytest.mark.parametrize("how", ["cut", "flipped bit", "checksum"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, finished, capfd, how):
     forget(copy, "model.safetensors")
     damage(copy / "dit/step_0000006", how)
@@ -558,7 +558,8 @@ def test_a_checkpoint_cannot_run_code(copy, finished, monkeypatch, tmp_path, cap
     dcp.save({"model": {"w": Evil()}}, checkpoint_id=tmp_path / "dit/step_0000001", no_dist=True)
     with pytest.raises(train.UserError, match="none of its checkpoints"):
         train.Checkpoints(tmp_path / "dit", {"model": {"w": torch.zeros(3)}}, train.Mesh()).load()
-    assert "not a tensor" in capfd.readouterr().err and not (tmp_path / "evil").exists()
+    assert "BytesStorageMetadata has no place" in capfd.readouterr().err
+    assert not (tmp_path / "evil").exists()
     for path in copy.rglob("*.pt"):                     # no other file of a run is a pickle
         torch.load(path, weights_only=True)
 
@@ -752,6 +753,15 @@ def test_shapes_of_clips():
         shapes = {clips.drawn_shape(f"{i}", aspect) for i in range(1000)}
         assert {s[1:] for s in shapes} == sizes and {s[0] for s in shapes} == {1, 8, 16}
         assert aspect != 9 / 16 or all(s[1:] == (72, 128) for s in shapes if s[0] != 8)
+
+
+def test_clips_of_one_latent_shape_that_do_not_follow_each_other(tmp_path):
+    """13 frames and 16 make as many latent frames; clips of 13 in two sizes lie around the 16."""
+    a, b = [4, 8, 4, 8, 8], [3, 8, 4, 16, 16]
+    train.write_json(tmp_path / "index.json", [["0", *a], ["1", *b], ["2", *a], ["3", *a]])
+    assert train.Latents(tmp_path).buckets() == [
+        (torch.Size(a[1:]), range(4)), (torch.Size(b[1:]), range(4, 7)),
+        (torch.Size(a[1:]), range(7, 15))]
 
 
 def test_a_run_of_several_shapes(finished, tmp_path):
