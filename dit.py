@@ -78,7 +78,7 @@ def adaln_zero(h, modulation, attention, cross_attention, ffn):
 
 # ---- 2. Sizes ------------------------------------------------------------------------------------
 
-# The four ways for t to enter the blocks, from the best to the worst in [DIT fig. 5]; section 6.
+# The four ways for t to enter the blocks (section 6), from the best to the worst in [DIT fig. 5].
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 
 

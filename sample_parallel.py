@@ -99,7 +99,8 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
         pipefusion     patch m sees this step's K, V of patches 0..m, the last step's of the others
         distrifusion   each patch sees this step's K, V of itself, the last step's of all others
         no_exchange    each patch sees only itself, as independent tiles do
-    (Fresh and stale K, V are as in the figures of [PF] and [DF].)
+    (Fresh and stale K, V are as in the figures of [PF] and [DF]. The last two are what one compares
+    with: no ranks run them.)
 
     The number of pipeline stages does not occur here: dividing the *blocks* among ranks changes who
     computes, not what is computed. ParallelSampler is tested against this function."""
@@ -734,7 +735,7 @@ class ParallelSampler:
         return full
 
 
-# ---- 6. Weights over ranks -----------------------------------------------------------------------
+# ---- 6. The blocks of a stage --------------------------------------------------------------------
 class Elsewhere(nn.Module):
     """Takes the place of a block that another stage has: no weights, and it cannot run."""
 
@@ -761,7 +762,7 @@ class Halo(TorchFunctionMode):
         convolution            gets the neighbours' rows; zeros at the picture's own edge
         group norm             mean and variance over all bands
         attention over space   K and V of all bands; attention over time stays as it is
-        NOT_IN_BANDS           raise ValueError, and so do strides and odd paddings over rows
+        NOT_IN_BANDS           raise ValueError, as do strides, and paddings that change the rows
     Anything else that looks across rows (a mean in plain arithmetic, a smooth interpolation) is not
     replaced and sees this rank's band alone: check a new decoder once, as `--check` does.
     Pictures are (frames, C, H, W) or (B, C, T, H, W), attention (sequences, heads, tokens, d) with

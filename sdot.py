@@ -101,7 +101,7 @@ Solver = Literal["auto", "sgd", "adam", "pot"]
 class SDOTConfig:
     """How the dual weights are found. Step and temperature are in units of tau (section 4)."""
 
-    solver: Solver = "auto"    # auto: sgd, then adam if its error is 1.5 targets | sgd | adam | pot
+    solver: Solver = "auto"    # auto: sgd, then adam if still 1.5 targets off | sgd | adam | pot
     target: float = 0.1        # rms relative mass error to stop at; [SDFM]: no gain below 0.22
     budget: float = 4.0        # draw at most this many times N / target^2 noises
     lr: float = 0.0            # first step in units of tau; 0 = 0.5, for adam 0.3

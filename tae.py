@@ -21,8 +21,8 @@ Contract
                      -> Posterior over z; z (B,C,T',H',W'), T' = ceil(T / time factor). VidTwin
                      takes one size, and its z is flat, (B,n): two latents, which `split` separates
     decode(z, T)     z -> (B,3,T,H,W); surplus frames of the last latent frame are dropped
-                     Both take stream=True: the same result up to rounding, one frame at a time:
-                     memory grows with the latent frames only (VidTwin: with one size, no change)
+                     Both take stream=True: the same result up to rounding, one frame at a time, so
+                     memory grows with the latent frames only. (No change for VidTwin's one size.)
     normalize(z)     brings each channel to mean 0 and std 1, by the statistics of `LatentStats`
 
 Run.   python tae.py          # image training, inflation, video training, long clip, a figure: 40 s

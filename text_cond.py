@@ -693,12 +693,12 @@ def main():
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: must be 1 or more")
     try:
-        if args.prompt is None:
-            args.out.mkdir(parents=True, exist_ok=True)
-            sys.exit(0 if demo(args.out, args.steps) else 1)
-        print_tokens(args.prompt)
+        if args.prompt is not None:
+            return print_tokens(args.prompt)
+        args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    sys.exit(0 if demo(args.out, args.steps) else 1)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # warns of what exact resume needs
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # or DDP warns of what resuming needs
 if __name__ == "__main__":      # for `listen`; before numpy starts threads, which inherit the mask
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
@@ -266,7 +266,7 @@ class Config:
 
     scale: Literal["toy", "small", "1b", "5b", "30b"] = "toy"  # preset of all sizes
     data: str = ""  # folder of captioned videos; empty: the toy world
-    base: str = ""  # run whose autoencoder, and latents where they are the same, are taken over
+    base: str = ""  # run whose autoencoder, and latents where clips and text agree, are taken over
     init: str = ""  # run whose autoencoder and weights are taken over; stretches position tables
     seed: int = 0  # of everything random
     coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # of noise, clips
@@ -925,7 +925,7 @@ def from_rank0(mine):
 
 
 def share(n: int, index: int, parts: int) -> range:
-    """Cut range(n) into equal parts and give part `index`."""
+    """Cut range(n) into parts as equal as possible, and give part `index`."""
     return range(index * n // parts, (index + 1) * n // parts)
 
 
@@ -1637,7 +1637,7 @@ def shards_of(clips, count: int) -> dict[str, tuple[tuple[int, int, int], list[i
 def encode_latents(run: Run, clips) -> None:
     """Make latents/: shards with mean and logvar of each clip, its caption, and what the frozen
     part of the text encoders makes of that. Shards that exist are kept; a damaged one is named and
-    encoded again. With --base the folder is a link to that run's, if they would be the same."""
+    encoded again. With --base the folder is a link to that run's, if `same_latents`."""
     cfg, folder = run.cfg, run.folder / "latents"
     if cfg.base and not run.has("latents/index.json") and same_latents(cfg):
         if rank() == 0:

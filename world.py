@@ -384,9 +384,9 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
     """Draw (kind, prompt) to judge a model by, the same for the same seed.
 
     n of kind `trained` (3/5 shapes, 2/5 one-letter signs); 3n/10 `heldout`, shapes in held-out
-    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects, a
-    prompt with signs has one at least: each object is a sign with probability 2/5. Words may have
-    any length; of kind `words`, one has several letters."""
+    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects each
+    is a sign with probability 2/5, and prompts that need signs have at least one. Their words may
+    have any length, but in `words` at least one has several letters."""
     rng = random.Random(f"prompts/{seed}")
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
     out: list[tuple[str, str]] = []
@@ -584,6 +584,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sheet and of the checks")
     parser.add_argument("--out", type=Path, default=Path("out/world"), help="folder of the figures")
     args = parser.parse_args()
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}")
     return 0 if demo(args.out, args.seed) else 1
 
 

@@ -1,19 +1,18 @@
 """Question: how much faster do two ranks sample than one process, by parallel mode and by the speed
 of the link between them?
 
-Run:    python studies/bench_parallel.py runs/small --links none 1gbit 100mbit
+Run:    python studies/bench_parallel.py --links none 1gbit 100mbit
 Time:   10 minutes on 2 cores; `--links` needs root and Linux, without it 4 minutes
 Answer: CFG-parallel and PipeFusion gain on every link; Ring and Ulysses on a fast one only.
 
 The same clips in each mode in turn, one thread a rank, the median of the ratios of each round. A
 link is two network namespaces joined by a veth pair with a token bucket (tbf); where that is not
-possible the script says so and goes on without. Model: that of a run, for --clips of its prompts at
-a time; without a run one with D 192, 6 heads, 8 layers, 784 tokens and random weights, for one
-clip. Guided, 8 Euler steps, fp32. `ideal`: a link that takes no time; a pipeline still
-has to be filled. `two copies`: two processes on the two cores that have nothing to do with each
-other, each with all of the work, times two: where that is below 2 the cores share something, and no
-mode can be expected to reach its ideal. Also measures `ParallelSampler` on one rank over a loop
-written by hand.
+possible the script says so and goes on without. Model: that of a run (a folder as argument), else
+one with D 192, 6 heads, 8 layers, 784 tokens and random weights; --clips at a time (1). Guided, 8
+Euler steps, fp32. `ideal`: a link that takes no time; a pipeline still has to be filled. `two
+copies`: two processes on the two cores that have nothing to do with each other, each with all of
+the work, times two: where that is below 2 the cores share something, and no mode can be expected to
+reach its ideal. Also measures `ParallelSampler` on one rank over a loop written by hand.
 """
 
 import argparse
@@ -91,7 +90,7 @@ def rank_main(rank, address, port, args):
         samplers[name] = sp.ParallelSampler(model, sp.make_mesh(**flags), patches=patches)
     seconds = {name: [] for name in ("one process", COPIES, *MODES)}
     reference = by_hand(model, *inputs)
-    for turn in range(args.rounds + 1):                              # the first warms up
+    for turn in range(args.rounds + 1):                         # the first warms up
         for name in seconds:
             dist.barrier()
             began = time.perf_counter()

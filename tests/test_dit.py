@@ -1,4 +1,5 @@
 """dit.py against independent oracles: formulas written out again, Conv3d."""
+import copy
 import json
 import math
 import os
@@ -496,6 +497,14 @@ def test_checkpointing_changes_no_gradient(conditioning):
         grads.append([w.grad for w in model.parameters()])
         assert calls["block"] == 1 + checkpointing      # forward again in the backward pass
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_a_model_can_be_copied():
+    """As torch's AveragedModel does."""
+    for model in (make(), make(replace(SMALL, streams=VIDTWIN))):
+        again = copy.deepcopy(model)
+        assert type(again) is type(model)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
 
 
 @pytest.mark.slow

@@ -756,7 +756,7 @@ def test_shapes_of_clips():
 
 
 def test_clips_of_one_latent_shape_that_do_not_follow_each_other(tmp_path):
-    """13 frames and 16 make as many latent frames; clips of 13 in two sizes lie around the 16."""
+    """13 frames and 16 make as many latent frames; larger clips of 13 frames lie between them."""
     a, b = [4, 8, 4, 8, 8], [3, 8, 4, 16, 16]
     train.write_json(tmp_path / "index.json", [["0", *a], ["1", *b], ["2", *a], ["3", *a]])
     assert train.Latents(tmp_path).buckets() == [
