@@ -12,6 +12,7 @@ at each tenth, and at a quarter, are kept while it trains; each makes the same c
 prompts and noise. With --watch the run itself is what is watched: for one that takes hours.
 """
 import json
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -96,8 +97,7 @@ def picture(losses, frames, prompts, path):
             ax.imshow(image.permute(1, 2, 0) / 2 + 0.5)
             ax.set(xticks=[], yticks=[])
             if percent == 100:
-                ax.set_xlabel(prompt.replace(" saying", "\nsaying").replace(" moving", "\nmoving"),
-                              fontsize=7)
+                ax.set_xlabel(textwrap.fill(prompt, 24), fontsize=7)
         row[0].set_ylabel(f"{percent} %")
     figure.savefig(path, dpi=110, bbox_inches="tight"); plt.close(figure)
     print(f"wrote {path}")
