@@ -97,7 +97,7 @@ def picture(losses, frames, prompts, path):
             ax.imshow(image.permute(1, 2, 0) / 2 + 0.5)
             ax.set(xticks=[], yticks=[])
             if percent == 100:
-                ax.set_xlabel(textwrap.fill(prompt, 24), fontsize=7)
+                ax.set_xlabel(textwrap.fill(prompt, 20), fontsize=7)
         row[0].set_ylabel(f"{percent} %")
     figure.savefig(path, dpi=110, bbox_inches="tight"); plt.close(figure)
     print(f"wrote {path}")
