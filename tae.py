@@ -551,9 +551,8 @@ class Autoencoder(nn.Module):
         z = posterior.sample(generator) if self.training else posterior.mean
         return self.decode(z, x.shape[2], x.shape[-2:]), posterior
 
-    def parts(self, T: int, H: int, W: int) -> list[tuple[int, int, int, int]]:
-        """Give the shape (C, T', H', W') of each part of a clip's latent; VidTwin has two parts."""
-        raise NotImplementedError
+    # (T, H, W) of a clip -> the shape (C, T', H', W') of each part of its latent; VidTwin has two.
+    parts: Callable[[int, int, int], list[tuple[int, int, int, int]]]
 
     def split(self, z: Tensor) -> list[Tensor]:
         """Cut latents into a tensor (B, C, T', H', W') for each part."""

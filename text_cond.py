@@ -692,12 +692,15 @@ def main():
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: must be 1 or more")
-    try:
-        if args.prompt is not None:
+    if args.prompt is not None:
+        try:
             return print_tokens(args.prompt)
+        except ValueError as error:
+            parser.error(str(error))
+    try:
         args.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}")
     sys.exit(0 if demo(args.out, args.steps) else 1)
 
 

@@ -580,7 +580,7 @@ class VideoFolder:
         (T, H, W), fastest = shape, self.cfg.clips.max_interval
         if split == "tae" and self.cfg.train_tae.motion > 1:
             fastest = int(world.motion_interval(rng, done, self.cfg.train_tae.motion))
-        cut = held_out(max(self.longest, T), frames)
+        cut = held_out(self.longest, frames)
         low, high = (cut, frames) if split == "heldout" else (0, cut or frames)
         interval = rng.randint(1, max(1, min(fastest, (high - low) // T)))
         start = rng.randint(low, max(low, high - interval * (T - 1) - 1))
@@ -972,7 +972,8 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
         ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
         groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
         for m, name in ((ranks, "replicate"), (ranks, "dp"), (groups, "sp")):
-            dist.distributed_c10d._set_pg_timeout(limit, m.get_group(name))    # not 10 or 30 min
+            # Else they have torch's: 10 minutes with NCCL, 30 with gloo.
+            dist.distributed_c10d._set_pg_timeout(limit, m.get_group(name))
         if dp * sp > 1:
             mesh.weights = ranks if replicate > 1 else ranks["dp"]
         if sp > 1:

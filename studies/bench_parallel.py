@@ -55,22 +55,18 @@ def case(run, clips):
         for w in model.parameters():
             w.add_(torch.randn_like(w), alpha=0.02)
         x0, text, null = (torch.randn(clips, 4, 4, 28, 28), torch.randn(clips, 16, 192),
-                          torch.randn(1, 1, 192).expand(clips, 16, 192))
+                          torch.randn(1, 1, 192).expand(1, 16, 192))
         return model, (x0, text, None, null, None)
     loaded = train.load_run(run)
     c = loaded.cfg.clips
     prompts = [p for _, p in world.test_prompts(0, clips, c.things, c.frames, c.script)][:clips]
-    P, mask, P0, mask0 = loaded.prompts(prompts)
-    more = (0, P.shape[1] - P0.shape[1])                        # as long as the prompts
-    P0, mask0 = torch.nn.functional.pad(P0, (0, 0, *more)), torch.nn.functional.pad(mask0, more)
-    return loaded.dit, (loaded.noise(range(clips)), P, mask, P0, mask0)
+    return loaded.dit, (loaded.noise(range(clips)), *loaded.prompts(prompts))
 
 
 @torch.no_grad()
 def by_hand(model, x0, text, mask, null, null_mask):
     """What one process does: both branches of guidance in one batch, Euler."""
-    both, x = torch.cat([text, null]), x0
-    masks = None if mask is None else torch.cat([mask, null_mask])
+    (both, masks), x = sp.both_branches(len(x0), text, mask, null, null_mask), x0
     for i in range(STEPS):
         v, v0 = model(torch.cat([x, x]), torch.full((len(both),), i / STEPS), both, masks).chunk(2)
         x = x + (v0 + GUIDANCE * (v - v0)) / STEPS
