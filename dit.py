@@ -159,7 +159,7 @@ class DiTConfig:
 PAPER = Stream(16, (1, 2, 2), (32, 96, 96))
 PRESETS = {
     "toy":   DiTConfig((Stream(8, (1, 2, 2), (4, 8, 8)),), 160, 4, 4),      # 64 tokens
-    "small": DiTConfig((Stream(16, (2, 2, 2), (8, 8, 8)),), 256, 4, 4),     # 64 tokens
+    "small": DiTConfig((Stream(16, (1, 2, 2), (8, 8, 8)),), 256, 4, 4),     # 128 tokens
     "1b":    DiTConfig((PAPER,), 1536, 24, 16, checkpointing=True),         # the paper's sizes;
     "5b":    DiTConfig((PAPER,), 3072, 32, 24, checkpointing=True),         # its ablations use 5B
     "30b":   DiTConfig((PAPER,), 6144, 48, 48, checkpointing=True),

@@ -142,6 +142,7 @@ class ClipConfig:
     fps: int = 8  # frames a second of the files that are written
     things: int = 1  # toy world: moving objects in a clip
     script: Literal[tuple(world.SCRIPTS)] = "latin"  # toy world: the letters of its signs
+    signs: float = 0.4  # toy world: share of signs among the objects that the DiT is trained on
     count: int = 6144  # M, the clips that the DiT is trained on (toy, small with --data: 1024)
     others: tuple[str, ...] = ()  # further shapes in the dit stage, as 8x32x32 16x24x40 (T x H x W)
     images: float = 0.0  # dit stage: images for each clip of several frames (Movie Gen: 0.1)
@@ -153,6 +154,7 @@ class ClipConfig:
         within(self, 1, math.inf, "frames", "size", "fps", "things", "count", "max_interval")
         within(self, 0, math.inf, "workers")
         within(self, 0, 1e9, "images")
+        within(self, 0, 1, "signs")
         for text in self.others:
             if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}x[1-9]\d{0,5}", text):
                 raise ValueError(f"others {text}: not frames x height x width, as 8x32x32")
@@ -346,11 +348,11 @@ SCALES: dict[str, Callable[[], Config]] = {
         sdot=SDOTConfig(solver="pot"),
         sample=SampleConfig(steps=16, schedule="shifted", guidance=5.0),
     ),
-    # 2 CPU cores, hours: 16 x 64 x 64 clips with two objects, latent (16, 8, 8, 8), 64 tokens. The
+    # 2 CPU cores, hours: 16 x 64 x 64 clips with two objects, latent (16, 8, 8, 8), 128 tokens. The
     # autoencoder learns from crowds of signs: edges and letters are what is hard
     "small": lambda: Config(
-        scale="small", coupling="independent", patch=(2, 2, 2),
-        clips=ClipConfig(size=64, things=2, count=40_960),
+        scale="small", coupling="independent", patch=(1, 2, 2),
+        clips=ClipConfig(size=64, things=2, signs=0.6, count=40_960),
         tae=replace(autoencoder.PRESETS["small"]),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["small"]),
         loss=replace(autoencoder.LOSSES["small"]),
@@ -358,10 +360,10 @@ SCALES: dict[str, Callable[[], Config]] = {
                            window=8, finish=0.2),
         text=replace(text_cond.PRESETS["small"]),
         dit=replace(backbone.PRESETS["small"]),
-        train_dit=TrainDiT(steps=20_000, batch=16, lr=1.2e-3, warmup=200, ema=0.999, every=250,
+        train_dit=TrainDiT(steps=30_000, batch=16, lr=1.2e-3, warmup=200, ema=0.999, every=250,
                            align=0.1),
         flow=FlowConfig(std=1.3, shift=3.0),    # four times the values of the toy's latents
-        sample=SampleConfig(steps=25, schedule="shifted", guidance=5.0),
+        sample=SampleConfig(steps=25, schedule="shifted", guidance=4.0),
     ),
     # 8 GPUs, weeks: 4 s at 8 frames a second, 256 px; 4 x 16 x 16 = 1024 tokens
     "1b": lambda: paper_scale(
@@ -503,13 +505,15 @@ class ToyClips:
     def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
              ) -> tuple[Tensor, str]:
         """(3, T, H, W) in [-1, 1], a window of a longer clip where T is shorter, and its caption.
-        In split `tae`, done is the share of the training that is past: the motion curriculum."""
+        Splits: `tae` (done is the share of the training that is past: the motion curriculum);
+        `train`; `dit`, the same with another share of signs; `heldout`."""
         c, t, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
-        rng = random.Random(f"{split}/{self.cfg.seed}/{i}")
+        rng = random.Random(f"{'train' if split == 'dit' else split}/{self.cfg.seed}/{i}")
         training, length = split == "tae", max(c.frames, t.window)
-        crowd = {"things": max(c.things, t.crowd), "signs": t.signs, "overlap": True}
-        scene = world.sample_world(rng, **(crowd if training else {"things": c.things}),
-                                   frames=length, script=c.script, cap=world.cap_of(c.things))
+        what = {"tae": {"things": max(c.things, t.crowd), "signs": t.signs, "overlap": True},
+                "dit": {"things": c.things, "signs": c.signs}}.get(split, {"things": c.things})
+        scene = world.sample_world(rng, **what, frames=length, script=c.script,
+                                   cap=world.cap_of(c.things))
         fast = training and t.motion > 1
         interval = world.motion_interval(rng, done, t.motion) if fast else 1.0
         side, start = max(H, W), rng.randint(0, max(0, length - T))
@@ -1660,7 +1664,7 @@ def encode_latents(run: Run, clips) -> None:
             say(f"{folder / name}: damaged or missing, encoded again")
         shape, rows = shards[name]
         mean, logvar, captions = [], [], []
-        for _, told, posterior in encoded(run, tae, clips, "train", rows, shape):
+        for _, told, posterior in encoded(run, tae, clips, "dit", rows, shape):
             mean.append(posterior.mean.cpu())
             logvar.append(posterior.logvar.cpu())
             captions += told

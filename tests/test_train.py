@@ -167,7 +167,7 @@ def test_latents_are_what_the_autoencoder_says(finished):
     assert mean.shape == logvar.shape == (264, *tae.latent_shape(8, 32, 32))
     text = text_cond.TextConditioner(r.cfg.text)
     for i in (0, 255, 256, 263):                        # in both files
-        x, caption = clips.clip("train", i, (8, 32, 32))
+        x, caption = clips.clip("dit", i, (8, 32, 32))
         with torch.no_grad():
             assert torch.allclose(mean[i], tae.encode(x[None]).mean[0], atol=1e-5)
         assert latents.captions[i] == caption
@@ -663,6 +663,19 @@ def test_a_run_on_another_shares_its_autoencoder_and_latents(finished, tmp_path)
     assert len(losses(folder)) == 2
 
 
+def test_the_clips_of_the_dit_stage_have_their_own_share_of_signs():
+    def captions(signs, split):
+        cfg = train.Config(clips=train.ClipConfig(things=2, signs=signs))
+        return [train.ToyClips(cfg).clip(split, i, (1, 32, 32))[1] for i in range(200)]
+
+    assert captions(0.4, "dit") == captions(0.4, "train") == captions(0.9, "train")
+    assert captions(0.9, "heldout") == captions(0.4, "heldout") != captions(0.4, "train")
+    assert not any("sign" in c for c in captions(0.0, "dit"))
+    assert all(c.count("sign") == 2 for c in captions(1.0, "dit"))
+    share = sum(c.count("sign") for c in captions(0.6, "dit")) / 400
+    assert 0.5 < share < 0.7                            # four standard deviations
+
+
 @pytest.mark.parametrize("flags", ["--clips.count 20 --clips.frames 16 --patch 4 2 2",
                                    "--text.max_bytes 90 --clips.count 264"])
 def test_a_run_on_another_with_other_clips_or_text_encodes_them(finished, tmp_path, flags):
@@ -673,7 +686,7 @@ def test_a_run_on_another_with_other_clips_or_text_encodes_them(finished, tmp_pa
     cfg = train.read_config(folder)
     assert len(mine) == cfg.clips.count and not list(finished.glob("latents/*.part"))
     assert not (folder / "latents/index.json").samefile(finished / "latents/index.json")
-    x, _ = train.ToyClips(cfg).clip("train", 7, cfg.clips.shape)
+    x, _ = train.ToyClips(cfg).clip("dit", 7, cfg.clips.shape)
     with torch.no_grad():
         want = train.load_tae(opened(folder)).encode(x[None]).mean
     assert torch.allclose(mine.rows(torch.tensor([7]))[0], want, atol=1e-5)
@@ -775,7 +788,7 @@ def test_a_run_of_several_shapes(finished, tmp_path):
     order = sorted(range(40), key=clips.shape)          # and in their order within a shape
     for shape, rows in latents.buckets():
         i = order[rows[0]]
-        x, caption = clips.clip("train", i, clips.shape(i))
+        x, caption = clips.clip("dit", i, clips.shape(i))
         with torch.no_grad():
             want = train.load_tae(r).encode(x[None]).mean
         assert torch.allclose(latents.rows(torch.tensor([rows[0]]))[0], want, atol=1e-5), shape
