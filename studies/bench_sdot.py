@@ -4,8 +4,8 @@ recipe, in CPU seconds to a given rms mass error? And what do pairing and memory
 Run:    OMP_NUM_THREADS=1 python studies/bench_sdot.py
         python studies/bench_sdot.py --problems 20000x1024    # 7 hours; README.md has a shorter way
 Time:   5 minutes on 2 cores, for 2000 latents of 64 numbers
-Answer: 2.8 times as fast as POT with our start and step, 11 times and more as POT's defaults;
-        pairing costs little more than its matrix product.
+Answer: 1.8 to 2.8 times as fast as POT with our start and step, at least 10 times as POT's
+        defaults; pairing costs little more than its matrix product.
 
 `solve`: a rival has no stopping rule, so it is run for `--levels` 1, 1.3, 2 and 4 times the noises
 a target that the law asks for, 1 / target^2, each time from its start; only the first run that
