@@ -166,8 +166,9 @@ Times = Literal["auto", "logit_normal", "uniform"]
 
 @dataclass
 class FlowConfig:
-    """Settings of the objective: path, target, and distribution of the times. Movie Gen has one for
-    all sizes; SD3 and Open-Sora raise `shift` with the size."""
+    """Settings of the objective: path, target, and distribution of the times.
+
+    Movie Gen has one for all sizes; SD3 and Open-Sora raise `shift` with the size."""
 
     sigma_min: float = 1e-5    # noise left at t = 1: too small to see; keeps p_t a density there
     time: Times = "auto"       # distribution of t; auto: logit_normal, or uniform for diffusion

@@ -396,7 +396,7 @@ def solve_with_pot(p: Problem) -> Solution:
     from ot.semidiscrete import solve_semidiscrete  # imported here: it takes seconds
     cfg, (N, d) = p.cfg, p.Y.shape
     steps = max(1, math.ceil(min(2.0, cfg.budget) * N / cfg.target ** 2 / p.batch))
-    g = torch.Generator(p.Y.device).manual_seed(cfg.seed * 1_000_003 + p.key)
+    g = torch.Generator(p.Y.device).manual_seed((cfg.seed * 1_000_003 + p.key) % 2**63)
     h = solve_semidiscrete(
         p.Y, lambda n: torch.randn(n, d, generator=g, device=p.Y.device), p.b.float(),
         metric=lambda x, y: -(x @ y.T), reg=0.0, decreasing_reg=False, max_iter=steps,

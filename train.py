@@ -27,7 +27,7 @@ Run.   torchrun train.py --scale toy                    # all stages; no downloa
        torchrun train.py --scale toy --data DIR --workdir runs/mine       # captioned videos
        torchrun --nproc_per_node 2 train.py --scale toy --dp 2            # parameters sharded
        torchrun train.py --init runs/toy --data DIR --workdir runs/tuned  # from another's weights
-       python train.py --scale 30b --plan --gpus 6144   # what that would take: needs no GPU
+       python train.py --scale 30b --plan --gpus 6144 --sp 12     # what that takes: needs no GPU
        python train.py --help                           # every field of every config is a flag
 
 Started again, a run continues: finished stages are skipped, an unfinished one resumes at its last
@@ -309,7 +309,8 @@ class Config:
 # Fields that follow from others, and are therefore no flags.
 DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
            "vidtwin.size"}
-# Fields that change how a run is computed, not its result: they may differ when it is resumed.
+# Fields that change how a run is computed, not its result (but for --train_dit.align, which
+# compares the clips of one part on one rank): they may differ when it is resumed.
 HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
        "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload"}
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
@@ -473,7 +474,7 @@ def result_of(run: Path) -> Path:
 
 # ---- 2. Clips: the toy world, and folders of videos ----------------------------------------------
 # Clip i of a split is a pure function of (seed, split, i), so any rank or thread can make it.
-# Splits: `tae` (the autoencoder's training), `train` (the DiT's), `heldout`.
+# Splits: `tae` (the autoencoder's training), `train` (its last steps), `dit`, `heldout`.
 
 
 def read_ahead(fn: Callable, items: Iterable, workers: int = 0) -> Iterator:
@@ -615,7 +616,8 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
     root, mesh = Path(cfg.data), mesh or Mesh()
     if not root.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder")
-    there = sorted(path for path in root.rglob("*") if path.is_file()
+    there = sorted(path for path in root.rglob("*")         # what is not followed or read is named
+                   if (path.is_file() or path.is_symlink() or not os.access(path, os.R_OK))
                    and not any(part.startswith(".") for part in path.relative_to(root).parts)
                    ) if rank() == 0 else []
     mesh.meet(f"--data {cfg.data}")
@@ -625,6 +627,8 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
 
     def look(path: Path) -> list | str:
         name = path.relative_to(root).as_posix()
+        if path.is_dir():
+            return f"{name}: a folder that is {'a link' if path.is_symlink() else 'not readable'}"
         try:
             frames, rate, aspect = probe(path)
         except Exception as error:          # whatever PyAV raises for what is no video
@@ -731,6 +735,9 @@ def open_video(path: Path):
     import av
 
     container = av.open(str(path.absolute()), metadata_errors="replace")    # no `protocol:name`
+    if container.format.name == "tty":              # FFmpeg shows .nfo, .asc, ... as on a terminal
+        container.close()
+        raise ValueError("a text")
     cover, best = av.stream.Disposition.attached_pic, container.streams.best("video")
     streams = [s for s in container.streams.video if s.codec_context]
     films = [s for s in streams if not s.disposition & cover]
@@ -1578,7 +1585,7 @@ def train_tae(run: Run, clips) -> None:
 
 def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
     """Make the `batch` of the autoencoder: frames; or windows, some of them images [MG s3.1.1], and
-    at the end whole clips as the DiT will see them."""
+    at the end whole clips as the DiT will see them, but for the share of signs."""
     cfg, t = run.cfg, run.cfg.train_tae
     steps, n = (t.steps, t.batch) if video else (t.image_steps, t.image_batch)
 
@@ -1653,6 +1660,11 @@ def encode_latents(run: Run, clips) -> None:
             with writing(folder):
                 folder.symlink_to(there)
         run.mesh.meet(f"{folder}")
+    if cfg.base and folder.resolve() == (Path(cfg.base) / "latents").resolve():     # not ours
+        if bad := [name for name in Latents(folder).names if not readable(folder / name)]:
+            raise UserError(f"{folder.resolve()}: damaged or missing: {some_of(bad)}; first: "
+                            f"torchrun train.py --workdir {cfg.base} --stage latents")
+        return
     shards, complete = shards_of(clips, cfg.clips.count), run.has("latents/index.json")
     todo = [name for name in list(shards)[rank() :: world_size()] if not readable(folder / name)]
     if complete and not any(from_all(bool(todo))):

@@ -26,7 +26,7 @@ FIGURES = ("loss", "color", "shape", "direction", "text", "heldout")       # of 
 
 class Parser(argparse.ArgumentParser):
     """Describe a study by its docstring; a wrong argument is one line and exit status 2. of_run:
-    it takes a finished toy run. seeds: it repeats its variants."""
+    it takes such a run. seeds: it repeats its variants."""
 
     def __init__(self, doc, out, of_run=False, seeds=False):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out", type=Path, default=Path("out/studies") / out,
                           help="folder of the results (default: %(default)s)")
         if of_run:
-            self.add_argument("run", type=Path, help="a finished toy run")
+            self.add_argument("run", type=Path, help="a finished run of the toy world")
         if seeds:
             self.add_argument("--seeds", type=whole, default=3)
 

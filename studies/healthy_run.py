@@ -42,14 +42,16 @@ def keep(out, folder, cfg, marks):
     """Keep each checkpoint that is whole and of a step in marks, {percent: step}, as a file that
     load_run reads -> {percent: file}, with the result of the run if it has ended."""
     files = {percent: out / f"at_{percent:03d}.safetensors" for percent in marks}
+    kept = lambda file: file.exists() and train.read_config(file) == cfg    # and of no other run
     for percent, file in files.items():
         checkpoint = folder / f"dit/step_{marks[percent]:07d}"
-        if (checkpoint / ".metadata").exists() and not file.exists():
+        if (checkpoint / ".metadata").exists() and not kept(file):
             tae = train.load_tensors(folder / "tae/tae.safetensors")
             train.save_tensors(file, {f"tae.{k}": v for k, v in tae.items()}
                                | averaged(checkpoint, cfg), config=json.dumps(asdict(cfg)))
-    files[100] = folder / "model.safetensors"
-    return {percent: file for percent, file in files.items() if file.exists()}
+    files = {percent: file for percent, file in files.items() if kept(file)}
+    result = folder / "model.safetensors"
+    return files | ({100: result} if result.exists() else {})
 
 
 def train_and_keep(base, out, kept=KEPT, seed=None, threads=2):
@@ -109,13 +111,14 @@ def main():
     parser.add_argument("--watch", action="store_true", help="keep what RUN has at each tenth, "
                         "while it trains; trains nothing")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out / args.run.resolve().name
+    out.mkdir(parents=True, exist_ok=True)
     try:
         cfg = train.read_config(args.run)
-        files = (watch if args.watch else train_and_keep)(args.run, args.out)
+        files = (watch if args.watch else train_and_keep)(args.run, out)
     except train.UserError as error:
         parser.error(str(error))
-    dit = train.Run(args.run if args.watch else args.out / "run", cfg).losses()["dit"]
+    dit = train.Run(args.run if args.watch else out / "run", cfg).losses()["dit"]
     losses = train.Run(args.run, cfg).losses() | {"dit": dit}
 
     c, source = cfg.clips, train.ToyClips(cfg)
@@ -140,7 +143,7 @@ def main():
               + " | ".join(f"{right[k]:.2f}" if k in right else "" for k in FIGURES) + " |")
         if percent in SHOWN:
             frames[percent] = [clips[asked.index(p)][:, c.frames // 2] for p in shown]
-    picture(losses, frames, shown, args.out / "healthy.png")
+    picture(losses, frames, shown, out / "healthy.png")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ OUT_OF_BOUNDS = """
     --workdir '' / --data '' / --base '' / --init '' / --data none / --base none / --init none
     --clips.frames 0 / --clips.frames -1 / --clips.size 0 / --clips.size -32 / --clips.fps 0
     --clips.things 0 / --clips.things 4 / --clips.count 0 / --clips.max_interval 0
-    --clips.workers -1 / --clips.signs 1.1 / --clips.images -1 / --clips.script greek / --clips.others 8x32
-    --clips.others 0x32x32 / --clips.others 8x32x-2 / --clips.others 8,32,32
+    --clips.workers -1 / --clips.signs 1.1 / --clips.images -1 / --clips.script greek
+    --clips.others 8x32 / --clips.others 0x32x32 / --clips.others 8x32x-2 / --clips.others 8,32,32
     --coupling sdot --clips.others 8x32x32 / --coupling sdot-global --clips.images 0.1
     --patch 1 4 / --patch 0 2 2 / --patch -1 2 2 / --patch 1 3 3 / --patch 1 2 2 2
     --patch_structure 8 1 --tae vidtwin / --patch_structure 3 1 1 --tae vidtwin

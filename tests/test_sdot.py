@@ -598,6 +598,11 @@ def test_input_errors_are_named():
             call()
 
 
+def test_any_seed_solves():
+    solved = [Coupling.fit(normal(40, 8), solver="pot", seed=seed).h for seed in (10**14, 10**14)]
+    assert torch.equal(*solved)
+
+
 @pytest.mark.parametrize("flag,value", [
     ("solver", "sinkhorn"), ("target", 0), ("budget", math.nan), ("memory", 0), ("cluster", -1),
     ("lr", -1), ("temperature", -0.1), ("ema", 1)])

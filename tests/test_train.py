@@ -663,6 +663,25 @@ def test_a_run_on_another_shares_its_autoencoder_and_latents(finished, tmp_path)
     assert len(losses(folder)) == 2
 
 
+def test_a_run_never_writes_latents_of_another(finished, tmp_path, capfd):
+    """Another seed has other clips of each shape, and would need other shards."""
+    base, shard = tmp_path / "base", tmp_path / "base/latents/shard_00000.safetensors"
+    latents = lambda folder, of, seed: main(
+        folder, "--base", str(of), "--seed", str(seed), "--coupling", "independent", "--stage",
+        "latents", *("--clips.images 1 --clips.count 500 --patch 1 2 2".split() * (folder == base)))
+    files = lambda: {p.name: p.read_bytes() for p in (base / "latents").iterdir()}
+    assert latents(base, finished, 1) == 0
+    before = files()
+    for seed in (0, 2, 3, 4):
+        assert latents(tmp_path / str(seed), base, seed) == 0
+    assert files() == before
+    shard.write_bytes(shard.read_bytes()[:-8])
+    cut_short, _ = files(), capfd.readouterr()
+    assert latents(tmp_path / "5", base, 5) == 2 and files() == cut_short
+    assert re.search("damaged or missing: shard_00000.*first: .*--stage latents", one_line(capfd))
+    assert latents(base, finished, 1) == 0 and files() == before
+
+
 def test_the_clips_of_the_dit_stage_have_their_own_share_of_signs():
     def captions(signs, split):
         cfg = train.Config(clips=train.ClipConfig(things=2, signs=signs))

@@ -556,7 +556,12 @@ def test_what_is_passed_over_is_said(tmp_path, capfd):
     for name, text in (("v0.srt", "subtitles"), ("v0.nfo", "about it"), ("README.md", "read me"),
                        ("v0.svg", '<svg xmlns="http://www.w3.org/2000/svg" width="9"/>')):
         (folder / name).write_text(text)
+    (folder / "long.nfo").write_text("a terminal would show it\n" * 900)       # as FFmpeg would
+    (folder / "long.txt").write_text("a caption")
     (folder / "metadata.csv").write_text("file_name,text\ngone.mp4,gone\n")
+    make_folder(tmp_path / "elsewhere", videos=1)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "v2.mp4").symlink_to(tmp_path / "nowhere.mp4")
     clips = folder_of(folder)
     err = capfd.readouterr().err
     assert [row[0] for row in clips.videos] == ["short.mkv", "v0.mp4", "v1.mp4"]
@@ -564,7 +569,11 @@ def test_what_is_passed_over_is_said(tmp_path, capfd):
     assert "passed over broken.mp4: not a video that can be read" in err
     assert "passed over silent.m4v: no caption" in err
     assert "shorter than 16 frames, the last is repeated: short.mkv" in err
-    for name in ("v0.png", "v0.jpg", "v1.webp", "v1", "v0.gif", "v0.ico", "v0.nfo"):
+    assert "passed over linked: a folder that is a link" in err
+    for name in ("v0.nfo", "long.nfo"):
+        assert f"passed over {name}: not a video that can be read (a text)" in err, name
+    assert "passed over v2.mp4: not a video that can be read (" in err
+    for name in ("v0.png", "v0.jpg", "v1.webp", "v1", "v0.gif", "v0.ico"):
         assert f"passed over {name}: not a video that can be read (a still picture)" in err, name
     assert "passed over v0.svg: not a video that can be read (" in err and "NoneType" not in err
     x, _ = read(clips, "train", 0)
