@@ -24,9 +24,9 @@ Papers.  [XD] xDiT, arXiv 2411.01738.  [PF] PipeFusion, 2405.14430.  [DF] Distri
 2405.07719.  [FA] FlashAttention, 2205.14135 (the online softmax).
 
 Contract.  ParallelSampler(model, mesh).sample(x0, text, mask, null, null_mask, guidance, steps)
-    x0 (B, ...) noise, fp32; text (B, L, D_text); mask (B, L) bool, True = attend
-    -> x1 like x0, on every rank. x0 and text are broadcast from rank 0, so a different seed on
-       another rank cannot turn the clip into noise.
+    x0 (B, ...) noise, fp32; text (B, L, D_text), in the model's precision; mask (B, L) bool, True =
+    attend -> x1 like x0, on every rank. x0 and text are broadcast from rank 0, so a different seed
+    on another rank cannot turn the clip into noise.
     model: any with these methods (its seams); those on tokens must accept slices of the token axis
         patchify(x) -> (B,N,P)      positions(x.shape) -> (N,D)      condition(t (B,)) -> c
         embed(tokens) -> h (B,n,D)  blocks[i](h, pos, c, text, mask) -> h      head(h, c) -> (B,n,P)
@@ -153,6 +153,9 @@ def guide(v, guidance):
 def both_branches(B, text, mask=None, null=None, null_mask=None):
     """Join prompt and null text in one batch, prompts first: (text (b, L, D), mask (b, L) or None).
     The shorter text is padded with tokens that the mask hides."""
+    for m in (mask, null_mask):
+        if m is not None and m.dtype != torch.bool:
+            raise ValueError(f"mask {m.dtype}: not bool; numbers would be added to scores")
     if null is None:
         return text, mask
     L = max(text.shape[1], null.shape[1])
@@ -820,7 +823,8 @@ class Halo(TorchFunctionMode):
         return func(x, pad, *args, **kwargs)
 
     def group_norm(self, func, x, num_groups, weight=None, bias=None, eps=1e-5):
-        if x.dim() < 4:                                # the frames of one pixel: no other band
+        if x.dim() < 4 and not self.over_space(x.shape[-1], len(x), x.device):
+            # The frames of one pixel: no other band has any.
             return func(x, num_groups, weight, bias, eps)
         groups = x.float().reshape(x.shape[0], num_groups, -1)
         total = partial(torch.sum, dim=-1, dtype=torch.float64)
@@ -834,18 +838,24 @@ class Halo(TorchFunctionMode):
         y = y if weight is None else y * weight.view(shape)
         return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
-    def attend(self, func, q, k, v, *args, **kwargs):
-        # In attention over space the number of tokens is a multiple of the band's pixels, over time
-        # the number of sequences is. A shape can be ambiguous on one rank and clear on another, so
-        # the ranks keep what all of them consider possible.
-        n, pixels = k.shape[-2], self.rows[self.axis.index] * self.width
-        possible = torch.tensor([n % pixels == 0, len(q) % pixels == 0], device=q.device).int()
+    def over_space(self, n, sequences, device):
+        """Tell whether a batch of `sequences` of n tokens each is over space, or over time.
+
+        Over space n is a multiple of the band's pixels, over time the number of sequences is. That
+        can be ambiguous on one rank and clear on another, so the ranks keep what all of them
+        consider possible."""
+        pixels = self.rows[self.axis.index] * self.width
+        possible = torch.tensor([n % pixels == 0, sequences % pixels == 0], device=device).int()
         dist.all_reduce(possible, dist.ReduceOp.MIN, group=self.axis.group)
         space, time = possible.tolist()
         if space == time:
-            raise ValueError(f"decode halo: attention of {len(q)} sequences of {n} tokens: over "
-                             "space or over time? use --decode one")
-        if space:
+            raise ValueError(f"decode halo: {sequences} sequences of {n} tokens: over space or over"
+                             " time? use --decode one")
+        return space
+
+    def attend(self, func, q, k, v, *args, **kwargs):
+        n = k.shape[-2]
+        if self.over_space(n, len(q), q.device):
             sizes = [n // self.rows[self.axis.index] * r for r in self.rows]
             k, v = gather(torch.stack((k, v)), sizes, 3, self.axis, "halo")
         return func(q, k, v, *args, **kwargs)

@@ -135,7 +135,7 @@ def keyed_noise(key: tuple[int, ...], rows: int, dim: int, device=None) -> Tenso
         seed = (seed * 0x9E3779B1 + k * 0x85EBCA6B + 0x27220A95) & 0xFFFFFFFF
         seed ^= seed >> 15
     g = torch.Generator(device or "cpu").manual_seed(seed)
-    return torch.randn(rows, dim, generator=g, device=device)
+    return torch.randn(rows, dim, generator=g, device=device, dtype=torch.float32)
 
 
 def assign(x: Tensor, Y: Tensor, h: Tensor, memory: int = 64) -> Tensor:
@@ -282,6 +282,8 @@ class Problem:
         Y = targets.flatten(1).float()                                         # (N, d)
         N = len(Y)
         b = torch.ones(N, dtype=torch.float64) if mass is None else mass.double()
+        if len(b) != N or not (b.isfinite() & (b > 0)).all():
+            raise ValueError(f"mass {tuple(b.shape)}: not {N} numbers above 0")
         b = (b / b.sum()).to(Y.device)                                         # (N,)
         if Y.shape[1] / 2 > N - 1 and N <= 4096:         # eigenvectors of more rows cost too much
             Y = in_own_span(Y)
@@ -452,9 +454,16 @@ def cluster(embeddings: Tensor, size: int = 32, seed: int = 0, rounds: int = 20)
         centres = centres[n.argsort()[min(len(centres) - 1, (small + 1) // 2):]]
 
 
-def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+def split_evenly(ends: Tensor, u: float) -> Tensor:
+    """Round cumulative shares (N,) to whole ones -> the shares (N,) int64. For u uniform in (0, 1)
+    each has its share in the mean, and is never further off than 1 (systematic sampling)."""
+    return (ends.double() + min(max(u, 1e-6), 1 - 1e-6)).floor().diff(
+        prepend=ends.new_zeros(1).double()).long()
+
+
+def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: float = 0.5) -> Tensor:
     """Change as few entries of index (n,) as possible, at the least cost, so that cell j holds
-    exactly b_j n noises (rounded).
+    exactly b_j n noises, rounded up or down: over u in (0, 1) exactly, in the mean.
 
     With K noises for each clip some cells hold more than their share, even if all are perfect: 37 %
     of the noises are surplus for K = 1, 13 % for K = 10. POT's exact solver moves those nearest to
@@ -468,8 +477,11 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor) -> Tens
     quota, count = share.floor().long(), torch.bincount(index, minlength=N)
     # Rounding down leaves places over: for the largest remainders, and among equals for cells that
     # hold a surplus.
-    left = n - quota.sum().item()
-    quota[torch.argsort(share - quota + 1e-6 * (count > quota), descending=True)[:left]] += 1
+    left, rest = n - quota.sum().item(), share - quota
+    if rest.max() - rest.min() > 1e-6:          # masses differ: systematic sampling, or else the
+        quota = split_evenly(n * b.double().cumsum(0) / b.sum(), u)     # same clips lose each time
+    else:
+        quota[torch.argsort(rest + 1e-6 * (count > quota), descending=True)[:left]] += 1
     short = ((quota - count) > 0).nonzero()[:, 0]
     if not len(short):
         return index
@@ -594,17 +606,21 @@ class Coupling:
         """Pair a whole epoch beforehand [AF stage 2]: keys and rows, both (repeat M,) int64.
 
         For loaders that read clips in their own order. Each clip comes exactly `repeat` times (with
-        masses: in proportion), rebalanced inside its group. A pair is two integers, since
-        `noise(keys)` draws its noise again. Pairs are sorted by group: shuffle them.
+        masses: in proportion, in the mean over epochs), rebalanced inside its group. A pair is two
+        integers: `noise(keys)` draws its noise again. Pairs are sorted by group: shuffle them.
         """
         keys, rows, used = [], [], epoch << 32                     # no two epochs share a key
-        for i, j in zip(self.ends, self.ends[1:]):
+        u = lambda i: torch.special.ndtr(keyed_noise((self.cfg.seed, 4, epoch, i), 1, 1)).item()
+        whole = self.mass[self.order].cumsum(0)
+        ends = repeat * len(self.mass) * whole[torch.tensor(self.ends[1:]) - 1] / whole[-1]
+        for i, j, n in zip(self.ends, self.ends[1:], split_evenly(ends, u(-1)).tolist()):
+            if n == 0:                                  # a light group, not in this epoch
+                continue
             b, y, h = self.mass[self.order[i:j]], self.Y[i:j], self.h[i:j]
-            n = max(1, round(repeat * len(self.mass) * b.sum().item()))
             key, used = torch.arange(used, used + n), used + n
             x = self.noise(key).to(y.device)
             index = assign(x, y, h, self.cfg.memory)
-            index = rebalance(x, index, y, h, (b / b.sum()).to(y.device)).cpu()
+            index = rebalance(x, index, y, h, (b / b.sum()).to(y.device), u(i)).cpu()
             keys.append(key)
             rows.append(self.order[i + index])
         return torch.cat(keys), torch.cat(rows)

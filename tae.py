@@ -623,6 +623,7 @@ class TAE(Autoencoder):
         first `num_frames` are kept [MG]: an image costs as much as all the frames of one latent
         frame. With `stream`, only the frames that these depend on are made. `size` (H, W) crops
         what `encode` padded."""
+        z = z.to(self.last_weight.dtype)                # a Posterior is fp32, whatever the model is
         if stream:
             x = decode_stream(self.decoder, z, num_frames)
         else:
@@ -929,7 +930,7 @@ class VidTwin(Autoencoder):
         have one size: num_frames, size and stream change nothing."""
         if only not in ("", "structure", "dynamics"):
             raise ValueError(f"only {only}: not one of structure, dynamics")
-        s, dh, dw = self.branches(z)
+        s, dh, dw = self.branches(z.to(self.last_weight.dtype))
         u = s if only == "structure" else dh + dw if only == "dynamics" else s + dh + dw
         h = self.decoder(rearrange(u, "b d t h w -> b t (h w) d"))
         shift, scale = self.table
@@ -1027,6 +1028,8 @@ class Objective(nn.Module):
 
     def __init__(self, tae: Autoencoder, cfg: LossConfig, perceptual: Callable | None = None):
         super().__init__()
+        if cfg.perceptual and perceptual is None:
+            raise ValueError(f"perceptual {cfg.perceptual}: needs a distance, vgg_perceptual()")
         self.tae, self.cfg, self.perceptual = tae, cfg, perceptual
         self.discriminator = PatchDiscriminator() if cfg.gan else None
 
@@ -1037,7 +1040,7 @@ class Objective(nn.Module):
         rec = cfg.l1 * d.abs().mean()
         if cfg.l2:
             rec = rec + cfg.l2 * d.square().mean()
-        if cfg.perceptual and self.perceptual is not None:
+        if cfg.perceptual:
             rec = rec + cfg.perceptual * self.perceptual(recon, x)
         loss = rec + cfg.kl * posterior.kl()
         if cfg.opl and step >= cfg.opl_start:

@@ -261,7 +261,7 @@ class SequenceEncoder(nn.Module):
         x, y = self.embedding(ids).chunk(2, dim=-1)                             # (B, L, width/2)
         i, l = (torch.arange(n, device=ids.device) for n in (x.shape[-1], L))
         angle = l[:, None] * torch.exp(-math.log(100) * i / len(i))             # (L, width/2)
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         x = torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)           # (B, L, width)
         # A row without a single token (nothing quoted) would have nothing to attend to: NaN in
         # some kernels. We let it attend to its first padding; the result is masked afterwards.
@@ -440,7 +440,7 @@ class TextConditioner(nn.Module):
         # Coarse in space, with two times, so that a direction can be seen. Then 256 numbers for
         # every autoencoder, so that one Linear fits all.
         z = F.adaptive_avg_pool3d(z, (2, 4, 4)) if z.dim() == 5 else z
-        z = F.adaptive_avg_pool1d(z.flatten(1)[:, None], 256)[:, 0]             # (B, Z)
+        z = F.adaptive_avg_pool1d(z.flatten(1)[:, None], 256)[:, 0].to(a.dtype)  # (B, Z)
         b = F.normalize(self.latent_to_common(z), dim=-1)
         logits = self.scale.exp().clamp(max=100) * a @ b.T                      # (B, B)
         own = torch.arange(len(ids), device=ids.device)

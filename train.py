@@ -498,6 +498,10 @@ class ToyClips:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
+        most = max(cfg.train_tae.window, *(T for T, _, _ in cfg.clips.shapes))
+        if most > world.LONGEST:
+            raise UserError(f"--clips.frames, --clips.others or --train_tae.window {most}: at most "
+                            f"{world.LONGEST} frames in the toy world; longer clips need --data")
 
     def shape(self, i: int) -> tuple[int, int, int]:
         """(T, H, W) of clip i of the dit stage."""

@@ -262,6 +262,7 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
 # A single object always passes near the centre, because a model trained for minutes learns what to
 # draw and in which direction it moves, but barely where to put it.
 
+LONGEST = 20  # frames in which objects, at their speeds, find room: later they would bounce
 WANDER = {"sign": 1 / 32, "shape": 3 / 32}      # how far from the centre a single object may pass
 
 
@@ -296,7 +297,11 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
 
     signs: the share of signs. 70 % of them show one letter, the others words, each length equally
     often; with a `cap`, the height of their capitals, one letter is as often as any other length.
-    heldout: False as in training, True for what is held out, None for both."""
+    heldout: False as in training, True for what is held out, None for both. ValueError for more
+    frames than LONGEST, unless objects may overlap: they would belie their captions."""
+    if frames > LONGEST and not overlap:
+        raise ValueError(f"frames {frames}: at most {LONGEST} in the toy world, or its objects "
+                         "would bounce and belie their captions")
     letters, words, never = SCRIPTS[script]
     lengths = sorted({len(w) for w in words})
     single = 1 / (1 + len(lengths)) if cap else 0.7
@@ -481,9 +486,9 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
     for color in areas.topk(things).indices.tolist():
         own, cx, cy = track(alpha if things == 1 else torch.where(colors == color, alpha, 0))
         if own.sum((1, 2)).median() < 0.015 * H * W:            # the smallest object covers 3 %
-            seen.append(NOTHING)
+            seen.append(dict(NOTHING))
             continue
-        vx, vy = ((c * t).sum() / t.square().sum().clamp_min(1) * 32 / H for c in (cx, cy))
+        vx, vy = ((c * t).sum() / t.square().sum().clamp_min(0.5) * 32 / H for c in (cx, cy))
         speed, octant = math.hypot(vx, vy), round(math.atan2(vy, vx) / (math.pi / 4)) % 8
         score = bank @ F.normalize(centred_sprite(own, cx, cy).flatten(), dim=0)        # (K,)
         shape, word = labels[score.argmax()] if score.max() > 0.6 else ("none", "")

@@ -117,6 +117,8 @@ OTHERS = [      # where the other of two flags is named
     ("--dit.dim 102", "--dit.heads 4: does not divide dim 102"),
     ("--clips.size 16 32", "unrecognized arguments: 32"), ("toy", "unrecognized arguments: toy"),
     ("--tae vidtwin --coupling independent --clips.images 0.1", "--variant vidtwin: its clips "),
+    ("--clips.frames 24", "24: at most 20 frames in the toy world; longer clips need --data"),
+    ("--train_tae.window 32", "32: at most 20 frames in the toy world; longer clips need --data"),
 ]
 
 

@@ -106,6 +106,13 @@ def test_emulate_exact_is_the_models_own_forward(guided):
     assert all(block.attend is sp.attention for block in model.blocks)      # the model is as it was
 
 
+def test_a_mask_of_numbers_is_refused():
+    model, inputs = tiny()
+    for sample in (lambda **kw: emulate("exact", model, **kw), ParallelSampler(model).sample):
+        with pytest.raises(ValueError, match="mask torch.float32: not bool"):
+            sample(**{**inputs, "mask": torch.ones(inputs["text"].shape[:2])})
+
+
 @pytest.mark.parametrize("mode", ["pipefusion", "distrifusion", "no_exchange"])
 def test_emulated_modes_are_exact_while_warming_up_and_not_after(mode):
     model, inputs = tiny()
@@ -517,6 +524,19 @@ def test_decoding_on_many_ranks_equals_one(world, rows):
     got = launch(sp.halo_decode, world, decoder, z)
     assert all(g is None for g in got[1:])
     assert sp.difference(got[0], want) < 1e-5 and sp.difference(naive, want) > 1e-2
+
+
+def test_halo_norm_of_a_picture_that_was_flattened():
+    """GroupNorm on (F, C, H W), as in the attention of some decoders: the other bands count."""
+    torch.manual_seed(0)
+    conv, z = torch.nn.Conv2d(2, 8, 3, padding=1), torch.randn(1, 2, 5, 6, 7)
+
+    def decode(z):
+        h = conv(z[0].transpose(0, 1))                                          # (F, C, H, W)
+        return F.group_norm(h.flatten(2), 4).view(h.shape).transpose(0, 1)[None]
+    with torch.no_grad():
+        want = decode(z)
+    assert sp.difference(launch(sp.halo_decode, 2, decode, z)[0], want) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["2.5d", "3d"])

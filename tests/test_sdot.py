@@ -466,6 +466,37 @@ def test_pairs_never_use_a_noise_twice_and_follow_the_masses():
     assert len(keys.unique()) == len(keys)
 
 
+@pytest.mark.parametrize("groups", [1, 10, 40])
+def test_pairs_of_light_clips_come_now_and_then(groups):
+    """Masses of 0.4 and 1.6 of the mean: no epoch can give each clip its share, many epochs do."""
+    pytest.importorskip("ot")
+    mass = torch.tensor([0.4, 1.6, 1.6, 0.4]).repeat(10)
+    c = Coupling.fit(latents(40, 8), torch.arange(40) % groups, mass, target=0.5)
+    drawn = [c.pairs(epoch)[1] for epoch in range(60)]
+    assert {len(rows) for rows in drawn} == {40}
+    counts = torch.stack([torch.bincount(rows, minlength=40) for rows in drawn]).double()
+    for m in (0.4, 1.6):
+        near = 0.22                             # 3.5 standard deviations, if all round alike
+        assert counts[:, mass == m].mean().item() == pytest.approx(m, abs=near)
+    assert (counts.sum(0) > 0).all() and counts.max() <= 3
+
+
+@pytest.mark.parametrize("mass", [[0.0, 1, 1], [-1.0, 1, 1], [math.nan, 1, 1], [1.0, 1]])
+def test_a_mass_that_is_none(mass):
+    with pytest.raises(ValueError, match="not 3 numbers above 0"):
+        sdot.solve(torch.randn(3, 4), torch.tensor(mass))
+
+
+def test_another_default_dtype_changes_nothing():
+    Y = normal(30, 8).float()
+    want = Coupling.fit(Y).h
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.allclose(Coupling.fit(Y).h.float(), want, atol=1e-2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # ---- files, ranks, the bar -----------------------------------------------------------------------
 def test_save_and_load(tmp_path):
     Y, groups, c = grouped()

@@ -622,6 +622,20 @@ class Still(tae.Autoencoder):
         return self.results
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["2.5d", "vidtwin"])
+def test_a_model_in_another_precision(kind, dtype):
+    torch.manual_seed(0)
+    model = tae.VidTwin(VIDTWIN_PRESETS["toy"]) if kind == "vidtwin" else TAE(PRESETS["toy"])
+    x = torch.rand(1, 3, 16, 32, 32) * 2 - 1
+    with torch.no_grad():
+        want = model.decode(model.encode(x).mean)
+        model.to(dtype)
+        got = model.decode(model.encode(x.to(dtype)).mean)
+    assert got.dtype == dtype and got.shape == want.shape
+    assert (got - want).abs().max() < (0.1 if dtype == torch.bfloat16 else 1e-3)
+
+
 def test_objective_is_the_sum_that_it_says():
     x, y = torch.rand(2, 1, 3, 2, 16, 16)
     posterior = tae.Posterior(torch.randn(1, 4, 1, 2, 2), torch.randn(1, 4, 1, 2, 2))
@@ -631,6 +645,8 @@ def test_objective_is_the_sum_that_it_says():
     loss = tae.Objective(Still(y, posterior), cfg, perceptual)
     want = (x - y).abs().mean() + 0.5 * ((x - y) ** 2).mean() + 0.1 * posterior.kl() + 0.25 * 4
     assert loss(x).item() == pytest.approx(want.item()) and len(calls) == 1
+    with pytest.raises(ValueError, match="perceptual 0.25: needs a distance"):
+        tae.Objective(Still(y, posterior), cfg)
     off = tae.Objective(Still(y, posterior), LossConfig(kl=0.0), lambda a, b: 1 / 0)
     assert off(x).item() == pytest.approx((x - y).abs().mean().item())
 

@@ -35,6 +35,20 @@ def toy():
     return TextConditioner(TOY).eval()
 
 
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_toy_encoders_in_another_precision(dtype, layers):
+    torch.manual_seed(0)
+    text = TextConditioner(replace(TOY, layers=layers)).eval()
+    features, z = text.encode(PROMPTS), torch.randn(len(PROMPTS), 4, 2, 8, 8)
+    with torch.no_grad():
+        want, loss = text(features)[0], text.align(features, z)
+        text.to(dtype)
+        got, near = text(features)[0], text.align(features, z)
+    assert got.dtype == dtype and (got - want).abs().max() < 0.1
+    assert near.item() == pytest.approx(loss.item(), rel=0.1)
+
+
 def rows(features, i):
     return {name: x[i] for name, x in features.items()}
 

@@ -260,6 +260,20 @@ def test_an_image_is_judged_without_its_motion():
     assert seen["color"] and seen["shape"] and not seen["direction"]
 
 
+def test_the_judge_agrees_with_clips_of_any_length():
+    for frames in (2, 3, 8, world.LONGEST):
+        right = world.check_judge(0, 60, frames=frames)
+        assert right["speed"] > 0.95 and right["direction"] > 0.9, frames
+    with pytest.raises(ValueError, match="frames 21: at most 20"):
+        world.sample_world(random.Random(0), frames=21)
+    assert world.sample_world(random.Random(0), frames=64, overlap=True).things
+
+
+def test_what_is_not_seen_is_each_times_another_dict():
+    a, b = (world.perceive(torch.full((3, 4, 32, 32), -1.0))[0] for _ in range(2))
+    assert a == b == world.NOTHING and a is not b is not world.NOTHING
+
+
 def test_judge_can_fail():
     rng = random.Random(0)
     worlds = [world.sample_world(rng) for _ in range(120)]
