@@ -1665,7 +1665,8 @@ def encode_latents(run: Run, clips) -> None:
                 folder.symlink_to(there)
         run.mesh.meet(f"{folder}")
     if cfg.base and folder.resolve() == (Path(cfg.base) / "latents").resolve():     # not ours
-        if bad := [name for name in Latents(folder).names if not readable(folder / name)]:
+        mine = Latents(folder).names[rank() :: world_size()]
+        if bad := sum(from_all([name for name in mine if not readable(folder / name)]), []):
             raise UserError(f"{folder.resolve()}: damaged or missing: {some_of(bad)}; first: "
                             f"torchrun train.py --workdir {cfg.base} --stage latents")
         return

@@ -26,7 +26,7 @@ FIGURES = ("loss", "color", "shape", "direction", "text", "heldout")       # of 
 
 class Parser(argparse.ArgumentParser):
     """Describe a study by its docstring; a wrong argument is one line and exit status 2. of_run:
-    it takes such a run. seeds: it repeats its variants."""
+    it takes a run of the toy world. seeds: it repeats its variants."""
 
     def __init__(self, doc, out, of_run=False, seeds=False):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
