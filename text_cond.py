@@ -123,7 +123,7 @@ class TextConfig:
 
 PRESETS = {
     "toy":   TextConfig("toy", 160, layers=0),  # so it learns to spell soonest: studies/README.md
-    "small": TextConfig("toy", 256, layers=1),
+    "small": TextConfig("toy", 256, layers=0),
     "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # many captions, much memory
     "5b":    TextConfig("pretrained", 3072, offload="cpu"),
     "30b":   TextConfig("pretrained", 6144, offload="cpu"),
