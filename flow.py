@@ -341,7 +341,7 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
         rows = (groups == g).nonzero()[:, 0]
         n = len(rows)
         # |x - y|^2 without the terms of x or y alone, which no pairing changes
-        a, b = x0[rows.to(x0.device)].flatten(1), x1[rows.to(x1.device)].flatten(1)
+        a, b = (x[rows.to(x.device)].reshape(n, -1) for x in (x0, x1))
         cost = -(b.double() @ a.double().T).cpu().numpy()
         plan, log = ot.emd([1 / n] * n, [1 / n] * n, cost - cost.min(),
                            numItermax=10_000_000, log=True)
@@ -364,7 +364,8 @@ def straightness(v_fn: VFn, x0: Tensor, ts: Tensor | None = None,
     curvature     S / energy, between 0 and 1 and without a unit; 0 if nothing moves
     """
     ts = schedule("linear", 64) if ts is None else ts
-    z = sample(v_fn, x0, ts, trajectory=True, cfg=cfg).flatten(2)                # (n + 1, B, D)
+    z = sample(v_fn, x0, ts, trajectory=True, cfg=cfg)                           # (n + 1, B, ...)
+    z = z.reshape(*z.shape[:2], -1)                                              # (n + 1, B, D)
     dt = ts.diff().to(z.device)
     v = z.diff(dim=0) / dt[:, None, None]                                        # (n, B, D)
     u = (z[-1] - z[0]) / dt.sum()                                                # (B, D)

@@ -105,6 +105,8 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
     The number of pipeline stages does not occur here: dividing the *blocks* among ranks changes who
     computes, not what is computed. ParallelSampler is tested against this function."""
     one_of("mode", mode, ("exact", "pipefusion", "distrifusion", "no_exchange"))
+    if mode in ("pipefusion", "distrifusion") and warmup < 1:
+        raise ValueError(f"warmup {warmup}: patches need the K, V of at least one whole step")
     ts = (torch.linspace(0, 1, steps + 1) if ts is None else ts).to(x0.device)          # (S + 1,)
     M = 1 if mode == "exact" else patches
     text, mask = both_branches(len(x0), text, mask, null, null_mask)                    # (b, L, D)

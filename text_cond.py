@@ -94,7 +94,7 @@ class TextConfig:
     max_bytes: int = 128        # ByT5: the same
     max_concepts: int = 256     # MetaCLIP: the same
     width: int = 128            # toy: width of the encoders
-    layers: int = 2             # toy: layers of the word and the byte encoder
+    layers: int = 2             # toy: layers of the word encoder; the byte encoder has none
     heads: int = 4              # toy: their attention heads
     words: str = "google/ul2"   # pretrained: name on the Hugging Face hub, or a local folder
     bytes: str = "google/byt5-small"  # pretrained: the same
@@ -122,8 +122,8 @@ class TextConfig:
 
 
 PRESETS = {
-    "toy":   TextConfig("toy", 160, layers=0),  # so it learns to spell soonest: studies/README.md
-    "small": TextConfig("toy", 256, layers=0),
+    "toy":   TextConfig("toy", 160, layers=0),
+    "small": TextConfig("toy", 256, layers=1),  # one: to bind each object's words to one another
     "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # many captions, much memory
     "5b":    TextConfig("pretrained", 3072, offload="cpu"),
     "30b":   TextConfig("pretrained", 6144, offload="cpu"),
@@ -301,7 +301,8 @@ class TextConditioner(nn.Module):
         if cfg.mode == "toy":
             self.encoders = nn.ModuleDict({
                 "words": SequenceEncoder(WordEmbedding(w), w, cfg.layers, cfg.heads),
-                "bytes": SequenceEncoder(nn.Embedding(384, w), w, cfg.layers, cfg.heads),
+                # Without layers, which mix letters, it learns to spell soonest: studies/README.md.
+                "bytes": SequenceEncoder(nn.Embedding(384, w), w, 0, cfg.heads),
                 "concepts": BagOfConcepts(w)})
             widths = dict.fromkeys(ENCODERS, w)
             # For `align`, CLIP's two projections to a common space and its learned scale.

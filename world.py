@@ -302,6 +302,8 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     if frames > LONGEST and not overlap:
         raise ValueError(f"frames {frames}: at most {LONGEST} in the toy world, or its objects "
                          "would bounce and belie their captions")
+    if things > 3 and not overlap:
+        raise ValueError(f"things {things}: at most 3 have room to pass one another")
     letters, words, never = SCRIPTS[script]
     lengths = sorted({len(w) for w in words})
     single = 1 / (1 + len(lengths)) if cap else 0.7
@@ -474,6 +476,8 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
     shape and text from the template that fits best."""
     x = ((clip.float() + 1) / 2).clamp(0, 1)
     T, H, W = x.shape[1:]
+    if H != W:
+        raise ValueError(f"clip {tuple(clip.shape)}: the judge reads square ones")
     rim = torch.ones(H, W, dtype=torch.bool)
     rim[2:-2, 2:-2] = False
     background = x[:, :, rim].flatten(1).median(1).values.view(3, 1, 1, 1)

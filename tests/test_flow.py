@@ -355,6 +355,8 @@ def test_minibatch_pairing_is_the_best_permutation_and_stays_within_captions():
     for g in groups.unique():
         assert key(paired[groups == g]) == key(x0[groups == g])
     assert (paired - x1).square().sum() < (x0 - x1).square().sum()
+    line = flow.minibatch_pairing(x0[:, 0, 0], x1[:, 0, 0])     # numbers are paired by their rank
+    assert torch.equal(line.argsort(), x1[:, 0, 0].argsort())
 
 
 def test_minibatch_pairing_names_a_solver_that_stopped_short(monkeypatch):
@@ -405,6 +407,8 @@ def test_the_curvature_of_a_straight_flow_is_not_below_zero():
 def test_measures_of_what_stands_still_of_half_a_path_and_of_diffusion():
     still = flow.straightness(lambda x, t: 0 * x, torch.randn(4, 2))
     assert still["S"] == still["curvature"] == 0
+    numbers = flow.straightness(lambda x, t: torch.ones_like(x), torch.randn(4))        # (B,)
+    assert numbers["energy"] == pytest.approx(1, abs=1e-5)
     half = flow.straightness(lambda x, t: torch.ones_like(x), torch.randn(4, 2),
                              torch.linspace(0, 0.5, 9))
     assert half["S"] < 1e-6 and abs(half["energy"] - 1) < 1e-5

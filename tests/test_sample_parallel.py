@@ -113,6 +113,13 @@ def test_a_mask_of_numbers_is_refused():
             sample(**{**inputs, "mask": torch.ones(inputs["text"].shape[:2])})
 
 
+def test_patches_without_a_whole_step_are_refused():
+    model, inputs = tiny()
+    for mode in ("pipefusion", "distrifusion"):
+        with pytest.raises(ValueError, match="warmup 0: patches need"):
+            emulate(mode, model, **inputs, patches=4, warmup=0)
+
+
 @pytest.mark.parametrize("mode", ["pipefusion", "distrifusion", "no_exchange"])
 def test_emulated_modes_are_exact_while_warming_up_and_not_after(mode):
     model, inputs = tiny()

@@ -267,6 +267,10 @@ def test_the_judge_agrees_with_clips_of_any_length():
     with pytest.raises(ValueError, match="frames 21: at most 20"):
         world.sample_world(random.Random(0), frames=21)
     assert world.sample_world(random.Random(0), frames=64, overlap=True).things
+    with pytest.raises(ValueError, match="things 4: at most 3 have room"):
+        world.sample_world(random.Random(0), things=4)
+    with pytest.raises(ValueError, match="reads square ones"):
+        world.perceive(torch.zeros(3, 16, 32, 48))
 
 
 def test_what_is_not_seen_is_each_times_another_dict():
