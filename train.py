@@ -353,7 +353,7 @@ SCALES: dict[str, Callable[[], Config]] = {
     # autoencoder learns from crowds of signs: edges and letters are what is hard
     "small": lambda: Config(
         scale="small", coupling="independent", patch=(1, 2, 2),
-        clips=ClipConfig(size=64, things=2, signs=0.6, count=40_960),
+        clips=ClipConfig(size=64, things=2, signs=0.6, count=20_480),
         tae=replace(autoencoder.PRESETS["small"]),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["small"]),
         loss=replace(autoencoder.LOSSES["small"]),
@@ -361,8 +361,8 @@ SCALES: dict[str, Callable[[], Config]] = {
                            window=8, finish=0.2),
         text=replace(text_cond.PRESETS["small"]),
         dit=replace(backbone.PRESETS["small"]),
-        train_dit=TrainDiT(steps=14_000, batch=16, lr=1.2e-3, warmup=200, ema=0.999, every=350,
-                           align=0.1),
+        train_dit=TrainDiT(steps=10_000, batch=16, lr=1.2e-3, warmup=200, decay=0.4, ema=0.999,
+                           every=250, align=0.1),
         flow=FlowConfig(std=1.3, shift=3.0),    # four times the values of the toy's latents
         sample=SampleConfig(steps=25, schedule="shifted", guidance=4.0),
     ),
