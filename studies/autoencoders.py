@@ -146,7 +146,7 @@ def draw(table, path):
 
 
 def main():
-    parser = common.Parser(__doc__, "autoencoders", seeds=True)
+    parser = common.Parser(__doc__, "autoencoders", seeds=3)
     parser.add_argument("--seconds", type=common.positive, default=180.0, help="CPU, each model")
     parser.add_argument("--job", nargs=3, metavar=("VARIANT", "FASTEST", "SEED"), help="internal")
     args = parser.parse_args()

@@ -26,9 +26,9 @@ FIGURES = ("loss", "color", "shape", "direction", "text", "heldout")       # of 
 
 class Parser(argparse.ArgumentParser):
     """Describe a study by its docstring; a wrong argument is one line and exit status 2. of_run:
-    it takes a run of the toy world. seeds: it repeats its variants."""
+    it takes a run of the toy world. seeds: how often it repeats its variants, if it does."""
 
-    def __init__(self, doc, out, of_run=False, seeds=False):
+    def __init__(self, doc, out, of_run=False, seeds=0):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
         self.add_argument("--out", type=Path, default=Path("out/studies") / out,
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         if of_run:
             self.add_argument("run", type=Path, help="a finished run of the toy world")
         if seeds:
-            self.add_argument("--seeds", type=whole, default=3)
+            self.add_argument("--seeds", type=whole, default=seeds)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")

@@ -55,7 +55,7 @@ def seconds_per_step(cfg, B=BATCH, L=14, rounds=6):
 
 
 def main():
-    parser = common.Parser(__doc__, "conditionings", of_run=True, seeds=True)
+    parser = common.Parser(__doc__, "conditionings", of_run=True, seeds=3)
     parser.add_argument("--seconds", type=common.positive, default=220.0, help="CPU, each run")
     args = parser.parse_args()
     cfg, plan = train.load_run(args.run, "meta").cfg.dit, args.out / "seconds.json"

@@ -138,7 +138,7 @@ def main():
     if "--workdir" in sys.argv:                         # one run of train.py, with Projected in it
         sdot.Coupling = Projected
         sys.exit(train.main(sys.argv[1:]))
-    parser = common.Parser(__doc__, "couplings", of_run=True, seeds=True)
+    parser = common.Parser(__doc__, "couplings", of_run=True, seeds=3)
     parser.add_argument("--steps", type=common.whole, default=400, help="training steps of each")
     args = parser.parse_args()
     steps = {"train_dit.steps": args.steps, "train_dit.batch": 64}

@@ -73,7 +73,10 @@ def train_and_keep(base, out, kept=KEPT, seed=None, threads=2):
             keep(out, folder, cfg, marks)
             time.sleep(0.1)
         running.result()
-    return keep(out, folder, cfg, marks)
+    files = keep(out, folder, cfg, marks)
+    if lost := sorted(set(marks) - set(files)):         # it trained on while nobody watched
+        raise SystemExit(f"{out}: nothing was kept at {lost} %; remove it, and start again")
+    return files
 
 
 def watch(folder, out, kept=KEPT):

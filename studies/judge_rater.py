@@ -3,10 +3,10 @@ better than diffusion, and the whole training than half of it? How many prompts 
 it take to decide a difference of five points?
 
 Run:    python studies/judge_rater.py runs/toy
-Time:   40 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
+Time:   70 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
 Answer: not run yet
 
-Each arm is trained with three seeds, on the autoencoder and the latents of the run, and makes clips
+Each arm is trained with five seeds, on the autoencoder and the latents of the run, and makes clips
 of the same prompts from the same noise. Training k of one arm meets training k of the other: of two
 clips, the one in which the judge finds more of what was asked for wins; as much is a tie. This is
 counted for all that a prompt says, and for each verdict alone. In "another seed" training k meets
@@ -23,13 +23,17 @@ and a difference d is decided (95 %) if it is more than 1.96 standard deviations
     n > (P + E / K) / ((d / 1.96)^2 - T / K),   and K > T (1.96 / d)^2, or no n is enough
 
 An interval over prompts alone, as one has with one training of each arm, leaves T out. The other
-has Student's t in place of 1.96, since three pairs tell little of T (Satterthwaite's formula).
+has Student's t in place of 1.96, since five pairs tell little of T (Satterthwaite's formula); for
+the same reason the number of prompts is given at both ends of an 80 % interval of T, too. Training
+k of every arm has the same seed: first weights, order of the clips, noise. Guidance and steps are
+the toy's, chosen for flow matching.
 """
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import common
 import torch
+from scipy import stats
 from tqdm import tqdm
 from versus import agreement, bootstrap, half_width, majority, net_win_rate, sign_test
 
@@ -90,16 +94,16 @@ def margin(y):
     parts = [c * square / y.numel() for c, square in zip((a, b, 1 - a - b), squares)]
     if not sum(parts):                                  # all votes are alike
         return 0.0
-    return student(sum(parts) ** 2 / sum(p**2 / f for p, f in zip(parts, freedom))
-                   ) * math.sqrt(sum(parts))
+    freedom = sum(parts) ** 2 / sum(p**2 / f for p, f in zip(parts, freedom))
+    return stats.t.ppf(0.975, freedom).item() * math.sqrt(sum(parts))
 
 
-def student(freedom):
-    """Compute the bound that |t| of Student's distribution exceeds in 5 % of the cases. With
-    t = sqrt(freedom) tan(angle) its density is cos(angle)^(freedom - 1), which is summed up."""
-    angle = torch.linspace(0, math.pi / 2, 1_000_001).double()
-    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1))
-    return math.sqrt(freedom) * angle[1 + torch.searchsorted(mass, 0.95 * mass[-1])].tan().item()
+def bounds_of_trainings(y):
+    """Bound T of votes (n, K), which few trainings tell badly: an 80 % interval -> (low, high)."""
+    n, K = y.shape
+    (_, pairs, rest), _ = mean_squares(y)
+    return [max(0.0, pairs * (K - 1) / stats.chi2.ppf(share, K - 1).item() - rest) / n
+            for share in (0.9, 0.1)]
 
 
 def prompts_needed(P, T, E, K, points=5):
@@ -147,7 +151,8 @@ def row_of(name, axis, y):
         " / ".join(f"{100 * math.sqrt(v):.1f}" for v in (P, T, E)),
         "" if itself else "not decided" if abs(rate) <= both else "AB"[rate < 0])) + " |")
     return {"name": name, "axis": axis, "rate": rate, "rates": (100 * y.mean(0)).tolist(),
-            "low": low, "high": high, "both": both, "variances": (P, T, E)}
+            "low": low, "high": high, "both": both, "variances": (P, T, E),
+            "T": [] if itself else bounds_of_trainings(y)}
 
 
 def movie_gen():
@@ -190,7 +195,7 @@ def draw(rows, path):
 # ---- 5. The study --------------------------------------------------------------------------------
 
 def main():
-    parser = common.Parser(__doc__, "judge_rater", of_run=True, seeds=True)
+    parser = common.Parser(__doc__, "judge_rater", of_run=True, seeds=5)
     add = parser.add_argument
     add("--prompts", type=common.whole, default=300, help="and 7/10 as many of held-out "
         "combinations and of longer words (default: %(default)s)")
@@ -211,7 +216,7 @@ def main():
              "diffusion": {"train_dit.steps": steps, "flow.objective": "diffusion",
                            "flow.shift": 1.0}}
     jobs = [(arm, seed) for arm in ("flow", "diffusion", "half") for seed in range(args.seeds)]
-    one = lambda job: verdicts(args.run, args.out / "runs" / f"{job[0]}-{job[1]}", prompts,
+    one = lambda job: verdicts(args.run, args.out / "runs" / f"{job[0]}-{steps}-{job[1]}", prompts,
                                {"seed": job[1], **flags[job[0]]})
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(jobs, tqdm(pool.map(one, jobs), desc="study", unit="training",
@@ -229,9 +234,12 @@ def main():
             movie_gen()
     for row in rows:
         if row["axis"] == "all" and row["name"] != "another seed":
-            print(f"five points, {row['name']}: " + ", ".join(
-                f"{prompts_needed(*row['variances'], K)} prompts with {K}" for K in TRAININGS)
-                + " trainings of each arm")
+            P, T, E = row["variances"]
+            least, most = row["T"]
+            for how, at in (("", T), (" at the low end of T", least), (" at the high end", most)):
+                print(f"five points, {row['name']}{how}: " + ", ".join(
+                    f"{prompts_needed(P, at, E, K)} prompts with {K}" for K in TRAININGS)
+                    + " trainings of each arm")
     train.write_json(args.out / "study.json", rows)
     draw(rows, args.out / "study.png")
     print(f"wrote {args.out / 'study.json'}, {args.out / 'study.png'}")

@@ -14,7 +14,7 @@ from text_cond import ENCODERS
 
 
 def main():
-    parser = common.Parser(__doc__, "text_encoders", of_run=True, seeds=True)
+    parser = common.Parser(__doc__, "text_encoders", of_run=True, seeds=3)
     parser.add_argument("--steps", type=common.whole, default=400, help="training steps of each")
     args = parser.parse_args()
     steps = {"train_dit.steps": args.steps, "train_dit.batch": 64}
