@@ -23,7 +23,7 @@ Contract
     decode(z, T)     z -> (B,3,T,H,W); surplus frames of the last latent frame are dropped
                      Both take stream=True: the same result up to rounding, one frame at a time, so
                      memory grows with the latent frames only. (No change for VidTwin's one size.)
-    normalize(z)     brings each channel to mean 0 and std 1, by the statistics of `LatentStats`
+    normalize(z)     brings each channel to mean 0 and std 1, by what `latent_stats` found
 
 Run.   python tae.py          # image training, inflation, video training, long clip, a figure: 40 s
 
@@ -1209,30 +1209,21 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     return (-10 * d.square().mean((1, 3, 4)).clamp_min(1e-8).log10()).mean(1)
 
 
-class LatentStats:
-    """Measure mean and std of each channel of posterior samples, batch by batch, in float64.
+def latent_stats(tae: Autoencoder, posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
+    """Measure mean (C,) and std (C,) of each channel of posterior samples, summed in float64.
 
     A rectified flow mixes latents with unit noise: the signal-to-noise ratio at a time t depends on
-    their scale. `sums` (3, C) can be added up over batches and over ranks."""
-
-    def __init__(self, tae: Autoencoder):
-        self.tae = tae
-        self.sums = torch.zeros(3, len(tae.lat_mean), dtype=torch.float64)
-
-    def update(self, posterior: Posterior) -> None:
-        """Add the posteriors of a batch of clips."""
+    their scale."""
+    sums, over = torch.zeros(3, len(tae.lat_mean), dtype=torch.float64), (0, 2, 3, 4)
+    for posterior in posteriors:
         mean, var = posterior.mean.double(), posterior.logvar.double().exp()
-        parts = zip(*(self.tae.split(v.cpu()) for v in (mean, mean.square() + var)))
-        over = (0, 2, 3, 4)
-        self.sums += torch.cat([
+        parts = zip(*(tae.split(v.cpu()) for v in (mean, mean.square() + var)))
+        sums += torch.cat([
             torch.stack([torch.full_like(m.sum(over), m.numel() / m.shape[1]), m.sum(over),
                          s.sum(over)]) for m, s in parts], 1)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Give mean (C,) and std (C,), fp32."""
-        n, total, square = self.sums
-        mean = total / n
-        return mean.float(), (square / n - mean**2).clamp_min(1e-12).sqrt().float()
+    n, total, square = sums
+    mean = total / n
+    return mean.float(), (square / n - mean**2).clamp_min(1e-12).sqrt().float()
 
 
 # ---- 10. Demo ------------------------------------------------------------------------------------

@@ -676,6 +676,8 @@ def token_strings(prompt):
 
 def print_tokens(prompt):
     """Print what each toy encoder sees, token by token."""
+    if hasattr(sys.stdout, "reconfigure"):      # a prompt may have letters that a terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     for name, strings in token_strings(prompt).items():
         bag = ", a set: one token of P" if name == "concepts" else ""
         print(f"{name}, {len(strings)} of at most {TextConfig().limit(name)} tokens{bag}")

@@ -101,6 +101,7 @@ import tae as autoencoder
 import text_cond
 import world
 from flow import FlowConfig
+from sample_parallel import everyone
 from sdot import SDOTConfig
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
@@ -256,7 +257,7 @@ class SampleConfig:
     solver: Literal[(*flow.SOLVERS, "dopri5")] = "euler"  # of the ODE
     guidance: float = 3.0  # scale of classifier-free guidance; 1: none
     batch: int = 32  # clips at a time
-    prompts: int = 160  # in the sample stage (and more of held-out combinations and longer words)
+    prompts: int = 160  # of training's kind; 7/10 as many again of held-out kinds (toy world)
 
     def __post_init__(self):
         within(self, 1, 1e6, "steps", "batch", "prompts")
@@ -268,14 +269,14 @@ class Config:
 
     scale: Literal["toy", "small", "1b", "5b", "30b"] = "toy"  # preset of all sizes
     data: str = ""  # folder of captioned videos; empty: the toy world
-    base: str = ""  # run whose autoencoder, and latents where clips and text agree, are taken over
+    base: str = ""  # run to take the autoencoder from, and latents of the same clips and text
     init: str = ""  # run whose autoencoder and weights are taken over; stretches position tables
     seed: int = 0  # of everything random
     coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # of noise, clips
     variant: Literal["2.5d", "3d", "vidtwin"] = "2.5d"  # the autoencoder
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
-    patch_structure: tuple[int, ...] = (8, 1, 1)  # the same for VidTwin's two latents: all "frames"
-    patch_dynamics: tuple[int, ...] = (1, 4, 2)  # of the structure; 4 frames of 2 rows or columns
+    patch_structure: tuple[int, ...] = (8, 1, 1)  # VidTwin's structure: its 8 "frames" at once
+    patch_dynamics: tuple[int, ...] = (1, 4, 2)  # VidTwin's dynamics: 4 frames, 2 rows or columns
     clips: ClipConfig = field(default_factory=ClipConfig)
     tae: autoencoder.TAEConfig = field(default_factory=autoencoder.TAEConfig)
     vidtwin: autoencoder.VidTwinConfig = field(default_factory=autoencoder.VidTwinConfig)
@@ -628,6 +629,8 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
     there = from_rank0(there)
     captions = read_captions(root, [p for p in there if p.name == "metadata.csv"])
     files = [p for p in there if p.suffix.lower() not in NO_VIDEOS]
+    relative = lambda path: same_name(path.relative_to(root).as_posix())
+    beside = {relative(p.with_suffix("")): p for p in there if p.suffix.lower() == ".txt"}
 
     def look(path: Path) -> list | str:
         name = path.relative_to(root).as_posix()
@@ -637,7 +640,8 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
             frames, rate, aspect = probe(path)
         except Exception as error:          # whatever PyAV raises for what is no video
             return f"{name}: not a video that can be read ({reason(error)})"
-        caption = caption_of(path, captions.get(same_name(name)))
+        caption = caption_of(path, beside.get(relative(path.with_suffix(""))),
+                             captions.get(same_name(name)))
         return [name, caption, frames, rate, aspect] if caption else f"{name}: no caption"
 
     mine = files[rank() :: world_size()]
@@ -645,12 +649,12 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
         found = list(tqdm(pool.map(look, mine), desc="videos", total=len(mine), unit="file",
                           leave=False, delay=3, disable=rank() != 0))
     mesh.meet(f"--data {cfg.data}")
-    every = from_all(found)
+    every = everyone(found)
     rows = [every[i % world_size()][i // world_size()] for i in range(len(files))]  # as in `files`
     videos = [row for row in rows if isinstance(row, list)]
     if rank() == 0:
         tell_of_videos(cfg, videos, [row for row in rows if isinstance(row, str)],
-                       captions.keys() - {same_name(p.relative_to(root).as_posix()) for p in files})
+                       captions.keys() - {relative(p) for p in files})
     if not videos:
         raise UserError(f"--data {cfg.data}: no video in it that can be read and has a caption, in "
                         "NAME.txt beside it or in metadata.csv (file_name,text)")
@@ -707,10 +711,9 @@ def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
     return captions
 
 
-def caption_of(path: Path, listed: str | None) -> str:
-    """The caption of a video, in NAME.txt or as listed in metadata.csv; "" if there is none."""
-    beside = path.with_suffix(".txt")
-    told = read_text(beside).strip() if beside.exists() else listed
+def caption_of(path: Path, beside: Path | None, listed: str | None) -> str:
+    """The caption of a video, in its NAME.txt or as listed in metadata.csv; "" if there is none."""
+    told = read_text(beside).strip() if beside else listed
     if told is None:
         return ""
     if told and listed and told != listed:
@@ -921,14 +924,6 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def from_all(mine) -> list:
-    """Gather one object from each rank, in the order of the ranks."""
-    box = [mine] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(box, mine)
-    return box
 
 
 def from_rank0(mine):
@@ -1311,7 +1306,7 @@ class Checkpoints:
                     wrong = f"{file.stem} is not what was written"
         except (OSError, ValueError) as error:
             wrong = reason(error)
-        if wrong := next(filter(None, from_all(wrong)), ""):
+        if wrong := next(filter(None, everyone(wrong)), ""):
             raise ValueError(wrong)
 
 
@@ -1580,10 +1575,8 @@ def train_tae(run: Run, clips) -> None:
     tae = autoencoder.autoencoder(cfg.autoencoder_config).eval()
     if rank() == 0:
         tae.load_state_dict(only(state, "tae."), strict=False)
-        tae, stats = tae.to(run.device), autoencoder.LatentStats(tae)
-        for _, _, posterior in encoded(run, tae, clips, "train", range(256), cfg.clips.shape):
-            stats.update(posterior)
-        tae.lat_mean[:], tae.lat_std[:] = stats.result()
+        found = encoded(run, tae.to(run.device), clips, "train", range(256), cfg.clips.shape)
+        tae.lat_mean[:], tae.lat_std[:] = autoencoder.latent_stats(tae, (p for _, _, p in found))
     run.save("tae/tae.safetensors", tae.state_dict())
 
 
@@ -1666,13 +1659,13 @@ def encode_latents(run: Run, clips) -> None:
         run.mesh.meet(f"{folder}")
     if cfg.base and folder.resolve() == (Path(cfg.base) / "latents").resolve():     # not ours
         mine = Latents(folder).names[rank() :: world_size()]
-        if bad := sum(from_all([name for name in mine if not readable(folder / name)]), []):
+        if bad := sum(everyone([name for name in mine if not readable(folder / name)]), []):
             raise UserError(f"{folder.resolve()}: damaged or missing: {some_of(bad)}; first: "
                             f"torchrun train.py --workdir {cfg.base} --stage latents")
         return
     shards, complete = shards_of(clips, cfg.clips.count), run.has("latents/index.json")
     todo = [name for name in list(shards)[rank() :: world_size()] if not readable(folder / name)]
-    if complete and not any(from_all(bool(todo))):
+    if complete and not any(everyone(bool(todo))):
         return
     if todo:
         tae, text = load_tae(run), text_cond.TextConditioner(cfg.text).to(run.device)
@@ -1808,9 +1801,9 @@ def couple_latents(run: Run) -> None:
         normalizer_of(run).normalize(latents.mean), groups, cfg=cfg.sdot, progress=True,
         ranks=dist.is_initialized(), device=run.device)
     if rank() == 0:
-        say(coupling.report())
         with writing(path):
             coupling.save(path)
+        say(coupling.report())
     run.mesh.meet(f"{path}")
 
 
@@ -2208,7 +2201,7 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
 
     def card(row: dict) -> str:
         file, prompt = f"samples/{row['file']}", escape(row["prompt"])
-        verdict = " ".join(f'<span class="{"yes" if ok else "no"}">{k}</span>'
+        verdict = " ".join(f'<span class="{"yes" if ok else "no"}">{SHOWN.get(k, k)}</span>'
                            for k, ok in row.get("verdict", {}).items())
         look = (f'<video src="{file}" autoplay loop muted playsinline></video>'
                 if file.endswith("mp4") else f'<img src="{file}" loading="lazy">')
@@ -2232,9 +2225,12 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
 """)
 
 
+SHOWN = {"color": "colour", "text": "letters", "tae": "autoencoder", "dit": "DiT"}
+
+
 def in_words(report: dict) -> list[str]:
     """The figures of a report as sentences for people who do not know its keys."""
-    percent = lambda d: ", ".join(f"{k} {100 * v:.0f} %" for k, v in d.items())
+    percent = lambda d: ", ".join(f"{SHOWN.get(k, k)} {100 * v:.0f} %" for k, v in d.items())
     lines = []
     if seen := dict(report.get("prompt_accuracy", {})):
         held, *words = (seen.pop(k) for k in ("heldout", "words", "words_heldout"))
@@ -2248,9 +2244,10 @@ def in_words(report: dict) -> list[str]:
         lines.append(f"the judge is right about rendered clips: {percent(report['judge'])}")
     lines.append(f"Reconstruction of held-out clips: {report['tae_psnr_db']:.1f} dB PSNR")
     lines.append(f"validation loss of the DiT: {report['dit_val_loss']:.3f}")
-    lines.append("parameters: " + ", ".join(f"{k} {v / 1e6:.1f} M"
+    lines.append("parameters: " + ", ".join(f"{SHOWN.get(k, k)} {v / 1e6:.1f} M"
                                             for k, v in report["parameters"].items()))
-    lines.append("seconds: " + ", ".join(f"{k} {v:,.0f}" for k, v in report["seconds"].items()))
+    lines.append("seconds: " + ", ".join(f"{SHOWN.get(k, k)} {v:,.0f}"
+                                         for k, v in report["seconds"].items()))
     return lines
 
 
@@ -2593,7 +2590,7 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
             pass
         (folder / "seen").touch()
     run.mesh.meet(f"{folder}/lock")
-    sees = from_all((folder / "seen").exists())
+    sees = everyone((folder / "seen").exists())
     if rank() == 0:
         (folder / "seen").unlink(missing_ok=True)
     if not all(sees):
@@ -2697,7 +2694,7 @@ def work(cfg: Config, command: Command) -> None:
         run.mesh.meet(name)
         if name == command.stage:
             return
-        if any(from_all(STOP.is_set())):    # asked for when the last step had ended
+        if any(everyone(STOP.is_set())):    # asked for when the last step had ended
             raise Stopped(f"{name}: stopped after this stage; start again to continue")
     if report:
         try:
@@ -2736,7 +2733,8 @@ def first_to_say(line: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line -> exit status: 0, or 2 after one line about what the user can mend."""
-    with contextlib.redirect_stderr(Stderr()):
+    with contextlib.redirect_stderr(Stderr()), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(f"train.py: {message}")
         try:
             work(*parse(sys.argv[1:] if argv is None else argv))
         except (UserError, OSError) as error:

@@ -438,7 +438,7 @@ def count(paths, key_file):
 def prompts_for(args, cfg):
     """The lines of --prompt-file, or --prompts of the toy world's, trained and held out."""
     if args.prompt_file:
-        lines = train.read_text(args.prompt_file).splitlines()
+        lines = train.read_text(args.prompt_file).split("\n")
         if prompts := [line.strip() for line in lines if line.strip()]:
             return prompts
         raise ValueError(f"--prompt-file {args.prompt_file}: holds no prompts")

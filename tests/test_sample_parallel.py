@@ -1,5 +1,6 @@
 """sample_parallel.py against one process: forked ranks, gloo over a file, one thread each."""
 import argparse
+import io
 import itertools
 import math
 import os
@@ -766,6 +767,15 @@ def test_prompt_files_are_read_as_utf_8_and_cut_at_line_ends_only(fake_run, tmp_
                         "--decode", "one"]) == 0
         assert fake_run.prompts == lines
     assert [name for name, _ in fake_run.wrote] == 2 * [f"clip-{i}.mp4" for i in range(4)]
+
+
+def test_a_prompt_that_the_terminal_cannot_show(fake_run, monkeypatch):
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii"))
+    assert sp.main(["--workdir", "run", "--prompt", "une \u00e9toile", "--steps", "1"]) == 0
+    sys.stdout.flush()
+    assert rb"une \xe9toile" in said.getvalue() and fake_run.wrote
+
 
 
 def test_a_decoded_clip_has_the_runs_frames(fake_run):

@@ -289,17 +289,7 @@ def test_kl_and_psnr_and_stats_against_closed_forms():
     shape = (4, 4, 2, 6, 6)
     posteriors = [tae.Posterior(3 + 2 * torch.randn(shape), torch.full(shape, -1.0))
                   for _ in range(20)]
-    stats = tae.LatentStats(model)
-    for p in posteriors:
-        stats.update(p)
-    other = tae.LatentStats(model)                              # sums of two ranks are the sum
-    for p in posteriors[:7]:
-        other.update(p)
-    rest = tae.LatentStats(model)
-    for p in posteriors[7:]:
-        rest.update(p)
-    assert torch.allclose(other.sums + rest.sums, stats.sums)
-    model.lat_mean[:], model.lat_std[:] = stats.result()
+    model.lat_mean[:], model.lat_std[:] = tae.latent_stats(model, posteriors)
     g = torch.Generator().manual_seed(0)
     z = model.normalize(torch.cat([p.sample(g) for p in posteriors]))
     assert z.mean((0, 2, 3, 4)).abs().max() < 0.03
@@ -526,10 +516,8 @@ def test_vidtwin_looks_at_time_where_it_should():
 def test_vidtwin_latents_are_normalised_by_channel():
     model = lively()
     mean = torch.randn(64, 2048) * model.expand(torch.arange(1.0, 17)) + 3
-    stats = tae.LatentStats(model)
-    for part in mean.split(16):
-        stats.update(tae.Posterior(part, torch.full_like(part, -20.0)))
-    model.lat_mean[:], model.lat_std[:] = stats.result()
+    model.lat_mean[:], model.lat_std[:] = tae.latent_stats(model, (
+        tae.Posterior(part, torch.full_like(part, -20.0)) for part in mean.split(16)))
     assert torch.allclose(model.lat_std, torch.arange(1.0, 17), rtol=0.05)
     for part in model.split(model.normalize(mean)):
         assert part.mean((0, 2, 3, 4)).abs().max() < 0.02

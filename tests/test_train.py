@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,7 @@ def one_line(capfd):
     said = [line.split("\r")[-1] for line in capfd.readouterr().err.splitlines()]
     lines = [line for line in said if "train.py: " in line]
     assert len(lines) == 1 and "Traceback" not in "".join(said), said
+    assert lines[0].startswith("train.py: "), said              # not behind an open progress bar
     return lines[0]
 
 
@@ -155,6 +157,7 @@ def test_the_page_opens_with_samples_and_verdicts(finished):
     assert all(p.replace('"', "&quot;") in page for p in prompts)
     verdicts = page.count('<span class="yes">') + page.count('<span class="no">')
     assert verdicts == 4 * len(rows) + signs            # colour, shape, direction, speed; text
+    assert "colour " in page and "autoencoder " in page and "color" not in page
     linked = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert all((finished / file).exists() for file in linked)
 
@@ -406,7 +409,8 @@ def test_training_is_what_torch_does_by_hand(tmp_path, capfd):
     for name, want in average.items():
         assert torch.allclose(state[name], want, rtol=1e-5, atol=1e-6), name
     assert events(tmp_path, "skipped") == [("dit", 5)]
-    assert "dit step 5: skipped, loss nan" in capfd.readouterr().err
+    said = [line.split("\r")[-1] for line in capfd.readouterr().err.splitlines()]
+    assert any(line.startswith("dit step 5: skipped, loss nan") for line in said), said
     rows = [r for r in train.Run(tmp_path, None).rows() if "loss" in r]
     assert [r["grad_norm"] for r in rows] == pytest.approx(norms, rel=1e-5)
 
@@ -906,7 +910,8 @@ def test_without_stderr_errors_are_said_on_stdout():
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", ["stdout", "stdout and stderr", "stderr, from the beginning"])
 def test_nobody_listening_ends_no_run(before_dit, finished, closed):
-    """As under `| head -1`, `2>&1 | head -1` and `2>&-`."""
+    """As under `| head -1`, `2>&1 | head -1` and `2>&-`; what is told next is saved before."""
+    forget(before_dit, "coupling.pt")
     command = [sys.executable, "train.py", "--workdir", str(before_dit), *TINY]
     if "beginning" in closed:
         command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
@@ -919,10 +924,19 @@ def test_nobody_listening_ends_no_run(before_dit, finished, closed):
     os.close(writer)
     assert "Traceback" not in (done.stderr or "") + (done.stdout or "")
     assert figures(before_dit).keys() == figures(finished).keys()
-    for name in ("index.html", "samples.gif", "model.safetensors"):
+    for name in ("index.html", "samples.gif", "model.safetensors", "coupling.pt"):
         assert (before_dit / name).stat().st_size > 0
     rows = [json.loads(line) for line in (before_dit / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["stage"] == "report" and rows[-1]["event"] == "done"
+
+
+def test_a_warning_is_a_line_of_its_own(monkeypatch, capfd):
+    def work(*_):
+        for _ in train.tqdm(range(1), "latents"):
+            warnings.warn("words: 600 tokens cut to 512", stacklevel=2)
+    monkeypatch.setattr(train, "work", work)
+    assert train.main([]) == 0
+    assert one_line(capfd) == "train.py: words: 600 tokens cut to 512"
 
 
 LOCALE = """
@@ -1103,7 +1117,7 @@ def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path):
     assert main(tmp_path / "start", *flags, "--stage", "coupling") == 0
     found, weights = {}, {}
     for mesh in ("", "--dp 2", "--dp 3", "--dp 4", "--dp 4 --reshard false", "--sp 2",
-                 "--replicate 2", "--dp 2 --sp 2", "--replicate 2 --dp 2"):
+                 "--replicate 2", "--dp 2 --sp 2", "--replicate 2 --dp 2", "--replicate 2 --sp 2"):
         folder = shutil.copytree(tmp_path / "start", tmp_path / f"run{mesh}".replace(" ", ""))
         ranks = math.prod(int(n) for n in mesh.split() if n.isdigit())
         parts = 2 if mesh == "--replicate 2" else 1     # DDP waits with its messages

@@ -358,9 +358,9 @@ def test_the_toys_prompts(two_runs, tmp_path):
 
 def test_prompts_of_a_file_and_what_cannot_be_compared(two_runs, tmp_path):
     file, out = tmp_path / "prompts.txt", tmp_path / "out"
-    file.write_text("\ufeffa hand\n\n  un café \r\n", encoding="utf-8")
+    file.write_text("\ufeffa hand\n\n  un café \r\n two\u2028one\n", encoding="utf-8")
     assert command("one", "two", "--prompt-file", file, "--out", out)[0] == 0
-    assert read(out)[0]["prompts"] == ["a hand", "un café"]
+    assert read(out)[0]["prompts"] == ["a hand", "un café", "two\u2028one"]
 
     def complaint(*words):
         code, printed, line = command("one", "two", "--out", tmp_path / "other", *words)

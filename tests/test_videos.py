@@ -706,6 +706,13 @@ def test_names_in_another_spelling(tmp_path):
         (folder / "metadata.csv").write_text(
             f"file_name,text\n{told.replace('{folder}', str(folder))},a film\n")
         assert [row[:2] for row in folder_of(folder).videos] == [[there, "a film"]], told
+    for there, told in (("a.mp4", "a.TXT"), (nfc, nfd.replace("mp4", "txt")),
+                        ("b.c.mp4", "b.c.txt")):
+        folder = tmp_path / told
+        folder.mkdir()
+        write(folder / there, 20, format="mp4")
+        (folder / told).write_text("a film")
+        assert [row[:2] for row in folder_of(folder).videos] == [[there, "a film"]], told
 
 
 def test_a_table_in_a_subfolder(tmp_path, capfd):
