@@ -9,10 +9,10 @@ Answer: a step takes 1.01 times the bare one; two ranks with a copy each do 1.45
 average, log, checkpoints) over the bare forward, backward and optimizer step of such a batch, one
 of each in turn in one process. What a checkpoint adds to the step that it is written behind counts
 as often as the preset writes one. `dp 2`, `replicate 2`: clips a second of two ranks, the model
-sharded or copied, over those of one, with the preset's batch; each measurement is a process of its
-own, in turn. `apart`: two processes that never exchange a word, at once, each with half the batch:
-what the machine lets two ranks reach. Medians over the rounds. Latents are random numbers: what
-they are does not change the time.
+sharded or copied, over those of one, with the preset's batch or --batch; each measurement is a
+process of its own, in turn. `apart`: two processes that never exchange a word, at once, each with
+half the batch: what the machine lets two ranks reach. Medians over the rounds. Latents are random
+numbers: what they are does not change the time.
 """
 
 import argparse
@@ -36,13 +36,13 @@ import train
 STEPS = {"toy": (3, 24, 12), "small": (3, 24, 12)}  # to warm up, in all, until the checkpoint
 
 
-def make_run(scale, folder, replicate=1, parts=1):
+def make_run(scale, folder, replicate=1, batch=None):
     """A run that has come to its dit stage, with 1024 clips of noise."""
     cfg = train.SCALES[scale]()
     _, steps, every = STEPS[scale]
     cfg.coupling, cfg.clips = "independent", replace(cfg.clips, count=1024)
     cfg.train_dit = replace(cfg.train_dit, steps=steps, every=every,
-                            batch=cfg.train_dit.batch // parts)
+                            batch=batch or cfg.train_dit.batch)
     run = train.Run(folder, train.finish(cfg), "cpu", train.make_mesh(replicate=replicate))
     if train.rank() == 0:
         model = train.autoencoder.autoencoder(run.cfg.autoencoder_config)
@@ -108,8 +108,9 @@ def bare_step(run):
     return step
 
 
-def measure(scale, replicate, parts):
-    """What one process, or one of two ranks, measures; rank 0 prints it."""
+def measure(scale, replicate, parts, batch):
+    """What one process, or one of two ranks, measures; rank 0 prints it. Of several processes that
+    exchange nothing each has its part of the batch."""
     torch.set_num_threads(1)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
@@ -117,7 +118,7 @@ def measure(scale, replicate, parts):
     if dist.is_initialized():
         dist.broadcast_object_list(name)
     folder = Path(name[0])
-    run = make_run(scale, folder, replicate, parts)
+    run = make_run(scale, folder, replicate, batch // parts)
     alone = train.world_size() == parts == 1
     found = loop(run, bare_step(run) if alone else None)
     if train.rank() == 0:
@@ -127,11 +128,11 @@ def measure(scale, replicate, parts):
         dist.destroy_process_group()
 
 
-def start(scale, ranks, replicate=1, parts=1):
+def start(scale, batch, ranks, replicate=1, parts=1):
     """One measurement in processes of its own, of which there are `parts` at once."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *(launch if ranks == 2 else []), __file__, "--measure", scale,
-               "--replicate", str(replicate), "--parts", str(parts)]
+               "--replicate", str(replicate), "--parts", str(parts), "--batch", str(batch)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(parts)]
     found = []
@@ -149,28 +150,29 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scales", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--batch", type=int, help="in place of the preset's")
     parser.add_argument("--measure", choices=list(STEPS), help="internal")
     parser.add_argument("--replicate", type=int, default=1, help="internal")
     parser.add_argument("--parts", type=int, default=1, help="internal")
     args = parser.parse_args()
     if args.measure:
-        return measure(args.measure, args.replicate, args.parts)
+        return measure(args.measure, args.replicate, args.parts, args.batch)
     raw = {}
     print("| scale | batch | step, s | overhead | dp 2 | replicate 2 | apart |")
     print("|---" * 7 + "|")
     for scale in args.scales:
         one, two, copies, apart = [], [], [], []
+        batch = args.batch or train.SCALES[scale]().train_dit.batch
         for _ in range(args.rounds):
-            one.append(start(scale, 1))
-            two.append(start(scale, 2))
-            copies.append(start(scale, 2, replicate=2))
-            apart.append(start(scale, 1, parts=2))
+            one.append(start(scale, batch, 1))
+            two.append(start(scale, batch, 2))
+            copies.append(start(scale, batch, 2, replicate=2))
+            apart.append(start(scale, batch, 1, parts=2))
         raw[scale] = {"one": one, "dp 2": two, "replicate 2": copies, "apart": apart}
         overhead = statistics.median(r["loop"] / r["bare"] for r in one)
         speedups = [statistics.median(a["loop"] / b["loop"] for a, b in zip(one, both))
                     for both in (two, copies, apart)]
         step = statistics.median(r["loop"] for r in one)
-        batch = train.SCALES[scale]().train_dit.batch
         print(f"| {scale} | {batch} | {step:.3f} | {overhead:.3f} | "
               + " | ".join(f"{s:.2f}" for s in speedups) + " |", flush=True)
     path = Path("out/studies/bench_train.json")
