@@ -260,10 +260,12 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
 
 # ---- 4. Random worlds ----------------------------------------------------------------------------
 # A single object always passes near the centre, because a model trained for minutes learns what to
-# draw and in which direction it moves, but barely where to put it.
+# draw and in which direction it moves, but barely where to put it. For the same reason objects that
+# share a picture pass, in mid-clip, through points of a coarse grid.
 
 LONGEST = 20  # frames in which objects, at their speeds, find room: later they would bounce
 WANDER = {"sign": 1 / 32, "shape": 3 / 32}      # how far from the centre a single object may pass
+GRID = 1 / 8                                    # between places of objects that share a picture
 
 
 def cap_of(things: int) -> float:
@@ -271,14 +273,17 @@ def cap_of(things: int) -> float:
     return 6 / 32 if things > 1 else 0.0
 
 
-def place(thing: Thing, rng: random.Random, frames: int = 16, wander: float = 1.0) -> Thing:
+def place(thing: Thing, rng: random.Random, frames: int = 16, wander: float = 1.0,
+          grid: float = 0.0) -> Thing:
     """Choose where an object starts, so that its path stays in the picture and the middle of the
-    path is within `wander` of the picture's centre."""
+    path is within `wander` of the picture's centre, and a multiple of `grid` from it."""
     start = []
     for v, size in zip(velocity(thing), extent(thing)):
         travel = v * (frames - 1)
-        middle, room = (1 - travel) / 2, (1 - size - abs(travel)) / 2
-        start.append(middle + rng.uniform(-1, 1) * max(0.0, min(room, wander)))
+        middle, room = (1 - travel) / 2, max(0.0, min((1 - size - abs(travel)) / 2, wander))
+        steps = int(room / grid) if grid else 0
+        start.append(middle + (grid * rng.randint(-steps, steps) if grid else
+                               room * rng.uniform(-1, 1)))
     return replace(thing, x=start[0], y=start[1])
 
 
@@ -296,7 +301,8 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     long as there are enough.
 
     signs: the share of signs. 70 % of them show one letter, the others words, each length equally
-    often; with a `cap`, the height of their capitals, one letter is as often as any other length.
+    often; with a `cap`, the height of their capitals, one letter is drawn as often as any other length
+    (and finds room more often, if there are several objects).
     heldout: False as in training, True for what is held out, None for both. ValueError for more
     frames than LONGEST, unless objects may overlap: they would belie their captions."""
     if frames > LONGEST and not overlap:
@@ -329,7 +335,7 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
             continue
         wander = WANDER["sign" if sign else "shape"] if things == 1 else 1.0
         for _ in range(20):                     # a large sign needs several tries to find room
-            thing = place(thing, rng, frames, wander)
+            thing = place(thing, rng, frames, wander, GRID * (things > 1 and not overlap))
             if overlap or all(apart(thing, d, frames) for d in drawn):
                 drawn.append(thing)
                 break

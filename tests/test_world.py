@@ -58,16 +58,26 @@ def test_what_moves_alone_passes_near_the_middle():
         seen["sign" if thing.shape == "sign" else "shape"].append(off)
     for kind, off in seen.items():
         assert 0.9 * world.WANDER[kind] < max(off) <= world.WANDER[kind] + 1e-9
-    assert any(abs(t.x - 0.5) > 0.25 for _ in range(20) for t in world.sample_world(rng, 2).things)
 
 
-def test_with_several_objects_words_of_every_length_are_as_often_and_of_one_height():
+def test_what_shares_a_picture_passes_through_points_of_a_grid():
+    rng, off = random.Random(4), set()
+    for thing in (t for _ in range(200) for t in world.sample_world(rng, 2).things):
+        off |= {(p + 7.5 * v - 0.5) / world.GRID
+                for p, v in zip((thing.x, thing.y), world.velocity(thing))}
+    assert all(abs(a - round(a)) < 1e-9 for a in off)
+    assert {round(a) for a in off} >= set(range(-2, 3))
+    crowd = world.sample_world(rng, 8, overlap=True).things
+    assert any(t.x / world.GRID % 1 > 1e-3 for t in crowd)
+
+
+def test_with_several_objects_words_of_every_length_are_often_and_of_one_height():
     rng = random.Random(5)
     signs = [t for _ in range(400) for t in world.sample_world(rng, 2, cap=world.cap_of(2)).things
              if t.word]
     assert 300 < len(signs) < 560                       # 2 in 5, and shapes find room less often
     for length in (1, 2, 3):
-        assert 0.15 < sum(len(t.word) == length for t in signs) / len(signs) < 0.55
+        assert 0.15 < sum(len(t.word) == length for t in signs) / len(signs) < 0.65
     heights = {world.bitmap(*world.bitmap_of(t, 64)).shape[1] for t in signs}
     assert heights == {(12 + 2 * 3) * world.SUPERSAMPLE}        # capitals of 12 pixels, two margins
     prompts = world.test_prompts(0, 40, things=2)
