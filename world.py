@@ -301,8 +301,8 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     long as there are enough.
 
     signs: the share of signs. 70 % of them show one letter, the others words, each length equally
-    often; with a `cap`, the height of their capitals, one letter is drawn as often as any other length
-    (and finds room more often, if there are several objects).
+    often; with a `cap`, the height of their capitals, one letter is drawn as often as any other
+    length (and finds room more often beside another object).
     heldout: False as in training, True for what is held out, None for both. ValueError for more
     frames than LONGEST, unless objects may overlap: they would belie their captions."""
     if frames > LONGEST and not overlap:
