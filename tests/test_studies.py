@@ -315,6 +315,32 @@ def test_an_order_of_arms_is_decided_where_all_seeds_agree():
     assert order({"a": [1.0, 2.0], "b": [1.1, 1.8]}, 1) == "a ~ b"
 
 
+@pytest.mark.parametrize("scale", ["toy", "small"])
+def test_a_wrong_word_is_all_that_is_wrong(scale):
+    from types import SimpleNamespace
+
+    import spelling
+
+    import train
+    import world
+    cfg = train.SCALES[scale]()
+    scenes, right, wrong = spelling.signs(cfg, 2, 4)
+    for scene, a, b in zip(scenes, map(world.parse, right), map(world.parse, wrong)):
+        assert world.parse(world.caption(scene)) == a
+        words = [(x["text"], y["text"]) for x, y in zip(a, b) if x != y]
+        assert len(words) == 1 and {len(w) for w in words[0]} == {2}
+        assert [{**x, "text": ""} for x in a] == [{**x, "text": ""} for x in b]
+    # Prompts as numbers; a model that predicts 0, and 1 everywhere if it is shown a wrong one.
+    shape = (4, 2, 2, 2, 2)
+    run = SimpleNamespace(
+        cfg=cfg, noise=lambda seeds: torch.zeros(shape),
+        tae=SimpleNamespace(encode=lambda x: SimpleNamespace(mean=torch.zeros(shape)),
+                            normalize=lambda z: z),
+        prompts=lambda texts: (torch.tensor([float(t in wrong) for t in texts]), None),
+        dit=lambda x, t, P, mask: P.view(-1, 1, 1, 1, 1).expand(shape))
+    assert spelling.cost_of_a_wrong_word(run, 2, 4) == ([0.0] * 6, [1.0] * 6)
+
+
 # ---- physics, and the judge as a rater ----
 
 def test_a_path_is_fitted_with_and_without_a_turn():
