@@ -690,7 +690,7 @@ def main():
                                      "sees of a prompt", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"text_cond.py: {message}\n")     # one line
     parser.add_argument("prompt", nargs="?", help="print its tokens; without it, the demo")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of the demo")
+    parser.add_argument("--steps", type=int, default=450, help="training steps of the demo")
     parser.add_argument("--out", type=Path, default=Path("out/text_cond"), help="figure's folder")
     args = parser.parse_args()
     if args.steps < 1:
