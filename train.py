@@ -622,7 +622,8 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
     if not root.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder")
     there = sorted(path for path in root.rglob("*")         # what is not followed or read is named
-                   if (path.is_file() or path.is_symlink() or not os.access(path, os.R_OK))
+                   if (path.is_file() or path.is_symlink() or not os.access(path, os.R_OK)
+                       or path.suffix.lower() == ".txt")
                    and not any(part.startswith(".") for part in path.relative_to(root).parts)
                    ) if rank() == 0 else []
     mesh.meet(f"--data {cfg.data}")

@@ -281,9 +281,11 @@ def place(thing: Thing, rng: random.Random, frames: int = 16, wander: float = 1.
     for v, size in zip(velocity(thing), extent(thing)):
         travel = v * (frames - 1)
         middle, room = (1 - travel) / 2, max(0.0, min((1 - size - abs(travel)) / 2, wander))
-        steps = int(room / grid) if grid else 0
-        start.append(middle + (grid * rng.randint(-steps, steps) if grid else
-                               room * rng.uniform(-1, 1)))
+        if grid:
+            steps = int(room / grid)
+            start.append(middle + grid * rng.randint(-steps, steps))
+        else:
+            start.append(middle + room * rng.uniform(-1, 1))
     return replace(thing, x=start[0], y=start[1])
 
 

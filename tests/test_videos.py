@@ -603,7 +603,7 @@ def test_videos_that_no_clip_is_of_are_said(grey, capfd):
     ("no captions", "no video in it"),
     ("unreadable", "no video in it"), ("blank", "v0.mp4: its caption is empty"),
     ("a NUL", "v0.mp4: its caption is no text"), ("latin-1", "v0.txt: not a text in UTF-8"),
-    ("utf-16", "v0.txt: not a text in UTF-8"), ("a folder", "has a caption"),
+    ("utf-16", "v0.txt: not a text in UTF-8"), ("a folder", "v0.txt"),
     ("two captions", "one caption in v0.txt, another in metadata.csv")])
 def test_bad_folders_are_one_line(tmp_path, capfd, case, line):
     folder = make_folder(tmp_path / "v", videos=0 if case == "empty" else 1, frames=20)

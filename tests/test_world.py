@@ -58,6 +58,7 @@ def test_what_moves_alone_passes_near_the_middle():
         seen["sign" if thing.shape == "sign" else "shape"].append(off)
     for kind, off in seen.items():
         assert 0.9 * world.WANDER[kind] < max(off) <= world.WANDER[kind] + 1e-9
+    assert any(abs(t.x - 0.5) > 0.25 for _ in range(20) for t in world.sample_world(rng, 2).things)
 
 
 def test_what_shares_a_picture_passes_through_points_of_a_grid():
