@@ -36,13 +36,12 @@ import train
 STEPS = {"toy": (3, 24, 12), "small": (3, 24, 12)}  # to warm up, in all, until the checkpoint
 
 
-def make_run(scale, folder, replicate=1, batch=None):
+def make_run(scale, folder, replicate, batch):
     """A run that has come to its dit stage, with 1024 clips of noise."""
     cfg = train.SCALES[scale]()
     _, steps, every = STEPS[scale]
     cfg.coupling, cfg.clips = "independent", replace(cfg.clips, count=1024)
-    cfg.train_dit = replace(cfg.train_dit, steps=steps, every=every,
-                            batch=batch or cfg.train_dit.batch)
+    cfg.train_dit = replace(cfg.train_dit, steps=steps, every=every, batch=batch)
     run = train.Run(folder, train.finish(cfg), "cpu", train.make_mesh(replicate=replicate))
     if train.rank() == 0:
         model = train.autoencoder.autoencoder(run.cfg.autoencoder_config)

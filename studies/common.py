@@ -41,6 +41,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
+    def loaded(self, path):
+        """Load a finished run of the toy world, for its judge."""
+        from train import load_run
+        try:
+            run = load_run(path)
+        except ValueError as error:
+            self.error(str(error))
+        if run.cfg.data:
+            self.error(f"{path}: a run on videos; a study needs the judge of the toy world")
+        return run
+
 
 def positive(text):
     """The type of a flag that takes a number above 0."""

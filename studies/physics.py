@@ -225,12 +225,7 @@ def main():
     if len(set(names)) < len(names):
         parser.error(f"{' '.join(map(str, args.runs))}: two runs of one name")
     for name, base in zip(names, args.runs):
-        try:
-            run = train.load_run(base)
-        except ValueError as error:
-            parser.error(str(error))
-        if run.cfg.data:
-            parser.error(f"{base}: a run on videos; a study needs the judge of the toy world")
+        run = parser.loaded(base)
         clips, captions = real_clips(run.cfg, args.clips, args.fast)
         again = common.reconstructed(run, clips)
         if args.finished:

@@ -16,7 +16,6 @@ import common
 import torch
 
 import flow
-import train
 import world
 
 TIMES = (0.03, 0.06, 0.1, 0.15, 0.3, 0.45)
@@ -65,12 +64,7 @@ def main():
     print("| model | letters | " + " | ".join(f"t = {t}" for t in TIMES) + " |")
     print("|---" * (2 + len(TIMES)) + "|")
     for path in args.models:
-        try:
-            run = train.load_run(path)
-        except ValueError as error:
-            parser.error(str(error))
-        if run.cfg.data:
-            parser.error(f"{path}: a run on videos; a study needs the signs of the toy world")
+        run = parser.loaded(path)
         for length in sorted({len(w) for w in sum(world.SCRIPTS[run.cfg.clips.script][:2], ())}):
             _, more = cost_of_a_wrong_word(run, length, args.clips)
             print(f"| {path} | {length} | " + " | ".join(f"{m:+.4f}" for m in more) + " |",

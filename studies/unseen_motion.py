@@ -28,7 +28,7 @@ from dataclasses import replace
 import common
 import torch
 from couplings import FEATURES, energy_distance
-from physics import errors
+from physics import ERRORS, errors
 from tqdm import tqdm
 
 import tae
@@ -39,7 +39,7 @@ SPEEDS = {"slow": 0.5, "fast": 2.0}                     # pixels a frame, in pla
 FASTEST = 4                                             # of the curriculum: fast over slow
 TRAINED = ("same", "other")                             # the pace of the autoencoder's clips
 JUDGED = ("color", "shape", "direction", "speed", "all")
-PHYSICS = {"line": 0, "pace": 2}                        # their places in physics.ERRORS
+PHYSICS = {"line": ERRORS.index("line"), "pace": ERRORS.index("speed")}
 ENERGIES = ("coarse_again", "coarse_made", "fine_again", "fine_made")
 HEAD = ("clips of the DiT", "autoencoder's", "curriculum", "reconstruction, dB", *JUDGED,
         "off the line, px", "off the speed, px a frame",
