@@ -190,13 +190,17 @@ def main():
     parser.add_argument("--dit-seconds", type=common.positive, default=400.0, help="CPU")
     args = parser.parse_args()
     recipe = {v: train.parse(["--variant", v])[0].train_tae for v, *_ in ARMS.values()}
-    always = {"coupling": "independent", "sample.prompts": 120}
+
+    def always(variant, seed):
+        """The flags of every run."""
+        return {"coupling": "independent", "sample.prompts": 120, "variant": variant, "seed": seed,
+                **PATCHES.get(variant, {})}
 
     def short(run):
         """Time a twentieth of the recipe -> {stage: CPU seconds of a step}."""
         (variant, seed), folder = run, args.out / "short/{}-{}".format(*run)
-        common.train(folder, always | PATCHES.get(variant, {}) | {
-            "variant": variant, "seed": seed, "clips.count": 256, "stage": "dit",
+        common.train(folder, always(variant, seed) | {
+            "clips.count": 256, "stage": "dit",
             "train_tae.image_steps": recipe[variant].image_steps // 20,
             "train_tae.steps": recipe[variant].steps // 20, "train_dit.steps": 60},
             "model.safetensors", __file__)
@@ -208,8 +212,7 @@ def main():
         folder = args.out / f"{args.tae_seconds:g}-{args.dit_seconds:g}/{arm}-{seed}"
         steps = steps_for(recipe[variant], seconds[variant], times * args.tae_seconds,
                           args.dit_seconds)
-        common.train(folder, always | PATCHES.get(variant, {}) | steps | others
-                     | {"variant": variant, "seed": seed}, "measures.json", __file__)
+        common.train(folder, always(variant, seed) | steps | others, "measures.json", __file__)
         return {"arm": arm, "seed": seed, **train.read_json(folder / "measures.json")}
 
     with ThreadPoolExecutor(2) as pool:                 # two at a time, short and whole
