@@ -303,8 +303,8 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     long as there are enough.
 
     signs: the share of signs. 70 % of them show one letter, the others words, each length equally
-    often; with a `cap`, the height of their capitals, one letter is drawn as often as any other
-    length (and finds room more often beside another object).
+    often; with a `cap`, the height of their capitals, all lengths are equally frequent. Of three
+    objects that find no room beside one another, all is drawn anew, so signs are more frequent.
     heldout: False as in training, True for what is held out, None for both. ValueError for more
     frames than LONGEST, unless objects may overlap: they would belie their captions."""
     if frames > LONGEST and not overlap:
@@ -315,32 +315,48 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     letters, words, never = SCRIPTS[script]
     lengths = sorted({len(w) for w in words})
     single = 1 / (1 + len(lengths)) if cap else 0.7
+    shares = (single, *[(1 - single) / len(lengths)] * len(lengths))
+
+    def draw(others: list[Thing], shows: Thing | None) -> Thing:
+        """Draw an object to stand beside others; it shows what `shows` does, if that is given."""
+        while True:
+            sign = rng.random() < signs
+            length = rng.choices((1, *lengths), shares)[0]
+            choice = letters if length == 1 else [w for w in words + never if len(w) == length]
+            left = [c for c in COLORS if c not in [d.color for d in others]]
+            thing = Thing(
+                color=rng.choice(left or list(COLORS)),
+                shape="sign" if sign else rng.choice(SHAPES),
+                direction=rng.choice(list(DIRECTIONS)),
+                speed="slow" if sign else rng.choice(list(SPEEDS)),     # a long word has no room
+                word=rng.choice(choice) if sign else "", cap=cap if sign else 0.0,
+                radius=rng.uniform(0.17, 0.19))
+            if shows:
+                thing = replace(thing, shape=shows.shape, word=shows.word, speed=shows.speed,
+                                cap=shows.cap)
+            if heldout is None or is_heldout(thing) == heldout:
+                return thing
+
+    # What an object shows is drawn once, and where it is and how it moves until it finds room; else
+    # what finds room seldom, such as a long word, would be rare.
     drawn: list[Thing] = []
-    tries = 0
+    shown: list[Thing] = []
+    failures = 0
     while len(drawn) < things:
-        tries += 1
-        if tries % 50 == 0 and not overlap:     # nothing else fits: start again
-            drawn.clear()
-        sign = rng.random() < signs
-        shares = (single, *[(1 - single) / len(lengths)] * len(lengths))
-        length = rng.choices((1, *lengths), shares)[0]
-        choice = letters if length == 1 else [w for w in words + never if len(w) == length]
-        left = [c for c in COLORS if c not in [d.color for d in drawn]]
-        thing = Thing(
-            color=rng.choice(left or list(COLORS)),
-            shape="sign" if sign else rng.choice(SHAPES),
-            direction=rng.choice(list(DIRECTIONS)),
-            speed="slow" if sign else rng.choice(list(SPEEDS)),         # a long word has no room
-            word=rng.choice(choice) if sign else "", cap=cap if sign else 0.0,
-            radius=rng.uniform(0.17, 0.19))
-        if heldout is not None and is_heldout(thing) != heldout:
-            continue
-        wander = WANDER["sign" if sign else "shape"] if things == 1 else 1.0
-        for _ in range(20):                     # a large sign needs several tries to find room
+        thing = draw(drawn, shown[len(drawn)] if len(drawn) < len(shown) else None)
+        if len(drawn) == len(shown):
+            shown.append(thing)
+        wander = WANDER["sign" if thing.shape == "sign" else "shape"] if things == 1 else 1.0
+        for _ in range(20):
             thing = place(thing, rng, frames, wander, GRID * (things > 1 and not overlap))
             if overlap or all(apart(thing, d, frames) for d in drawn):
                 drawn.append(thing)
                 break
+        else:
+            drawn.clear()
+            failures += 1
+            if failures % 20 == 0:                          # they have no room beside one another
+                shown.clear()
     return World(tuple(drawn), background=rng.uniform(0.0, 0.15))
 
 

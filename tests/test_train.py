@@ -695,9 +695,8 @@ def test_the_clips_of_the_dit_stage_have_their_own_share_of_signs():
     assert captions(0.9, "heldout") == captions(0.4, "heldout") != captions(0.4, "train")
     assert not any("sign" in c for c in captions(0.0, "dit"))
     assert all(c.count("sign") == 2 for c in captions(1.0, "dit"))
-    # More than are drawn, since shapes that are fast find less room beside another object.
     few, many = (sum(c.count("sign") for c in captions(s, "dit")) / 400 for s in (0.4, 0.6))
-    assert 0.4 < few < 0.65 < many < 0.85
+    assert 0.3 < few < 0.5 < many < 0.7
 
 
 @pytest.mark.parametrize("flags", ["--clips.count 20 --clips.frames 16 --patch 4 2 2",
