@@ -17,10 +17,10 @@ tae/video/step_* and dit/step_*.
 
 This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, and the toy world of
 world.py), and adds what they do not have: videos, ranks, checkpoints, the loop, the command line.
-Read `optimize` first (section 5): it trains both models, and calls `Checkpoints` (section 4), which
-writes and reads the step_* folders. `dit_batches` (section 6) makes what a step of the DiT trains
-on, noise, latents and text; `TextToVideo.forward` makes the loss out of it. `Mesh`, `place` and
-`split_tokens` (section 3) are all that --dp, --replicate and --sp change. `work` (section 9) goes
+It begins with the loop, `optimize`, which trains both models. `Checkpoints` (section 5) writes and
+reads the step_* folders. `dit_batches` (section 6) makes what a step of the DiT trains on, noise,
+latents and text; `TextToVideo.forward` makes the loss out of it. `Mesh`, `place` and
+`split_tokens` (section 4) are all that --dp, --replicate and --sp change. `work` (section 9) goes
 through the stages.
 
 Run.   torchrun train.py --scale toy                    # all stages; no download, no GPU, no data
@@ -104,7 +104,165 @@ from flow import FlowConfig
 from sample_parallel import everyone
 from sdot import SDOTConfig
 
-# ---- 1. Configuration ----------------------------------------------------------------------------
+# ---- 1. The loop ---------------------------------------------------------------------------------
+# It trains the autoencoder and the DiT alike; what differs is in `batch` (section 6).
+
+
+def optimize(run: "Run", stage: str, model: nn.Module, t: "TrainConfig", steps: int,
+             batch: Callable[[int], list[tuple]], workers: int = 0) -> dict[str, Tensor]:
+    """Train a model from `place` for `steps` -> its averaged weights, whole, on rank 0.
+
+    batch(step) gives the arguments of model.forward, which returns a scalar loss: one tuple for
+    each part of this rank's clips. It is a pure function of the step, so resuming is starting the
+    loop at another number. Checkpoints are written to the run's folder `stage`/step_*.
+
+    A step whose loss or gradient is not finite changes nothing; three in a row are a UserError."""
+    weights = dict(model.named_parameters())
+    optimizer, net, bad = adamw(weights, t), data_parallel(run, model), 0
+    average = {k: p.detach().clone() for k, p in weights.items()} if t.ema else {}
+    checkpoints = Checkpoints(run.folder / stage, {
+        "model": {k: p.data for k, p in weights.items()}, "average": average,
+        "optimizer": {k: optimizer.state[p] for k, p in weights.items()}}, run.mesh)
+    first = checkpoints.load()
+    run.log(stage, first, event="resume" if first else "begin", ranks=world_size())
+    TRAINING.set()
+    todo = tqdm(range(first, steps), stage, steps, initial=first, unit="step", mininterval=1.0,
+                dynamic_ncols=True, disable=rank() != 0)
+    for step, parts in zip(todo, read_ahead(batch, range(first, steps), workers)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr = learning_rate(step, t, steps)
+        loss = forward_backward(net, parts, t.precision == "bf16")
+        norm = nn.utils.clip_grad_norm_(weights.values(), t.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # The checkpoint of the last step is being written behind this forward and backward pass.
+        # It must be on the disk before the weights change: a kill never loses more than `every`.
+        checkpoints.wait()
+
+        # All ranks agree on the loss, and whether any of them was asked to stop.
+        loss, norm, stop = mean_over_ranks(loss, norm, torch.full_like(loss, STOP.is_set()))
+        todo.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            if average:
+                torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()],
+                                     1 - min(t.ema, (step + 1) / (step + 10)))
+            run.log(stage, step, loss=loss, lr=lr, grad_norm=norm)
+            bad = 0
+        else:
+            run.log(stage, step, event="skipped", detail=f"loss {loss}, gradient norm {norm}")
+            bad += 1
+            if bad == 3:
+                raise UserError(f"{stage}: loss {loss}, gradient norm {norm} at step {step}, the "
+                                f"third step in a row; lower the learning rate {t.lr:g}")
+        optimizer.zero_grad()
+
+        if stop or (step + 1) % t.every == 0 and step + 1 < steps:
+            checkpoints.save(step + 1)
+        if stop:
+            checkpoints.wait()
+            todo.close()
+            run.log(stage, step + 1, event="stopped")
+            raise Stopped(f"{stage}: stopped after step {step + 1}, checkpoint written; start "
+                          "again to continue")
+    TRAINING.clear()
+    checkpoints.wait()
+    run.log(stage, steps, event="end")
+    return gathered(average or checkpoints.state["model"])
+
+
+def forward_backward(net: nn.Module, parts: list[tuple], bf16: bool) -> Tensor:
+    """Compute the gradients of a step, one part of this rank's clips after the other -> the loss.
+    DDP sends them once, behind the last part."""
+    loss, device = 0.0, next(net.parameters()).device.type
+    for k, part in enumerate(parts):
+        not_yet = isinstance(net, DistributedDataParallel) and k + 1 < len(parts)
+        with (torch.autocast(device, torch.bfloat16, enabled=bf16),
+              net.no_sync() if not_yet else contextlib.nullcontext()):
+            part_loss = net(*part) / len(parts)
+        part_loss.backward()
+        loss = loss + part_loss.detach()
+    return loss
+
+
+def data_parallel(run: "Run", model: nn.Module) -> nn.Module:
+    """Wrap a model in DDP if each of several ranks has a copy. find_unused_parameters keeps DDP
+    from sorting its buckets anew after the first step: a resumed run would add up gradients in
+    another order."""
+    if run.mesh.weights is not None or world_size() == 1:
+        return model
+    return DistributedDataParallel(model, bucket_cap_mb=4, find_unused_parameters=True,
+                                   gradient_as_bucket_view=True)
+
+
+def adamw(weights: dict[str, nn.Parameter], t: "TrainConfig") -> torch.optim.AdamW:
+    """Make AdamW with weight decay for matrices and kernels. Biases have none, nor do tables and
+    embeddings, whose rarely used rows would only shrink. Its state is laid out at once, so that a
+    checkpoint can be loaded into it."""
+    table = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
+    decay = [p for k, p in weights.items() if p.ndim >= 2 and not table(k)]
+    rest = [p for k, p in weights.items() if p.ndim < 2 or table(k)]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], t.lr,
+                                  (0.9, t.beta2), weight_decay=t.weight_decay, fused=True)
+    for p in weights.values():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def learning_rate(step: int, t: "TrainConfig", steps: int) -> float:
+    """Warm up linearly, stay flat, then fall as a cosine to 0 in the last `decay` of the steps."""
+    up = min(1.0, (step + 1) / max(1, t.warmup))
+    past = max(0.0, (step / max(1, steps) - (1 - t.decay)) / max(t.decay, 1e-9))
+    return t.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
+
+
+def mean_over_ranks(*values: Tensor) -> list[float]:
+    """Average scalars over all ranks."""
+    told = torch.stack([v.detach().double() for v in values])
+    if dist.is_initialized():
+        dist.all_reduce(told)
+    return (told / world_size()).tolist()
+
+
+def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gather whole tensors in fp32 on the CPU of rank 0, one after the other; {} on other ranks."""
+    out = {}
+    for k, v in state.items():
+        whole = v.full_tensor() if isinstance(v, DTensor) else v.detach()
+        if rank() == 0:
+            out[k] = whole.to("cpu", torch.float32, copy=True)
+    return out
+
+
+class Stopped(Exception):
+    """The run was asked to end, and can be continued: exit status 0."""
+
+
+STOP, TRAINING = threading.Event(), threading.Event()
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}       # blocked at the top of this file
+
+
+def listen() -> None:
+    """Wait for Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before it takes the machine) in a
+    thread. While a model trains, the first signal makes `optimize` write a checkpoint and stop.
+    Otherwise, and at a second signal, the process ends at once: what a later stage reads is never
+    half written. A handler in the main thread would be delayed by whatever that thread waits for.
+    """
+
+    def hear() -> None:
+        name = signal.Signals(signal.sigwait(SIGNALS)).name
+        if TRAINING.is_set():
+            STOP.set()
+            heard = time.monotonic()
+            while time.monotonic() < heard + 3:     # torchrun passes on what a terminal sent to all
+                name = signal.Signals(signal.sigwait(SIGNALS)).name
+        say(f"train.py: ended by {name}; start again to continue")
+        os._exit(0 if world_size() == 1 and not STOP.is_set() else 1)
+
+    threading.Thread(target=hear, daemon=True).start()
+
+
+# ---- 2. Configuration ----------------------------------------------------------------------------
 # The comment beside a field is its --help, its type is what the flag accepts, and `__post_init__`
 # holds the bounds. What concerns more than one config is checked in `finish`.
 
@@ -318,7 +476,7 @@ STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 
 
 def paper_scale(name: str, clips: ClipConfig, train_tae: TrainTAE, train_dit: TrainDiT) -> Config:
-    """The sizes of the papers, in bf16. They can be planned, and have never been run whole."""
+    """Make a config of the papers' sizes, in bf16. They can be planned; none was ever run whole."""
     return Config(
         scale=name, coupling="independent", patch=(1, 2, 2), clips=clips,
         tae=replace(autoencoder.PRESETS["paper"], checkpointing=True),
@@ -388,7 +546,7 @@ SCALES: dict[str, Callable[[], Config]] = {
 
 
 def parts_of(cfg: Config, shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
-    """The latents of a clip of T x H x W frames: one (C, T', H', W'), or VidTwin's two."""
+    """Give the latents of a clip of T x H x W frames: one (C, T', H', W'), or VidTwin's two."""
     with torch.device("meta"):
         return autoencoder.autoencoder(cfg.autoencoder_config).parts(*shape)
 
@@ -464,7 +622,7 @@ def read_config(run: Path | str) -> Config:
 
 
 def result_of(run: Path) -> Path:
-    """The model.safetensors of a finished run, given its folder or that file."""
+    """Find the model.safetensors of a finished run, given its folder or that file."""
     if run.is_file():
         return run
     if not (run / "model.safetensors").exists():
@@ -473,13 +631,13 @@ def result_of(run: Path) -> Path:
     return run / "model.safetensors"
 
 
-# ---- 2. Clips: the toy world, and folders of videos ----------------------------------------------
+# ---- 3. Clips: the toy world, and folders of videos ----------------------------------------------
 # Clip i of a split is a pure function of (seed, split, i), so any rank or thread can make it.
 # Splits: `tae` (the autoencoder's training), `train` (its last steps), `dit`, `heldout`.
 
 
 def read_ahead(fn: Callable, items: Iterable, workers: int = 0) -> Iterator:
-    """Like map(fn, items), computed ahead by `workers` threads if there are any. Threads are
+    """Map fn over items, computed ahead by `workers` threads if there are any. Threads are
     enough: PyAV releases Python's lock while it decodes."""
     if not workers:
         yield from map(fn, items)
@@ -505,12 +663,12 @@ class ToyClips:
                             f"{world.LONGEST} frames in the toy world; longer clips need --data")
 
     def shape(self, i: int) -> tuple[int, int, int]:
-        """(T, H, W) of clip i of the dit stage."""
+        """Draw (T, H, W) of clip i of the dit stage."""
         return self.cfg.clips.drawn_shape(f"shape/{self.cfg.seed}/{i}")
 
     def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
              ) -> tuple[Tensor, str]:
-        """(3, T, H, W) in [-1, 1], a window of a longer clip where T is shorter, and its caption.
+        """Draw (3, T, H, W) in [-1, 1], of a longer clip a window where T is less, and caption it.
         Splits: `tae` (done is the share of the training that is past: the motion curriculum);
         `train`; `dit`, the same with another share of signs; `heldout`."""
         c, t, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
@@ -549,13 +707,13 @@ class VideoFolder:
         self.last = threading.local()               # the window that this thread decoded last
 
     def shape(self, i: int) -> tuple[int, int, int]:
-        """(T, H, W) of clip i of the dit stage: the shape nearest to its video's aspect ratio."""
+        """Draw (T, H, W) of clip i of the dit stage, with an aspect ratio near to its video's."""
         aspect = self.videos[i // CROPS % len(self.videos)][4]
         return self.cfg.clips.drawn_shape(f"shape/{self.cfg.seed}/{i // CROPS}", aspect)
 
     def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
              ) -> tuple[Tensor, str]:
-        """(3, T, H, W) in [-1, 1] and its caption, as in ToyClips."""
+        """Read (3, T, H, W) in [-1, 1] and its caption, as in ToyClips."""
         key = (split, i // CROPS, shape, done)
         if getattr(self.last, "key", None) != key:
             self.last.key, self.last.window = key, self.window(*key)
@@ -585,7 +743,7 @@ class VideoFolder:
 
     def read(self, video: list, split: str, rng: random.Random, shape: tuple[int, int, int],
              done: float) -> tuple[Tensor, float, str]:
-        """A random window of one video."""
+        """Read a random window of one video."""
         name, caption, frames, rate, aspect = video
         (T, H, W), fastest = shape, self.cfg.clips.max_interval
         if split == "tae" and self.cfg.train_tae.motion > 1:
@@ -601,13 +759,13 @@ class VideoFolder:
 
 
 def longest_window(cfg: Config) -> int:
-    """Frames of the longest window that any stage reads."""
+    """Count the frames of the longest window that any stage reads."""
     return max(cfg.train_tae.window, *(T for T, _, _ in cfg.clips.shapes))
 
 
 def held_out(T: int, frames: int) -> int:
-    """The first of the frames that are held out of training: the last fifth, or T frames if that is
-    more. 0 if the video is too short for that: then nothing is held out."""
+    """Find the first of the frames that are held out of training: the last fifth, or T frames if
+    that is more. 0 if the video is too short for that: then nothing is held out."""
     cut = min(int(0.8 * frames), frames - T)
     return cut if cut >= T else 0
 
@@ -684,12 +842,12 @@ def tell_of_videos(cfg: Config, videos: list[list], passed: list[str], absent: s
 
 
 def same_name(name: str) -> str:
-    """One spelling for a path inside --data: a/b.mp4 for ./a//b.mp4, a\\b.mp4 and other Unicode."""
+    """Spell a path inside --data in one way: a/b.mp4 for ./a//b.mp4, a\\b.mp4 and other Unicode."""
     return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
 
 def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
-    """What each metadata.csv says: {file: caption}, files named from `root` on."""
+    """Read each metadata.csv -> {file: caption}, files named from `root` on."""
     captions: dict[str, str] = {}
     for table in tables:
         rows = csv.DictReader(io.StringIO(read_text(table)), strict=True)
@@ -713,7 +871,7 @@ def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
 
 
 def caption_of(path: Path, beside: Path | None, listed: str | None) -> str:
-    """The caption of a video, in its NAME.txt or as listed in metadata.csv; "" if there is none."""
+    """Find a video's caption, in its NAME.txt or as listed in metadata.csv; "" if there is none."""
     told = read_text(beside).strip() if beside else listed
     if told is None:
         return ""
@@ -727,7 +885,7 @@ def caption_of(path: Path, beside: Path | None, listed: str | None) -> str:
 
 
 def some_of(names: Iterable[str], most: int = 20) -> str:
-    """Names for a line that somebody will read."""
+    """List names, for a line that somebody will read."""
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -759,7 +917,7 @@ def open_video(path: Path):
 
 
 def decoded(container, stream) -> Iterator:
-    """The frames of a stream in the order in which they are shown, from where it stands."""
+    """Decode the frames of a stream in the order in which they are shown, from where it stands."""
     import av
 
     if {k.lower(): v for k, v in stream.metadata.items()}.get("alpha_mode") != "1":
@@ -796,15 +954,15 @@ def probe(path: Path) -> tuple[int, float, float]:
 
 
 def counted(container) -> bool:
-    """Whether times are of no use and frames have to be counted: AVI and raw streams have none, and
-    those of MPEG program streams change with a seek."""
+    """Tell whether frames have to be counted, as times are of no use: AVI and raw streams have
+    none, and those of MPEG program streams change with a seek."""
     no_times = 0x80                                                     # AVFMT_NOTIMESTAMPS
     return container.format.name in ("avi", "mpeg") or bool(container.format.flags & no_times)
 
 
 def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
-    """Width and height of a frame with square pixels, before it is turned, and how that is done:
-    [a, b, c, d] of the display matrix, which maps (x, y) to (a x + c y, b x + d y)."""
+    """Give width and height of a frame with square pixels, before it is turned, and how that is
+    done: [a, b, c, d] of the display matrix, which maps (x, y) to (a x + c y, b x + d y)."""
     from av.sidedata.sidedata import SideDataContainer
 
     turn = [1, 0, 0, 1]
@@ -817,7 +975,7 @@ def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
 
 
 def upright(frame, short_side: int, pixel_aspect) -> Tensor:
-    """A frame as a player shows it -> (h, w, 3) uint8, its short side shrunk to `short_side`."""
+    """Make the picture that a player shows (h, w, 3) uint8, the short side shrunk to short_side."""
     w, h, (a, b, c, d) = shown_as(frame, pixel_aspect)
     scale = short_side / min(w, h)
     w, h = max(short_side, round(w * scale)), max(short_side, round(h * scale))
@@ -914,16 +1072,16 @@ def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -
         raise ValueError(f"{path}: not .mp4 or .gif")
 
 
-# ---- 3. Ranks ------------------------------------------------------------------------------------
+# ---- 4. Ranks ------------------------------------------------------------------------------------
 
 
 def rank() -> int:
-    """This process's number; 0 without torch.distributed."""
+    """Give this process's number; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes; 1 without torch.distributed."""
+    """Count the processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -963,7 +1121,7 @@ class Mesh:
         return rank() // self.sp, self.replicate * self.dp
 
     def meet(self, what: str) -> None:
-        """A barrier for up to a day, since one rank may work alone; names the missing ranks."""
+        """Wait for all ranks up to a day, since one may work alone; an error names the missing."""
         if self.meeting is not None:
             try:
                 dist.monitored_barrier(self.meeting, timedelta(days=1), wait_all_ranks=True)
@@ -1058,7 +1216,7 @@ def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
         block.attend = sample_parallel.Ulysses(axis, tokens=sizes)
 
 
-# ---- 4. Files: text, tensors, checkpoints, the log -----------------------------------------------
+# ---- 5. Files: text, tensors, checkpoints, the log -----------------------------------------------
 # What a later stage reads is written beside its place and renamed, so that it is there whole or not
 # at all; pictures are not, they are made again. Text is read as utf-8 with or without a byte order
 # mark, and written as utf-8.
@@ -1080,7 +1238,7 @@ def say(line: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The last line of an error, without what torch wraps it in."""
+    """Give the last line of an error, without what torch wraps it in."""
     causes = [e for e, _ in getattr(error, "failures", {}).values()] or [error]
     text = str(causes[0]).strip().splitlines() or [type(causes[0]).__name__]
     return text[-1][:200]
@@ -1158,14 +1316,14 @@ def load_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
 
 
 def readable(path: Path) -> bool:
-    """Whether a safetensors file is there and as long as its header says."""
+    """Tell whether a safetensors file is there and as long as its header says."""
     with contextlib.suppress(UserError), opened(path):
         return True
     return False
 
 
 def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under a prefix, without it."""
+    """Keep the entries under a prefix, and cut it off."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
@@ -1248,7 +1406,7 @@ class Checkpoints:
         mesh.meet(f"{folder}")
 
     def whole(self) -> list[Path]:
-        """The checkpoints that are there, newest first."""
+        """List the checkpoints that are there, newest first."""
         return sorted((p.parent for p in self.folder.glob("step_*/.metadata")), reverse=True)
 
     def save(self, step: int) -> None:
@@ -1321,7 +1479,7 @@ class Run:
         self.lock = None                        # of rank 0 of a run that is at work
 
     def has(self, name: str) -> bool:
-        """Whether a file is there, as rank 0 sees it now: all ranks take the same way."""
+        """Tell whether a file is there, as rank 0 sees it now: all ranks take the same way."""
         return from_rank0((self.folder / name).exists())
 
     def save(self, name: str, tensors: dict[str, Tensor], **metadata: str) -> None:
@@ -1344,7 +1502,7 @@ class Run:
                 say(f"{stage} step {step}: {figures['event']}, {figures['detail']}")
 
     def rows(self) -> list[dict]:
-        """The rows of log.jsonl; a half-written one is left out."""
+        """Read the rows of log.jsonl; a half-written one is left out."""
         path, rows = self.folder / "log.jsonl", []
         for line in read_text(path).split("\n") if path.exists() else ():
             with contextlib.suppress(ValueError):
@@ -1352,7 +1510,7 @@ class Run:
         return rows
 
     def losses(self) -> dict[str, dict[int, float]]:
-        """{stage: {step: loss}} of all steps that were made."""
+        """Read the losses -> {stage: {step: loss}} of all steps that were made."""
         out: dict[str, dict[int, float]] = {}
         for row in self.rows():
             if "loss" in row:
@@ -1360,7 +1518,7 @@ class Run:
         return out
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each stage, over all starts: the time between one row and the next."""
+        """Sum the seconds of each stage, over all starts: the time between one row and the next."""
         out: dict[str, float] = {}
         for a, b in zip(rows := self.rows(), rows[1:]):
             if b.get("event") != "start":           # not the time between two starts
@@ -1370,164 +1528,8 @@ class Run:
 
 
 def generator(*key) -> torch.Generator:
-    """A CPU generator that depends on nothing but the key, e.g. (seed, "dit", step)."""
+    """Make a CPU generator that depends on nothing but the key, e.g. (seed, "dit", step)."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
-
-
-# ---- 5. The loop ---------------------------------------------------------------------------------
-
-STOP, TRAINING = threading.Event(), threading.Event()
-SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}       # blocked at the top of this file
-
-
-def listen() -> None:
-    """Wait for Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before it takes the machine) in a
-    thread. While a model trains, the first signal makes `optimize` write a checkpoint and stop.
-    Otherwise, and at a second signal, the process ends at once: what a later stage reads is never
-    half written. A handler in the main thread would be delayed by whatever that thread waits for.
-    """
-
-    def hear() -> None:
-        name = signal.Signals(signal.sigwait(SIGNALS)).name
-        if TRAINING.is_set():
-            STOP.set()
-            heard = time.monotonic()
-            while time.monotonic() < heard + 3:     # torchrun passes on what a terminal sent to all
-                name = signal.Signals(signal.sigwait(SIGNALS)).name
-        say(f"train.py: ended by {name}; start again to continue")
-        os._exit(0 if world_size() == 1 and not STOP.is_set() else 1)
-
-    threading.Thread(target=hear, daemon=True).start()
-
-
-def learning_rate(step: int, t: TrainConfig, steps: int) -> float:
-    """Linear warm-up, flat, then a cosine down to 0 over the last `decay` of the steps."""
-    up = min(1.0, (step + 1) / max(1, t.warmup))
-    past = max(0.0, (step / max(1, steps) - (1 - t.decay)) / max(t.decay, 1e-9))
-    return t.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
-
-
-def adamw(weights: dict[str, nn.Parameter], t: TrainConfig) -> torch.optim.AdamW:
-    """Make AdamW with weight decay for matrices and kernels. Biases have none, nor do tables and
-    embeddings, whose rarely used rows would only shrink. Its state is laid out at once, so that a
-    checkpoint can be loaded into it."""
-    table = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
-    decay = [p for k, p in weights.items() if p.ndim >= 2 and not table(k)]
-    rest = [p for k, p in weights.items() if p.ndim < 2 or table(k)]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], t.lr,
-                                  (0.9, t.beta2), weight_decay=t.weight_decay, fused=True)
-    for p in weights.values():
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
-                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
-
-
-def mean_over_ranks(*values: Tensor) -> list[float]:
-    """The means of scalars over all ranks."""
-    told = torch.stack([v.detach().double() for v in values])
-    if dist.is_initialized():
-        dist.all_reduce(told)
-    return (told / world_size()).tolist()
-
-
-def data_parallel(run: Run, model: nn.Module) -> nn.Module:
-    """Wrap a model in DDP if each of several ranks has a copy. find_unused_parameters keeps DDP
-    from sorting its buckets anew after the first step: a resumed run would add up gradients in
-    another order."""
-    if run.mesh.weights is not None or world_size() == 1:
-        return model
-    return DistributedDataParallel(model, bucket_cap_mb=4, find_unused_parameters=True,
-                                   gradient_as_bucket_view=True)
-
-
-def forward_backward(net: nn.Module, parts: list[tuple], bf16: bool) -> Tensor:
-    """Compute the gradients of a step, one part of this rank's clips after the other -> the loss.
-    DDP sends them once, behind the last part."""
-    loss, device = 0.0, next(net.parameters()).device.type
-    for k, part in enumerate(parts):
-        not_yet = isinstance(net, DistributedDataParallel) and k + 1 < len(parts)
-        with (torch.autocast(device, torch.bfloat16, enabled=bf16),
-              net.no_sync() if not_yet else contextlib.nullcontext()):
-            part_loss = net(*part) / len(parts)
-        part_loss.backward()
-        loss = loss + part_loss.detach()
-    return loss
-
-
-def optimize(run: Run, stage: str, model: nn.Module, t: TrainConfig, steps: int,
-             batch: Callable[[int], list[tuple]], workers: int = 0) -> dict[str, Tensor]:
-    """Train a model from `place` for `steps` -> its averaged weights, whole, on rank 0.
-
-    batch(step) gives the arguments of model.forward, which returns a scalar loss: one tuple for
-    each part of this rank's clips. It is a pure function of the step, so resuming is starting the
-    loop at another number. Checkpoints are written to the run's folder `stage`/step_*.
-
-    A step whose loss or gradient is not finite changes nothing; three in a row are a UserError."""
-    weights = dict(model.named_parameters())
-    optimizer, net, bad = adamw(weights, t), data_parallel(run, model), 0
-    average = {k: p.detach().clone() for k, p in weights.items()} if t.ema else {}
-    checkpoints = Checkpoints(run.folder / stage, {
-        "model": {k: p.data for k, p in weights.items()}, "average": average,
-        "optimizer": {k: optimizer.state[p] for k, p in weights.items()}}, run.mesh)
-    first = checkpoints.load()
-    run.log(stage, first, event="resume" if first else "begin", ranks=world_size())
-    TRAINING.set()
-    todo = tqdm(range(first, steps), stage, steps, initial=first, unit="step", mininterval=1.0,
-                dynamic_ncols=True, disable=rank() != 0)
-    for step, parts in zip(todo, read_ahead(batch, range(first, steps), workers)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr = learning_rate(step, t, steps)
-        loss = forward_backward(net, parts, t.precision == "bf16")
-        norm = nn.utils.clip_grad_norm_(weights.values(), t.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # The checkpoint of the last step is being written behind this forward and backward pass.
-        # It must be on the disk before the weights change: a kill never loses more than `every`.
-        checkpoints.wait()
-
-        # All ranks agree on the loss, and whether any of them was asked to stop.
-        loss, norm, stop = mean_over_ranks(loss, norm, torch.full_like(loss, STOP.is_set()))
-        todo.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-            if average:
-                torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()],
-                                     1 - min(t.ema, (step + 1) / (step + 10)))
-            run.log(stage, step, loss=loss, lr=lr, grad_norm=norm)
-            bad = 0
-        else:
-            run.log(stage, step, event="skipped", detail=f"loss {loss}, gradient norm {norm}")
-            bad += 1
-            if bad == 3:
-                raise UserError(f"{stage}: loss {loss}, gradient norm {norm} at step {step}, the "
-                                f"third step in a row; lower the learning rate {t.lr:g}")
-        optimizer.zero_grad()
-
-        if stop or (step + 1) % t.every == 0 and step + 1 < steps:
-            checkpoints.save(step + 1)
-        if stop:
-            checkpoints.wait()
-            todo.close()
-            run.log(stage, step + 1, event="stopped")
-            raise Stopped(f"{stage}: stopped after step {step + 1}, checkpoint written; start "
-                          "again to continue")
-    TRAINING.clear()
-    checkpoints.wait()
-    run.log(stage, steps, event="end")
-    return gathered(average or checkpoints.state["model"])
-
-
-class Stopped(Exception):
-    """The run was asked to end, and can be continued: exit status 0."""
-
-
-def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors in fp32 on the CPU of rank 0, one after the other; {} on other ranks."""
-    out = {}
-    for k, v in state.items():
-        whole = v.full_tensor() if isinstance(v, DTensor) else v.detach()
-        if rank() == 0:
-            out[k] = whole.to("cpu", torch.float32, copy=True)
-    return out
 
 
 # ---- 6. The stages -------------------------------------------------------------------------------
@@ -1605,7 +1607,7 @@ LARGE = 2**23       # pixels of a clip from which on the autoencoder sees one fr
 
 
 def large(shape: tuple[int, int, int]) -> bool:
-    """Whether encode and decode have to stream a clip of T x H x W to keep it within memory."""
+    """Tell whether encode and decode have to stream a clip of T x H x W, to keep within memory."""
     return math.prod(shape) > LARGE
 
 
@@ -1628,14 +1630,14 @@ def encoded(run: Run, tae: autoencoder.Autoencoder, clips, split: str, rows: Ite
 
 
 def load_tae(run: Run) -> autoencoder.Autoencoder:
-    """The trained autoencoder, frozen."""
+    """Load the trained autoencoder, frozen."""
     tae = autoencoder.autoencoder(run.cfg.autoencoder_config)
     tae.load_state_dict(load_tensors(run.folder / "tae/tae.safetensors"))
     return tae.to(run.device).eval().requires_grad_(False)
 
 
 def shards_of(clips, count: int) -> dict[str, tuple[tuple[int, int, int], list[int]]]:
-    """{file name: (shape, clips)}: the clips of one shape in their order, SHARD to a file."""
+    """Share clips out to files -> {name: (shape, clips)}, SHARD clips of one shape to a file."""
     rows: dict[tuple[int, int, int], list[int]] = {}
     for i in range(count):
         rows.setdefault(clips.shape(i), []).append(i)
@@ -1698,8 +1700,8 @@ def encode_latents(run: Run, clips) -> None:
 
 
 def same_latents(cfg: Config) -> bool:
-    """Whether the latents of --base can serve this run: the same clips and text encoders. Its seed,
-    which draws the clips, may differ."""
+    """Tell whether the latents of --base can serve this run: the same clips and text encoders. Its
+    seed, which draws the clips, may differ."""
     free = {"clips.fps", "clips.workers", "text.dim", "text.width", "text.layers", "text.heads",
             "text.without", "text.offload"}             # what is kept depends on none of these
     other, mine = ({k: v for k, v in flat(asdict(c)).items()
@@ -1724,25 +1726,25 @@ class Latents:
         return int(self.starts[-1])
 
     def find(self, index: Tensor) -> list[tuple[dict[str, Tensor], int]]:
-        """The shard of each clip, and its row there."""
+        """Find the shard of each clip, and its row there."""
         s = torch.searchsorted(self.starts, index, right=True) - 1
         rows = (index - self.starts[s]).tolist()
         return [(self.file(i), row) for i, row in zip(s.tolist(), rows)]
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """mean and logvar of these clips, which have one shape: (B, C, T', H', W') each."""
+        """Read mean and logvar of these clips, of one shape: (B, C, T', H', W') each."""
         there = self.find(index)
         return tuple(torch.stack([f[k][row] for f, row in there]) for k in ("mean", "logvar"))
 
     def text(self, index: Tensor) -> dict[str, Tensor]:
-        """What the text encoders made of their captions, padded to the longest, (B, L, ...)."""
+        """Read what the text encoders made of the captions, padded to the longest, (B, L, ...)."""
         there = [(f, f["caption"][row]) for f, row in self.find(index)]
         keys = [k for k in there[0][0] if k.startswith("text.")]
         return {k.removeprefix("text."): nn.utils.rnn.pad_sequence([f[k][row] for f, row in there],
                                                                    True) for k in keys}
 
     def buckets(self) -> list[tuple[torch.Size, range]]:
-        """(shape of a latent, clips that follow each other and have it); a shape may come twice."""
+        """List (shape of a latent, clips in a row that have it); a shape may come twice."""
         out: list[tuple[torch.Size, range]] = []
         for shape, a, b in zip(self.shapes, self.starts.tolist(), self.starts[1:].tolist()):
             if out and out[-1][0] == shape:
@@ -1765,7 +1767,7 @@ class Latents:
         return torch.cat([self.file(s)["mean"] for s in range(len(self.names))])
 
     def concepts(self) -> Tensor | None:
-        """(M, D) an embedding of each caption, the mean of MetaCLIP's features; None where the text
+        """Embed each caption, (M, D), as the mean of MetaCLIP's features; None where the text
         encoders are toys."""
         rows = []
         for s in range(len(self.names)):
@@ -1779,7 +1781,7 @@ class Latents:
 
 
 def normalizer_of(run: Run) -> autoencoder.Autoencoder:
-    """The autoencoder without its weights: it can normalise latents, and takes no memory."""
+    """Make the autoencoder without its weights: it can normalise latents, and takes no memory."""
     with torch.device("meta"):
         tae = autoencoder.autoencoder(run.cfg.autoencoder_config)
     there = load_tensors(run.folder / "tae/tae.safetensors", ("lat_mean", "lat_std"))
@@ -1906,8 +1908,8 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
 
 
 def start_from(file: Path, cfg: Config) -> dict[str, Tensor]:
-    """The weights of TextToVideo that another run ended with, its position tables stretched to the
-    sizes of this one, as Movie Gen does between its stages."""
+    """Read the weights of TextToVideo that another run ended with, its position tables stretched to
+    the sizes of this one, as Movie Gen does between its stages."""
     state = {k: v for k, v in load_tensors(file).items() if not k.startswith("tae.")}
     with torch.device("meta"):
         grown = backbone.DiT(read_config(file).dit)
@@ -1932,7 +1934,7 @@ class Loaded:
         return self.cfg.clips.fps
 
     def fps_of(self, prompt: str) -> int:
-        """Frames a second of the clip that a prompt asks for: as told in front of it, if at all."""
+        """Give the frames a second that a prompt asks for: as told in front of it, if at all."""
         told = re.match(r"FPS-(\d+(?:\.\d+)?) ", prompt) if self.cfg.clips.tell_fps else None
         return max(1, round(float(told[1]))) if told else self.fps
 
@@ -1941,7 +1943,7 @@ class Loaded:
         return self.tae.latent_shape(*self.cfg.clips.shape)
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """What the text encoders make of prompts. ValueError for what is no list of texts."""
+        """Encode prompts with the text encoders. ValueError for what is no list of texts."""
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompts {prompts!r}: must be a list of one or more texts")
         if self.cfg.clips.tell_fps and self.cfg.data:
@@ -1950,25 +1952,25 @@ class Loaded:
 
     def prompts(self, prompts: list[str], features: dict[str, Tensor] | None = None
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """P (B, L, D), mask (B, L) of the prompts, and P, mask of as many null prompts. features:
-        what `encode` made of the prompts, if that was called before."""
+        """Make P (B, L, D), mask (B, L) of the prompts, and P, mask of as many null prompts.
+        features: what `encode` made of the prompts, if that was called before."""
         features = features or self.encode(prompts)
         P, mask = self.text({k: v.to(self.device) for k, v in features.items()})
         return P, mask, *self.text.null_tokens(len(P))
 
     def noise(self, seeds: list[int]) -> Tensor:
-        """x0 (B, C, T', H', W'): the same seed gives the same noise on every device."""
+        """Draw x0 (B, C, T', H', W'): the same seed gives the same noise on every device."""
         return torch.stack([torch.randn(self.latent_shape, generator=generator("sample", int(s)))
                             for s in seeds]).to(self.device)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Normalised latents (B, C, T', H', W') -> clips (B, 3, T, H, W) in [-1, 1]."""
+        """Decode normalised latents (B, C, T', H', W') -> clips (B, 3, T, H, W) in [-1, 1]."""
         T, H, W = shape = self.cfg.clips.shape
         x = self.tae.decode(self.tae.denormalize(z), T, (H, W), stream=large(shape))
         return x.clamp(-1, 1)
 
     def schedule(self, steps: int | None = None, name: str | None = None) -> Tensor:
-        """The solver's times (steps + 1,) from 0 to 1; by default as configured."""
+        """Give the solver's times (steps + 1,) from 0 to 1; by default as configured."""
         s = self.cfg.sample
         return flow.schedule(name or s.schedule, steps or s.steps, shift=self.cfg.flow.shift)
 
@@ -2118,8 +2120,8 @@ def on_held_out(run: Run, loaded: Loaded, clips) -> tuple[float, float]:
 
 @torch.no_grad()
 def validation_loss(loaded: Loaded, z: Tensor, captions: list[str]) -> float:
-    """The flow-matching loss of the DiT on normalised latents (B, C, T', H', W'), at ten fixed
-    times: Movie Gen's proxy for what people prefer."""
+    """Measure the flow-matching loss of the DiT on normalised latents (B, C, T', H', W'), at ten
+    fixed times: Movie Gen's proxy for what people prefer."""
     P, mask, _, _ = loaded.prompts(captions)
     v_fn = lambda *all: torch.cat([loaded.dit(*part) for part in zip(       # as in sampling
         *(v.split(loaded.cfg.sample.batch) for v in (*all, P, mask)))])
@@ -2230,7 +2232,7 @@ SHOWN = {"color": "colour", "text": "letters", "tae": "autoencoder", "dit": "DiT
 
 
 def in_words(report: dict) -> list[str]:
-    """The figures of a report as sentences for people who do not know its keys."""
+    """Say the figures of a report in sentences for people who do not know its keys."""
     percent = lambda d: ", ".join(f"{SHOWN.get(k, k)} {100 * v:.0f} %" for k, v in d.items())
     lines = []
     if seen := dict(report.get("prompt_accuracy", {})):
@@ -2270,14 +2272,14 @@ figcaption { font-size: 11px; line-height: 1.3 }
 
 
 def tokens_of(cfg: Config, latent: torch.Size | tuple[int, ...]) -> int:
-    """N, the video tokens of a clip with this latent; VidTwin's clips have one shape."""
+    """Count N, the video tokens of a clip with this latent; VidTwin's clips have one shape."""
     if len(cfg.dit.streams) > 1:
         return sum(math.prod(s.size) // math.prod(s.patch) for s in cfg.dit.streams)
     return math.prod(latent[1:]) // math.prod(cfg.dit.streams[0].patch)
 
 
 def text_tokens(cfg: Config) -> int:
-    """L, the text tokens of the longest prompt: of the toy world's, else the encoders' limits."""
+    """Count L, the text tokens of the longest prompt: the toy world's, or the encoders' limits."""
     if cfg.text.mode == "toy" and not cfg.data:
         text = text_cond.TextConditioner(cfg.text)
         longest = world.longest_caption(cfg.clips.things, cfg.clips.script)
@@ -2288,7 +2290,7 @@ def text_tokens(cfg: Config) -> int:
 
 def one_step(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool = False,
              text_grad: bool = False):
-    """A DiT with gradients, and a function that makes a step with b clips of n tokens."""
+    """Make a DiT with gradients, and a function that makes a step with b clips of n tokens."""
     s = dit.streams[0]                                      # n tokens in a row
     model = backbone.DiT(replace(dit, streams=(replace(s, size=(n * s.patch[0], *s.patch[1:])),)))
     for p in model.blocks.parameters() if bf16 else ():
@@ -2307,9 +2309,9 @@ def one_step(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool = False
 
 
 def activation_bytes(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool) -> int:
-    """Peak bytes of a training step beyond weights and gradients, of b clips of n tokens. Gradients
-    of the text are left out: with checkpointing MemTracker counts them with every block, where a
-    real step holds about eight at most."""
+    """Measure the peak bytes of a step with b clips of n tokens, beyond weights and gradients.
+    Gradients of the text are left out: with checkpointing MemTracker counts them with every block,
+    where a real step holds about eight at most."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -2324,7 +2326,7 @@ def activation_bytes(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool
 
 
 def step_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
-    """FLOPs of one clip, forward and backward, as torch counts them."""
+    """Count the FLOPs of one clip, forward and backward, as torch does."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -2333,14 +2335,14 @@ def step_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
 
 
 def by_depth(figure: Callable, dit: backbone.DiTConfig, *args) -> int:
-    """figure(dit, *args), which is linear in the depth, from that of two blocks and of three."""
+    """Compute figure(dit, *args), linear in the depth, from that of two blocks and of three."""
     two, three = (figure(replace(dit, depth=depth), *args) for depth in (2, 3))
     return two + (dit.depth - 2) * (three - two)
 
 
 def plan(cfg: Config, c: "Command") -> dict[str, dict[str, float]]:
-    """What the dit stage costs on c.gpus GPUs: {"memory": bytes of the fullest rank, "step": sizes,
-    FLOPs and seconds}, for the largest clips."""
+    """Count what the dit stage costs on c.gpus GPUs, for the largest clips -> {"memory": bytes of
+    the fullest rank, "step": sizes, FLOPs and seconds}."""
     t, dit, L = cfg.train_dit, cfg.dit, text_tokens(cfg)
     with torch.device("meta"):
         model = TextToVideo(cfg)
@@ -2420,7 +2422,7 @@ NAMES = {"variant": "tae", "text.mode": "text", "train_dit.steps": "steps",
 
 
 def help_of(kind) -> dict[str, str]:
-    """The comment beside each field of a dataclass."""
+    """Read the comment beside each field of a dataclass."""
     found = {}
     for base in reversed(kind.__mro__[:-1]):
         # inspect.getsource(base) would parse the whole file, each time: a second for all classes.
@@ -2431,7 +2433,7 @@ def help_of(kind) -> dict[str, str]:
 
 
 def value_of(kind, word: str):
-    """A word of the command line as a type: int, float, bool, str or a Literal."""
+    """Convert a word of the command line to a type: int, float, bool, str or a Literal."""
     if typing.get_origin(kind) is Literal:
         if word not in typing.get_args(kind):
             raise argparse.ArgumentTypeError(
@@ -2448,7 +2450,7 @@ def value_of(kind, word: str):
 
 
 def add_flags(parser: argparse.ArgumentParser, prefix: str, cfg) -> None:
-    """A flag for each field of a dataclass; those that are not given stay out of the result."""
+    """Add a flag for each field of a dataclass; those not given stay out of the result."""
     notes, kinds = help_of(type(cfg)), typing.get_type_hints(type(cfg))
     group = parser.add_argument_group(prefix.rstrip(".") or None, cfg.__doc__.split("\n")[0])
     for f in fields(cfg):
@@ -2468,7 +2470,7 @@ def add_flags(parser: argparse.ArgumentParser, prefix: str, cfg) -> None:
 
 
 def changed(cfg, prefix: str, given: dict):
-    """A dataclass with the values of the flags that were given."""
+    """Replace the fields of a dataclass whose flags were given."""
     new = {f.name: given[prefix + f.name] for f in fields(cfg) if prefix + f.name in given}
     with named(f"--{prefix}"):
         return replace(cfg, **new)
@@ -2496,8 +2498,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> tuple[Config, Command]:
-    """Flags -> the run's config and the rest. A flag wins over --base or --init, whose settings win
-    over the preset of --scale."""
+    """Parse flags -> the run's config and the rest. A flag wins over --base or --init, whose
+    settings win over the preset of --scale."""
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(make_parser().parse_args(argv)).items()}
     command = changed(Command(), "", given)
@@ -2525,8 +2527,8 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
 
 
 def taken_over(given: dict) -> Config | None:
-    """The config of the run that --base or --init names, if any. UserError for a run that is not
-    far enough, and for a flag that would change what is taken over."""
+    """Read the config of the run that --base or --init names, if any. UserError for a run that is
+    not far enough, and for a flag that would change what is taken over."""
     if "base" in given and "init" in given:
         raise UserError("--base, --init: one or the other")
     for how in given.keys() & {"base", "init"}:
@@ -2554,7 +2556,7 @@ def taken_over(given: dict) -> Config | None:
 
 
 def flat(config: dict, prefix: str = "") -> dict[str, object]:
-    """{name of the flag: value} of a config as JSON."""
+    """Flatten a config as JSON -> {name of the flag: value}."""
     out: dict[str, object] = {}
     for name, value in config.items():
         out |= (flat(value, f"{prefix}{name}.") if isinstance(value, dict) else
@@ -2626,7 +2628,7 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
 
 
 def device_of(command: Command) -> torch.device:
-    """--device, or what there is."""
+    """Give the device of --device, or what there is."""
     return torch.device(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -2652,8 +2654,8 @@ def start_ranks(command: Command) -> torch.device:
 
 
 def copies(cfg: Config, command: Command, ranks: int) -> int:
-    """--replicate, or if that is 0: copies of small models, which send least; large ones sharded.
-    """
+    """Give --replicate, or if that is 0: copies of small models, which send least; large ones are
+    sharded."""
     if command.replicate:
         return command.replicate
     small = cfg.scale in ("toy", "small") and not command.dp and ranks % command.sp == 0
@@ -2661,7 +2663,7 @@ def copies(cfg: Config, command: Command, ranks: int) -> int:
 
 
 def known_videos(cfg: Config, folder: Path, mesh: Mesh) -> list[list]:
-    """The videos that a run began with, or the run whose latents it shares; else what is there."""
+    """List the videos that a run began with, or that whose latents it shares; else look for them."""
     places = [folder, Path(cfg.base)] if cfg.base and same_latents(cfg) else [folder]
     tables = from_rank0([p / "videos.json" for p in places if (p / "videos.json").exists()])
     return read_json(tables[0]) if tables else find_videos(cfg, mesh)
@@ -2724,7 +2726,7 @@ class Stderr:
 
 
 def first_to_say(line: str) -> bool:
-    """Whether no other rank has said this: many errors meet all ranks alike."""
+    """Tell whether no other rank has said this: many errors meet all ranks alike."""
     if not dist.is_initialized():
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
     with contextlib.suppress(RuntimeError):
