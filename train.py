@@ -2663,7 +2663,7 @@ def copies(cfg: Config, command: Command, ranks: int) -> int:
 
 
 def known_videos(cfg: Config, folder: Path, mesh: Mesh) -> list[list]:
-    """List the videos that a run began with, or that whose latents it shares; else look for them."""
+    """List the videos that a run, or its --base with the same latents, began with, or look anew."""
     places = [folder, Path(cfg.base)] if cfg.base and same_latents(cfg) else [folder]
     tables = from_rank0([p / "videos.json" for p in places if (p / "videos.json").exists()])
     return read_json(tables[0]) if tables else find_videos(cfg, mesh)
