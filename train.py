@@ -12,33 +12,33 @@
 
 Besides: config.json, every setting; log.jsonl, one JSON object a line (time, stage, step, then
 loss, lr and grad_norm, or an event); judge.json, how far the toy world's judge can be trusted;
-videos.json, the videos of --data. While a model trains, its checkpoints are tae/image/step_*,
-tae/video/step_* and dit/step_*.
+videos.json, the videos of --data; tae/image/step_*, tae/video/step_* and dit/step_*, the last two
+checkpoints of each training.
 
 This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, and the toy world of
 world.py), and adds what they do not have: videos, ranks, checkpoints, the loop, the command line.
 It begins with the loop, `optimize`, which trains both models. `Checkpoints` (section 5) writes and
 reads the step_* folders. `dit_batches` (section 6) makes what a step of the DiT trains on, noise,
-latents and text; `TextToVideo.forward` makes the loss out of it. `Mesh`, `place` and
-`split_tokens` (section 4) are all that --dp, --replicate and --sp change. `work` (section 9) goes
+latents and text; `TextToVideo.forward` makes the loss out of it. --dp, --replicate and --sp act in
+`data_parallel`, and in `Mesh`, `place` and `split_tokens` of section 4. `work` (section 9) goes
 through the stages.
 
 Run.   torchrun train.py --scale toy                    # all stages; no download, no GPU, no data
        torchrun train.py --scale toy --data DIR --workdir runs/mine       # captioned videos
        torchrun --nproc_per_node 2 train.py --scale toy --dp 2            # parameters sharded
        torchrun train.py --init runs/toy --data DIR --workdir runs/tuned  # from another's weights
-       python train.py --scale 30b --plan --gpus 6144 --sp 12     # what that takes: needs no GPU
+       python train.py --scale 30b --plan --gpus 6144 --sp 12   # its memory and time, without a GPU
        python train.py --help                           # every field of every config is a flag
 
-Started again, a run continues: finished stages are skipped, an unfinished one resumes at its last
-checkpoint. All randomness is derived from (seed, stage, step), in the autoencoder also from the
-rank, so a resumed run gives the result of an uninterrupted one. Ctrl-C, SIGTERM and SIGUSR1 in a
-training loop write a checkpoint first. No file of a run can execute code when it is read: tensors
-are safetensors or read with weights_only=True, and the table of contents of a checkpoint, which is
-a pickle, may name only the classes of such a table.
+Started again, a run continues: finished stages are skipped (the report is made again), an
+unfinished one resumes at its last checkpoint. What training draws is derived from (seed, stage,
+step), in the autoencoder also from the rank, so a resumed run gives the result of an uninterrupted
+one. Ctrl-C, SIGTERM and SIGUSR1 in a training loop write a checkpoint first. No file of a run can
+execute code when it is read: tensors are safetensors or read with weights_only=True, and the table
+of contents of a checkpoint, which is a pickle, may name only the classes of such a table.
 
 Letters: B batch, T frames, H W height and width, M clips in the data set, P text embedding, L text
-tokens, N video tokens, n those of one rank, t flow time.
+tokens, N video tokens, n those of one rank, t flow time; hp the settings of a training.
 """
 
 import argparse
@@ -73,7 +73,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # or DDP warns of what resuming needs
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # hides DDP's warning of unused parameters
 if __name__ == "__main__":      # for `listen`; before numpy starts threads, which inherit the mask
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
@@ -108,18 +108,18 @@ from sdot import SDOTConfig
 # It trains the autoencoder and the DiT alike; what differs is in `batch` (section 6).
 
 
-def optimize(run: "Run", stage: str, model: nn.Module, t: "TrainConfig", steps: int,
+def optimize(run: "Run", stage: str, model: nn.Module, hp: "TrainConfig", steps: int,
              batch: Callable[[int], list[tuple]], workers: int = 0) -> dict[str, Tensor]:
     """Train a model from `place` for `steps` -> its averaged weights, whole, on rank 0.
 
-    batch(step) gives the arguments of model.forward, which returns a scalar loss: one tuple for
-    each part of this rank's clips. It is a pure function of the step, so resuming is starting the
+    batch(step) returns the arguments of model.forward, whose result is the loss: one tuple for each
+    part of this rank's clips. It is a pure function of the step, so resuming is starting the
     loop at another number. Checkpoints are written to the run's folder `stage`/step_*.
 
     A step whose loss or gradient is not finite changes nothing; three in a row are a UserError."""
     weights = dict(model.named_parameters())
-    optimizer, net, bad = adamw(weights, t), data_parallel(run, model), 0
-    average = {k: p.detach().clone() for k, p in weights.items()} if t.ema else {}
+    optimizer, net, bad = adamw(weights, hp), data_parallel(run, model), 0
+    average = {k: p.detach().clone() for k, p in weights.items()} if hp.ema else {}
     checkpoints = Checkpoints(run.folder / stage, {
         "model": {k: p.data for k, p in weights.items()}, "average": average,
         "optimizer": {k: optimizer.state[p] for k, p in weights.items()}}, run.mesh)
@@ -130,12 +130,12 @@ def optimize(run: "Run", stage: str, model: nn.Module, t: "TrainConfig", steps: 
                 dynamic_ncols=True, disable=rank() != 0)
     for step, parts in zip(todo, read_ahead(batch, range(first, steps), workers)):
         for group in optimizer.param_groups:
-            group["lr"] = lr = learning_rate(step, t, steps)
-        loss = forward_backward(net, parts, t.precision == "bf16")
-        norm = nn.utils.clip_grad_norm_(weights.values(), t.clip)
+            group["lr"] = lr = learning_rate(step, hp, steps)
+        loss = forward_backward(net, parts, hp.precision == "bf16")
+        norm = nn.utils.clip_grad_norm_(weights.values(), hp.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # The checkpoint of the last step is being written behind this forward and backward pass.
-        # It must be on the disk before the weights change: a kill never loses more than `every`.
+        # A checkpoint may still be written during this forward and backward pass. It must be on the
+        # disk before the weights change, so that a kill never loses more than `every` steps.
         checkpoints.wait()
 
         # All ranks agree on the loss, and whether any of them was asked to stop.
@@ -145,7 +145,7 @@ def optimize(run: "Run", stage: str, model: nn.Module, t: "TrainConfig", steps: 
             optimizer.step()
             if average:
                 torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()],
-                                     1 - min(t.ema, (step + 1) / (step + 10)))
+                                     1 - min(hp.ema, (step + 1) / (step + 10)))
             run.log(stage, step, loss=loss, lr=lr, grad_norm=norm)
             bad = 0
         else:
@@ -153,10 +153,10 @@ def optimize(run: "Run", stage: str, model: nn.Module, t: "TrainConfig", steps: 
             bad += 1
             if bad == 3:
                 raise UserError(f"{stage}: loss {loss}, gradient norm {norm} at step {step}, the "
-                                f"third step in a row; lower the learning rate {t.lr:g}")
+                                f"third step in a row; lower the learning rate {hp.lr:g}")
         optimizer.zero_grad()
 
-        if stop or (step + 1) % t.every == 0 and step + 1 < steps:
+        if stop or (step + 1) % hp.every == 0 and step + 1 < steps:
             checkpoints.save(step + 1)
         if stop:
             checkpoints.wait()
@@ -172,7 +172,7 @@ def optimize(run: "Run", stage: str, model: nn.Module, t: "TrainConfig", steps: 
 
 def forward_backward(net: nn.Module, parts: list[tuple], bf16: bool) -> Tensor:
     """Compute the gradients of a step, one part of this rank's clips after the other -> the loss.
-    DDP sends them once, behind the last part."""
+    DDP averages them once, after the last part."""
     loss, device = 0.0, next(net.parameters()).device.type
     for k, part in enumerate(parts):
         not_yet = isinstance(net, DistributedDataParallel) and k + 1 < len(parts)
@@ -186,34 +186,34 @@ def forward_backward(net: nn.Module, parts: list[tuple], bf16: bool) -> Tensor:
 
 def data_parallel(run: "Run", model: nn.Module) -> nn.Module:
     """Wrap a model in DDP if each of several ranks has a copy. find_unused_parameters keeps DDP
-    from sorting its buckets anew after the first step: a resumed run would add up gradients in
-    another order."""
-    if run.mesh.weights is not None or world_size() == 1:
+    from rebuilding its buckets after the first step, which would make a resumed run sum gradients
+    in another order."""
+    if run.mesh.fsdp is not None or world_size() == 1:
         return model
     return DistributedDataParallel(model, bucket_cap_mb=4, find_unused_parameters=True,
                                    gradient_as_bucket_view=True)
 
 
-def adamw(weights: dict[str, nn.Parameter], t: "TrainConfig") -> torch.optim.AdamW:
+def adamw(weights: dict[str, nn.Parameter], hp: "TrainConfig") -> torch.optim.AdamW:
     """Make AdamW with weight decay for matrices and kernels. Biases have none, nor do tables and
-    embeddings, whose rarely used rows would only shrink. Its state is laid out at once, so that a
+    embeddings, whose rarely used rows would only shrink. Its state is allocated now, so that a
     checkpoint can be loaded into it."""
     table = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
     decay = [p for k, p in weights.items() if p.ndim >= 2 and not table(k)]
     rest = [p for k, p in weights.items() if p.ndim < 2 or table(k)]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], t.lr,
-                                  (0.9, t.beta2), weight_decay=t.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], hp.lr,
+                                  (0.9, hp.beta2), weight_decay=hp.weight_decay, fused=True)
     for p in weights.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
-def learning_rate(step: int, t: "TrainConfig", steps: int) -> float:
+def learning_rate(step: int, hp: "TrainConfig", steps: int) -> float:
     """Warm up linearly, stay flat, then fall as a cosine to 0 in the last `decay` of the steps."""
-    up = min(1.0, (step + 1) / max(1, t.warmup))
-    past = max(0.0, (step / max(1, steps) - (1 - t.decay)) / max(t.decay, 1e-9))
-    return t.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
+    up = min(1.0, (step + 1) / max(1, hp.warmup))
+    past = max(0.0, (step / max(1, steps) - (1 - hp.decay)) / max(hp.decay, 1e-9))
+    return hp.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
 
 
 def mean_over_ranks(*values: Tensor) -> list[float]:
@@ -245,9 +245,9 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}       # blocked at the
 def listen() -> None:
     """Wait for Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before it takes the machine) in a
     thread. While a model trains, the first signal makes `optimize` write a checkpoint and stop.
-    Otherwise, and at a second signal, the process ends at once: what a later stage reads is never
-    half written. A handler in the main thread would be delayed by whatever that thread waits for.
-    """
+    Otherwise, and at a second one 3 s later, the process ends at once: what a later stage reads is
+    written whole or not at all. A handler in the main thread would be delayed by whatever that
+    thread waits for."""
 
     def hear() -> None:
         name = signal.Signals(signal.sigwait(SIGNALS)).name
@@ -271,7 +271,7 @@ TINY = math.ulp(0.0)            # the least number above 0
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: printed as one line, exit status 2."""
+    """A mistake that the user can correct: printed as one line, exit status 2."""
 
 
 @contextlib.contextmanager
@@ -330,8 +330,8 @@ class ClipConfig:
         return list(dict.fromkeys(clips + [(1, H, W) for _, H, W in clips if self.images]))
 
     def drawn_shape(self, key: str, aspect: float | None = None) -> tuple[int, int, int]:
-        """Draw (T, H, W): an image or not, a length, then the shape of that length that is nearest
-        to an aspect ratio H / W; without one, any."""
+        """Draw (T, H, W): first image or clip, then T, then the shape of that T whose H / W is
+        nearest to the aspect ratio; without one, any shape of that T."""
         if len(self.shapes) == 1:
             return self.shape
         rng = random.Random(key)
@@ -346,7 +346,7 @@ class ClipConfig:
 
 @dataclass
 class TrainConfig:
-    """How a model is trained; the same for the autoencoder and the DiT."""
+    """Settings of a training, common to the autoencoder and the DiT."""
 
     steps: int = 1000  # optimizer steps
     batch: int = 8  # clips in a step, over all ranks
@@ -356,9 +356,9 @@ class TrainConfig:
     weight_decay: float = 0.01  # of matrices and kernels; tables, norms and biases have none
     beta2: float = 0.99  # of AdamW
     clip: float = 1.0  # the largest gradient norm
-    ema: float = 0.0  # moving average of the weights; 0: none
-    every: int = 200  # steps between checkpoints: a kill loses at most so many
-    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products (small on a GPU: bf16)
+    ema: float = 0.0  # decay of the weights' moving average; 0: none
+    every: int = 200  # steps between checkpoints: a kill loses at most that many
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products (--scale small on a GPU: bf16)
 
     def __post_init__(self):
         within(self, 0, 1e12, "steps", "warmup")
@@ -415,7 +415,7 @@ class SampleConfig:
     solver: Literal[(*flow.SOLVERS, "dopri5")] = "euler"  # of the ODE
     guidance: float = 3.0  # scale of classifier-free guidance; 1: none
     batch: int = 32  # clips at a time
-    prompts: int = 160  # of training's kind; 7/10 as many again of held-out kinds (toy world)
+    prompts: int = 160  # like training's; toy world: 3/10 more held out, 4/10 more with words
 
     def __post_init__(self):
         within(self, 1, 1e6, "steps", "batch", "prompts")
@@ -430,7 +430,7 @@ class Config:
     base: str = ""  # run to take the autoencoder from, and latents of the same clips and text
     init: str = ""  # run whose autoencoder and weights are taken over; stretches position tables
     seed: int = 0  # of everything random
-    coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # of noise, clips
+    coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # noise to clips
     variant: Literal["2.5d", "3d", "vidtwin"] = "2.5d"  # the autoencoder
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
     patch_structure: tuple[int, ...] = (8, 1, 1)  # VidTwin's structure: its 8 "frames" at once
@@ -465,11 +465,11 @@ class Config:
         return self.clips.workers if self.data else 0
 
 
-# Fields that follow from others, and are therefore no flags.
+# Fields that follow from others, and so have no flags.
 DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
            "vidtwin.size"}
-# Fields that change how a run is computed, not its result (but for --train_dit.align, which
-# compares the clips of one part on one rank): they may differ when it is resumed.
+# Fields that change how a run is computed, not its result: a resumed run may change them. (Only
+# with --train_dit.align does accumulate matter: it compares the clips of one part on one rank.)
 HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
        "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload"}
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
@@ -491,8 +491,8 @@ def paper_scale(name: str, clips: ClipConfig, train_tae: TrainTAE, train_dit: Tr
 
 
 SCALES: dict[str, Callable[[], Config]] = {
-    # 2 CPU cores, minutes: 16 x 32 x 32 clips, latent (8, 4, 8, 8), 64 tokens. Small batches, since
-    # from as many clips more steps learn more. studies/README.md says what else was tried
+    # 2 CPU cores, minutes: 16 x 32 x 32 clips, latent (8, 4, 8, 8), 64 tokens. Small batches: more
+    # steps learn more from the same number of clips. studies/README.md says what else was tried
     "toy": lambda: Config(
         patch=(1, 2, 2),                        # a token is 8 x 8 pixels of 4 frames
         tae=replace(autoencoder.PRESETS["toy"]),
@@ -553,7 +553,7 @@ def parts_of(cfg: Config, shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
 
 def finish(cfg: Config) -> Config:
     """Fill in the fields that follow from others; UserError for what no single config can see."""
-    c, t = cfg.clips, cfg.train_tae
+    c, hp = cfg.clips, cfg.train_tae
     if not cfg.data:
         with named("--clips."):
             world.check_script(c.script)
@@ -565,7 +565,7 @@ def finish(cfg: Config) -> Config:
         raise UserError(f"--sample.solver {cfg.sample.solver}: diffusion is sampled with euler")
     if cfg.variant == "vidtwin":                        # whole clips of one size, and no images
         cfg.vidtwin = replace(cfg.vidtwin, frames=c.frames, size=c.size)
-        cfg.train_tae = replace(t, window=c.frames, image_steps=0)
+        cfg.train_tae = replace(hp, window=c.frames, image_steps=0)
     else:
         cfg.tae = replace(cfg.tae, variant=cfg.variant)
     if len(c.shapes) > 1 and cfg.coupling.startswith("sdot"):
@@ -657,7 +657,7 @@ class ToyClips:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        most = max(cfg.train_tae.window, *(T for T, _, _ in cfg.clips.shapes))
+        most = longest_window(cfg)
         if most > world.LONGEST:
             raise UserError(f"--clips.frames, --clips.others or --train_tae.window {most}: at most "
                             f"{world.LONGEST} frames in the toy world; longer clips need --data")
@@ -668,18 +668,18 @@ class ToyClips:
 
     def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
              ) -> tuple[Tensor, str]:
-        """Draw (3, T, H, W) in [-1, 1], of a longer clip a window where T is less, and caption it.
+        """Draw a clip (3, T, H, W) in [-1, 1], or a window of a longer one, and its caption.
         Splits: `tae` (done is the share of the training that is past: the motion curriculum);
         `train`; `dit`, the same with another share of signs; `heldout`."""
-        c, t, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
+        c, hp, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
         rng = random.Random(f"{'train' if split == 'dit' else split}/{self.cfg.seed}/{i}")
-        training, length = split == "tae", max(c.frames, t.window)
-        what = {"tae": {"things": max(c.things, t.crowd), "signs": t.signs, "overlap": True},
+        length = max(c.frames, hp.window, T)
+        what = {"tae": {"things": max(c.things, hp.crowd), "signs": hp.signs, "overlap": True},
                 "dit": {"things": c.things, "signs": c.signs}}.get(split, {"things": c.things})
         scene = world.sample_world(rng, **what, frames=length, script=c.script,
                                    cap=world.cap_of(c.things))
-        fast = training and t.motion > 1
-        interval = world.motion_interval(rng, done, t.motion) if fast else 1.0
+        fast = split == "tae" and hp.motion > 1
+        interval = world.motion_interval(rng, done, hp.motion) if fast else 1.0
         side, start = max(H, W), rng.randint(0, max(0, length - T))
         (x,) = world.render([scene], T, side, interval=interval, start=start)
         top, left = (side - H) // 2, (side - W) // 2                # the middle of a larger square
@@ -747,7 +747,7 @@ class VideoFolder:
         name, caption, frames, rate, aspect = video
         (T, H, W), fastest = shape, self.cfg.clips.max_interval
         if split == "tae" and self.cfg.train_tae.motion > 1:
-            fastest = int(world.motion_interval(rng, done, self.cfg.train_tae.motion))
+            fastest = round(world.motion_interval(rng, done, self.cfg.train_tae.motion))
         cut = held_out(self.longest, frames)
         low, high = (cut, frames) if split == "heldout" else (0, cut or frames)
         interval = rng.randint(1, max(1, min(fastest, (high - low) // T)))
@@ -779,7 +779,7 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
     root, mesh = Path(cfg.data), mesh or Mesh()
     if not root.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder")
-    there = sorted(path for path in root.rglob("*")         # what is not followed or read is named
+    there = sorted(path for path in root.rglob("*")         # unread links and folders are named
                    if (path.is_file() or path.is_symlink() or not os.access(path, os.R_OK)
                        or path.suffix.lower() == ".txt")
                    and not any(part.startswith(".") for part in path.relative_to(root).parts)
@@ -836,13 +836,13 @@ def tell_of_videos(cfg: Config, videos: list[list], passed: list[str], absent: s
         say("--data: too short to hold out a clip for validation, the whole video is used for "
             f"training: {some_of(whole)}")
     seen = -(-c.count // CROPS)
-    if 0 < seen < len(videos):
+    if seen < len(videos):
         say(f"--clips.count {c.count}: the dit stage sees {seen} of the {len(videos)} videos, "
             f"{CROPS} crops of each; {CROPS * len(videos)} to see all")
 
 
 def same_name(name: str) -> str:
-    """Spell a path inside --data in one way: a/b.mp4 for ./a//b.mp4, a\\b.mp4 and other Unicode."""
+    """Spell a path inside --data in one way: a/b.mp4 for ./a//b.mp4, a\\b.mp4; Unicode as NFC."""
     return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
 
@@ -1109,7 +1109,7 @@ class Mesh:
     dp: int = 1
     sp: int = 1
     reshard: bool = True                        # free a block's parameters after its forward pass
-    weights: DeviceMesh | None = None           # of FSDP2; None: each rank has the whole model
+    fsdp: DeviceMesh | None = None              # of FSDP2; None: each rank has the whole model
     tokens: sample_parallel.Axis | None = None  # the sp ranks that share this rank's clips
     meeting: dist.ProcessGroup | None = None    # gloo, on GPUs too: `meet`
     files: dist.ProcessGroup | None = None      # gloo, for the thread that writes checkpoints: its
@@ -1117,11 +1117,11 @@ class Mesh:
 
     @property
     def data(self) -> tuple[int, int]:
-        """Which part of the clips of a step is this rank's, of how many."""
+        """Give this rank's share of the clips of a step: (index, number of shares)."""
         return rank() // self.sp, self.replicate * self.dp
 
     def meet(self, what: str) -> None:
-        """Wait for all ranks up to a day, since one may work alone; an error names the missing."""
+        """Wait up to a day for all ranks, since one may work alone; an error names the missing."""
         if self.meeting is not None:
             try:
                 dist.monitored_barrier(self.meeting, timedelta(days=1), wait_all_ranks=True)
@@ -1144,7 +1144,7 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
             # Else they have torch's: 10 minutes with NCCL, 30 with gloo.
             dist.distributed_c10d._set_pg_timeout(limit, m.get_group(name))
         if dp * sp > 1:
-            mesh.weights = ranks if replicate > 1 else ranks["dp"]
+            mesh.fsdp = ranks if replicate > 1 else ranks["dp"]
         if sp > 1:
             group = groups.get_group("sp")
             mesh.tokens = sample_parallel.Axis(sp, dist.get_rank(group), group)
@@ -1152,7 +1152,7 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
 
 
 def dp_of(ranks: int, dp: int, sp: int, replicate: int) -> int:
-    """dp, or if that is 0, what is left of the ranks. UserError unless all of them are used."""
+    """Give dp, or if that is 0, the ranks that are left. UserError unless all of them are used."""
     for flag, n in (("--sp", sp), ("--replicate", replicate)):
         if n < 1 or ranks % n:
             raise UserError(f"{flag} {n}: does not divide the {ranks} ranks")
@@ -1174,14 +1174,14 @@ def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", f
     will fill the model."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     torch.manual_seed(run.cfg.seed + 1)
-    if run.mesh.weights is None:
+    if run.mesh.fsdp is None:
         return build().to(run.device, dtype)
     whole = build().to(dtype).state_dict() if fresh and rank() == 0 else {}
     with torch.device("meta"):
         model = build().to(dtype)
     for p in model.parameters():            # FSDP asks for contiguous weights, not channels_last
         p.data = p.data.contiguous()
-    rule = {"mesh": run.mesh.weights, "reshard_after_forward": run.mesh.reshard}
+    rule = {"mesh": run.mesh.fsdp, "reshard_after_forward": run.mesh.reshard}
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.dit.blocks if hasattr(model, "dit") else ():
         fully_shard(block, **rule, **({"mp_policy": half} if precision == "bf16" else {}))
@@ -1208,8 +1208,8 @@ def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
 
     dit.patchify = lambda x: mine(patchify(x))
     dit.positions = lambda shape: mine(positions(shape))
-    # All sp ranks compute the same loss, and gradients are averaged over the ranks: `gather` sums
-    # the gradients that they have for one rank's tokens.
+    # Each sp rank computes the whole loss, and FSDP averages gradients over the ranks: so `gather`
+    # sums, over the sp ranks, the gradients of one rank's tokens.
     dit.unpatchify = lambda tokens, shape: unpatchify(
         sample_parallel.gather(tokens, list(sizes), 1, axis), shape)
     for block in dit.blocks:
@@ -1392,13 +1392,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")      
 
 
 class Checkpoints:
-    """The checkpoints of one model, folders step_N in DCP's format. A thread writes them behind the
-    training (async_save), and the last two are kept. A checkpoint is whole if it has a .metadata:
-    DCP writes that last, when all ranks have written their files."""
+    """The checkpoints of one model, folders step_N in DCP's format. A thread writes them while
+    training goes on (async_save), and the last two are kept. A checkpoint is whole if it has a
+    .metadata: DCP writes that last, when all ranks have written their files."""
 
     def __init__(self, folder: Path, state: dict, mesh: Mesh):
         self.folder, self.state, self.mesh = folder, state, mesh
-        self.writing = None                     # path, future of the one that is being written
+        self.pending = None                     # path, future of the one that is being written
         self.damaged: set[Path] = set()
         if rank() == 0:                         # what a kill or a full disk left half written
             for path in set(folder.glob("step_*")) - set(self.whole()):
@@ -1416,15 +1416,15 @@ class Checkpoints:
         if rank() == 0:
             shutil.rmtree(path, ignore_errors=True)                 # a damaged one of this step
         plan = dcp.DefaultSavePlanner(enable_plan_caching=True)     # checked at the first save only
-        self.writing = path, dcp.async_save(
+        self.pending = path, dcp.async_save(
             self.state, storage_writer=SummedWriter(path), planner=plan,
             process_group=self.mesh.files, no_dist=self.mesh.files is None)
 
     def wait(self) -> None:
-        """Wait until what is being written is there; UserError if it cannot be."""
-        if self.writing is None:
+        """Wait for the checkpoint that is being written; UserError if it cannot be."""
+        if self.pending is None:
             return
-        (path, future), self.writing = self.writing, None
+        (path, future), self.pending = self.pending, None
         try:
             future.result()
         except (Exception, CheckpointException) as error:   # what the file system says, wrapped
@@ -1479,11 +1479,11 @@ class Run:
         self.lock = None                        # of rank 0 of a run that is at work
 
     def has(self, name: str) -> bool:
-        """Tell whether a file is there, as rank 0 sees it now: all ranks take the same way."""
+        """Tell all ranks whether a file is there, as rank 0 sees it now: they take one branch."""
         return from_rank0((self.folder / name).exists())
 
     def save(self, name: str, tensors: dict[str, Tensor], **metadata: str) -> None:
-        """Write what rank 0 brings as a safetensors file; the other ranks wait for it."""
+        """Write rank 0's tensors as a safetensors file; the other ranks wait for it."""
         if rank() == 0:
             save_tensors(self.folder / name, tensors, **metadata)
         self.mesh.meet(f"{self.folder / name}")
@@ -1538,7 +1538,7 @@ def generator(*key) -> torch.Generator:
 def train_tae(run: Run, clips) -> None:
     """Make tae/tae.safetensors: image training, inflation, video training, latent statistics. An
     image is a clip with T = 1. With --base or --init the autoencoder is taken over."""
-    cfg, t = run.cfg, run.cfg.train_tae
+    cfg, hp = run.cfg, run.cfg.train_tae
     if run.has("tae/tae.safetensors"):
         return
     if cfg.base or cfg.init:
@@ -1558,9 +1558,9 @@ def train_tae(run: Run, clips) -> None:
 
     if cfg.variant != "vidtwin" and not run.has("tae/image.safetensors"):
         plain = replace(cfg.loss, opl=0.0, gan=0.0)     # these two in video training only
-        model = place(run, lambda: objective(image(), plain), t.precision)
-        state = optimize(run, "tae/image", model, t, t.image_steps, tae_batches(run, clips, False),
-                         cfg.workers)
+        model = place(run, lambda: objective(image(), plain), hp.precision)
+        state = optimize(run, "tae/image", model, hp, hp.image_steps,
+                         tae_batches(run, clips, False), cfg.workers)
         run.save("tae/image.safetensors", only(state, "tae."))
 
     def build() -> nn.Module:
@@ -1571,8 +1571,8 @@ def train_tae(run: Run, clips) -> None:
             tae.load_state_dict(load_tensors(run.folder / "tae/image.safetensors"), strict=False)
         return objective(autoencoder.inflate(tae, cfg.tae.variant), cfg.loss)
 
-    model = place(run, build, t.precision)
-    state = optimize(run, "tae/video", model, t, t.steps, tae_batches(run, clips, True),
+    model = place(run, build, hp.precision)
+    state = optimize(run, "tae/video", model, hp, hp.steps, tae_batches(run, clips, True),
                      cfg.workers)
 
     tae = autoencoder.autoencoder(cfg.autoencoder_config).eval()
@@ -1584,16 +1584,17 @@ def train_tae(run: Run, clips) -> None:
 
 
 def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
-    """Make the `batch` of the autoencoder: frames; or windows, some of them images [MG s3.1.1], and
-    at the end whole clips as the DiT will see them, but for the share of signs."""
-    cfg, t = run.cfg, run.cfg.train_tae
-    steps, n = (t.steps, t.batch) if video else (t.image_steps, t.image_batch)
+    """Make the `batch` of the autoencoder: frames in image training; windows in video training,
+    some batches of images [MG s3.1.1], and at the end whole clips as the DiT will see them, but for
+    the share of signs."""
+    cfg, hp = run.cfg, run.cfg.train_tae
+    steps, n = (hp.steps, hp.batch) if video else (hp.image_steps, hp.image_batch)
 
     def batch(step: int) -> list[tuple]:
-        finishing = video and step >= round(steps * (1 - t.finish))
+        finishing = video and step >= round(steps * (1 - hp.finish))
         image = autoencoder.is_image_step(step) and cfg.variant != "vidtwin"
-        T = (max(cfg.clips.frames, t.window) if finishing else
-             1 if image or not video else t.window)
+        T = (max(cfg.clips.frames, hp.window) if finishing else
+             1 if image or not video else hp.window)
         shape = T, cfg.clips.size, cfg.clips.size
         x = torch.stack([clips.clip("train" if finishing else "tae", step * n + i, shape,
                                     step / steps)[0] for i in share(n, rank(), world_size())])
@@ -1603,7 +1604,7 @@ def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
 
 
 SHARD = 256         # clips in one file of latents
-LARGE = 2**23       # pixels of a clip from which on the autoencoder sees one frame at a time
+LARGE = 2**23       # pixels; larger clips pass through the autoencoder one frame at a time
 
 
 def large(shape: tuple[int, int, int]) -> bool:
@@ -1655,16 +1656,16 @@ def encode_latents(run: Run, clips) -> None:
         if rank() == 0:
             there = Path(cfg.base).resolve() / "latents"
             if not (there / "index.json").exists():
-                raise UserError(f"{there}: no latents there; first: torchrun train.py --workdir "
-                                f"{cfg.base} --stage latents")
+                raise UserError(f"{there}: no latents there; first continue that run with --stage "
+                                "latents, by the command that began it")
             with writing(folder):
                 folder.symlink_to(there)
         run.mesh.meet(f"{folder}")
     if cfg.base and folder.resolve() == (Path(cfg.base) / "latents").resolve():     # not ours
         mine = Latents(folder).names[rank() :: world_size()]
         if bad := sum(everyone([name for name in mine if not readable(folder / name)]), []):
-            raise UserError(f"{folder.resolve()}: damaged or missing: {some_of(bad)}; first: "
-                            f"torchrun train.py --workdir {cfg.base} --stage latents")
+            raise UserError(f"{folder.resolve()}: damaged or missing: {some_of(bad)}; first "
+                            "continue that run with --stage latents, by the command that began it")
         return
     shards, complete = shards_of(clips, cfg.clips.count), run.has("latents/index.json")
     todo = [name for name in list(shards)[rank() :: world_size()] if not readable(folder / name)]
@@ -1712,7 +1713,7 @@ def same_latents(cfg: Config) -> bool:
 
 class Latents:
     """The data set of the dit stage, written by `encode_latents`. Shards are mapped into memory on
-    demand, and the last thousand stay so. Clips are numbered through all shards."""
+    demand, and the last thousand stay mapped. Clips are numbered across all shards."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
@@ -1799,7 +1800,7 @@ def couple_latents(run: Run) -> None:
     if cfg.coupling == "sdot":
         groups = sdot.caption_groups(latents.captions, latents.concepts(), cfg.sdot.cluster)
     elif rank() == 0:
-        say("--coupling sdot-global ignores captions: unguided samples then do so too")
+        say("--coupling sdot-global ignores captions, so samples without guidance ignore them too")
     coupling = sdot.Coupling.fit(
         normalizer_of(run).normalize(latents.mean), groups, cfg=cfg.sdot, progress=True,
         ranks=dist.is_initialized(), device=run.device)
@@ -1831,7 +1832,7 @@ class TextToVideo(nn.Module):
 def train_dit(run: Run) -> None:
     """Make model.safetensors, the result of a run: the autoencoder, the averaged weights of
     TextToVideo trained on the latents, and the config."""
-    cfg, t = run.cfg, run.cfg.train_dit
+    cfg, hp = run.cfg, run.cfg.train_dit
     if run.has("model.safetensors"):
         return
     latents, widths = Latents(run.folder / "latents"), {}
@@ -1846,10 +1847,10 @@ def train_dit(run: Run) -> None:
             model.load_state_dict(start_from(result_of(Path(cfg.init)), cfg))
         return model
 
-    model = place(run, build, t.precision, fresh)
+    model = place(run, build, hp.precision, fresh)
     if run.mesh.tokens is not None:
         split_tokens(model.dit, run.mesh.tokens)
-    state = optimize(run, "dit", model, t, t.steps, dit_batches(run, latents, model.text))
+    state = optimize(run, "dit", model, hp, hp.steps, dit_batches(run, latents, model.text))
     tae = load_tensors(run.folder / "tae/tae.safetensors")
     run.save("model.safetensors", {f"tae.{k}": v for k, v in tae.items()} | state,
              config=json.dumps(asdict(cfg)))
@@ -1859,9 +1860,9 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
                 ) -> Callable[[int], list[tuple]]:
     """Make the `batch` of the dit stage. All random numbers are drawn from the step, for the batch
     of all ranks; each rank takes its rows, in --train_dit.accumulate parts."""
-    cfg, t, tae = run.cfg, run.cfg.train_dit, normalizer_of(run)
-    mine, buckets, coupling = share(t.batch, *run.mesh.data), latents.buckets(), None
-    dtype = torch.float64 if t.precision == "fp64" else torch.float32    # bf16: products alone
+    cfg, hp, tae = run.cfg, run.cfg.train_dit, normalizer_of(run)
+    mine, buckets, coupling = share(hp.batch, *run.mesh.data), latents.buckets(), None
+    dtype = torch.float64 if hp.precision == "fp64" else torch.float32    # bf16: products alone
     if cfg.coupling.startswith("sdot"):
         path = run.folder / "coupling.pt"
         try:
@@ -1875,21 +1876,21 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
         # All clips of a step have one shape, drawn in proportion to the number of its clips.
         at = int(torch.randint(len(latents), (), generator=g))
         shape, clips = next(b for b in buckets if at in b[1])
-        times = flow.sample_t(t.batch, cfg.flow, g)[mine]
-        drop = text.drop_mask(t.batch, t.drop, g, independent=t.drop_each)[mine]
-        rows = clips.start + torch.randint(len(clips), (t.batch,), generator=g)
+        t = flow.sample_t(hp.batch, cfg.flow, g)[mine]
+        drop = text.drop_mask(hp.batch, hp.drop, g, independent=hp.drop_each)[mine]
+        rows = clips.start + torch.randint(len(clips), (hp.batch,), generator=g)
         # Each clip's noise has a generator of its own, so that no rank draws another's.
         draw = lambda what, numbers: torch.stack([torch.randn(
             shape, generator=generator(cfg.seed, what, step, i)) for i in numbers])
 
         # Which noise meets which clip.
-        if coupling is not None:    # the group by its frequency, then the noise picks the clip
+        if coupling is not None:    # draw a caption group by frequency; the noise picks the clip
             x0 = draw("x0", mine)
-            groups = coupling.draw_group(t.batch, g)[mine] if cfg.coupling == "sdot" else None
+            groups = coupling.draw_group(hp.batch, g)[mine] if cfg.coupling == "sdot" else None
             rows = coupling.couple(x0, groups)
         elif cfg.coupling == "minibatch":       # within captions, over the batch of all ranks
             x0 = flow.minibatch_pairing(
-                draw("x0", range(t.batch)), tae.normalize(latents.rows(rows)[0]),
+                draw("x0", range(hp.batch)), tae.normalize(latents.rows(rows)[0]),
                 torch.tensor([number[latents.captions[i]] for i in rows.tolist()]))[mine]
             rows = rows[mine]
         else:
@@ -1898,7 +1899,7 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
         mean, logvar = latents.rows(rows)
         x1 = tae.normalize(mean + (0.5 * logvar).exp() * draw("posterior", mine))
         parts = []                              # arguments of TextToVideo.forward
-        for i, dropped, *rest in zip(*(v.chunk(t.accumulate) for v in (rows, drop, x1, x0, times))):
+        for i, dropped, *rest in zip(*(v.chunk(hp.accumulate) for v in (rows, drop, x1, x0, t))):
             features = {k: v.to(run.device) for k, v in latents.text(i).items()}
             parts.append((features, dropped.to(run.device),
                           *(v.to(run.device, dtype) for v in rest)))
@@ -2343,45 +2344,46 @@ def by_depth(figure: Callable, dit: backbone.DiTConfig, *args) -> int:
 def plan(cfg: Config, c: "Command") -> dict[str, dict[str, float]]:
     """Count what the dit stage costs on c.gpus GPUs, for the largest clips -> {"memory": bytes of
     the fullest rank, "step": sizes, FLOPs and seconds}."""
-    t, dit, L = cfg.train_dit, cfg.dit, text_tokens(cfg)
+    hp, dit, L = cfg.train_dit, cfg.dit, text_tokens(cfg)
     with torch.device("meta"):
         model = TextToVideo(cfg)
     params, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.dit.blocks[0]))
     rest = params - dit.depth * block
     N = max(tokens_of(cfg, parts_of(cfg, shape)[0]) for shape in cfg.clips.shapes)
     S = c.gpus // c.replicate                   # ranks that share one of the models
-    bf16, e = t.precision == "bf16", 2 if t.precision == "bf16" else 4
-    n, b = -(-N // c.sp), -(-t.batch * c.sp // (c.gpus * t.accumulate))
+    bf16, e = hp.precision == "bf16", 2 if hp.precision == "bf16" else 4
+    n, b = -(-N // c.sp), -(-hp.batch * c.sp // (c.gpus * hp.accumulate))
     held = 2 if c.reshard else dit.depth        # whole blocks: one at work, one on its way
     memory = {
-        "weights, gradients, Adam": 16 * params / S, "moving average": 4 * bool(t.ema) * params / S,
+        "weights, gradients, Adam": 16 * params / S,
+        "moving average": 4 * bool(hp.ema) * params / S,
         "whole blocks, one's gradient": (S > 1) * (held * e + e + 4) * block,
         "whole rest": (S > 1) * 4 * rest, "bf16 copies": (S == 1 and bf16) * 2 * params,
         "activations": by_depth(activation_bytes, dit, b, n, L, bf16)}
-    flops = t.batch * by_depth(step_flops, dit, N, L)
+    flops = hp.batch * by_depth(step_flops, dit, N, L)
     seconds = flops / (c.gpus * c.peak * 1e12 * c.utilisation)
     return {"memory": memory, "step": {
         "parameters": params, "N": N, "L": L, "clips of a rank": b, "flops": flops,
-        "seconds": seconds, "days": t.steps * seconds / 86400}}
+        "seconds": seconds, "days": hp.steps * seconds / 86400}}
 
 
 def print_plan(cfg: Config, c: "Command") -> None:
     """Print a plan, and what does not fit."""
     memory, step = plan(cfg, c).values()
-    t, total = cfg.train_dit, sum(memory.values())
-    shares = c.gpus // c.sp * t.accumulate
+    hp, total = cfg.train_dit, sum(memory.values())
+    shares = c.gpus // c.sp * hp.accumulate
     print(f"{step['parameters'] / 1e9:.3f} B parameters on {c.gpus} GPUs: {c.replicate} copies, "
           f"each sharded over {c.gpus // c.replicate}; {c.sp} share the tokens of a clip\n"
-          f"a step: {t.batch} clips, {step['clips of a rank']} at a time on a rank; "
+          f"a step: {hp.batch} clips, {step['clips of a rank']} at a time on a rank; "
           f"{step['N']:,} video tokens and {step['L']} text tokens a clip")
     print(f"memory of a rank: {total / 1e9:.3g} GB")
     print("".join(f"  {k:30} {v / 1e9:10.3f} GB\n" for k, v in memory.items() if v), end="")
     print(f"a step: {step['flops']:.4g} FLOP, {step['seconds']:.3g} s at {100 * c.utilisation:g} % "
-          f"of {c.peak:g} TFLOP/s\n{t.steps:,} steps: {step['days']:.3g} days")
+          f"of {c.peak:g} TFLOP/s\n{hp.steps:,} steps: {step['days']:.3g} days")
     for wrong, line in (
             (total > 1e9 * c.memory, f"{total / 1e9:.3g} GB > {c.memory:g} GB; less is taken with "
              "--dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, --gpus"),
-            (t.batch % shares, f"--batch {t.batch} is no multiple of {shares}: --gpus / --sp x "
+            (hp.batch % shares, f"--batch {hp.batch} is no multiple of {shares}: --gpus / --sp x "
              "--train_dit.accumulate"),
             (c.sp > min(cfg.dit.heads, step["N"]), f"--sp {c.sp} is more than the {cfg.dit.heads} "
              f"attention heads, or the {step['N']} tokens")):
@@ -2397,7 +2399,7 @@ class Command:
     """Flags that are no part of a run's config."""
 
     workdir: str = ""  # run folder (default: runs/SCALE)
-    stage: Literal[(*STAGES, "all")] = "all"  # run up to and with this stage
+    stage: Literal[(*STAGES, "all")] = "all"  # run up to and including this stage
     device: Literal["", "cpu", "cuda"] = ""  # default: cuda if there is one
     dp: int = 0  # ranks that share out parameters and clips (default: all that are left)
     sp: int = 1  # ranks that share the tokens of a clip, in the dit stage
@@ -2484,8 +2486,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a text-to-video system and sample from it; started again, continue.")
 
     def error(message: str):
-        line = message.removeprefix("argument ").replace(": ", " ", 1)
-        raise UserError(line if message.startswith("argument ") else message)
+        if message.startswith("argument "):
+            message = message.removeprefix("argument ").replace(": ", " ", 1)
+        raise UserError(message)
 
     parser.error = error
     defaults = finish(SCALES["toy"]())
@@ -2607,13 +2610,16 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
     return run
 
 
-def check_shares(cfg: Config, mesh: Mesh, folder: Path) -> None:
-    """UserError if clips, heads or tokens cannot be shared out in the stages still to come."""
-    parts = cfg.train_dit.accumulate
-    todo = [("--batch", cfg.train_dit.batch, mesh.data[1] * parts)]
+def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str) -> None:
+    """Raise UserError if clips, heads or tokens cannot be shared out in the stages still to come,
+    up to `last`."""
+    parts, todo = cfg.train_dit.accumulate, []
+    if last not in STAGES[:3] and not (folder / "model.safetensors").exists():
+        todo = [("--batch", cfg.train_dit.batch, mesh.data[1] * parts)]
     if not (cfg.base or cfg.init or (folder / "tae/tae.safetensors").exists()):
-        todo += [("--train_tae.batch", cfg.train_tae.batch, world_size()),
-                 ("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())]
+        todo += [("--train_tae.batch", cfg.train_tae.batch, world_size())]
+        todo += [("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())
+                 ] * (cfg.train_tae.image_steps > 0)
     for flag, n, of in todo:
         if n % of:
             raise UserError(f"{flag} {n}: not a multiple of {of}, the ranks that share it" + (
@@ -2654,8 +2660,8 @@ def start_ranks(command: Command) -> torch.device:
 
 
 def copies(cfg: Config, command: Command, ranks: int) -> int:
-    """Give --replicate, or if that is 0: copies of small models, which send least; large ones are
-    sharded."""
+    """Give --replicate, or if that is 0: one copy per sp ranks for toy and small, which sends
+    least, and one sharded copy for larger scales."""
     if command.replicate:
         return command.replicate
     small = cfg.scale in ("toy", "small") and not command.dp and ranks % command.sp == 0
@@ -2679,7 +2685,7 @@ def work(cfg: Config, command: Command) -> None:
     device, folder = start_ranks(command), Path(command.workdir or f"runs/{cfg.scale}")
     mesh = make_mesh(command.dp, command.sp, copies(cfg, command, world_size()), command.reshard,
                      device.type, command.timeout)
-    check_shares(cfg, mesh, folder)
+    check_shares(cfg, mesh, folder, command.stage)
     if cfg.text.mode == "pretrained" and rank() == 0:
         with named("--text."):              # now, and not when captions or prompts are encoded
             text_cond.check_sources(cfg.text)
@@ -2696,8 +2702,8 @@ def work(cfg: Config, command: Command) -> None:
         run.log(name, 0, event="done")
         run.mesh.meet(name)
         if name == command.stage:
-            return
-        if any(everyone(STOP.is_set())):    # asked for when the last step had ended
+            break
+        if any(everyone(STOP.is_set())):    # a signal came after the stage's last step
             raise Stopped(f"{name}: stopped after this stage; start again to continue")
     if report:
         try:

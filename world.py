@@ -303,10 +303,10 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     long as there are enough.
 
     signs: the share of signs. 70 % of them show one letter, the others words, each length equally
-    often; with a `cap`, the height of their capitals, all lengths are equally frequent. Of three
-    objects that find no room beside one another, all is drawn anew, so signs are more frequent.
+    often; with a `cap`, the height of their capitals, all lengths are equally frequent. Three
+    objects that find no room beside one another are all drawn anew, which favours signs.
     heldout: False as in training, True for what is held out, None for both. ValueError for more
-    frames than LONGEST, unless objects may overlap: they would belie their captions."""
+    frames than LONGEST, as objects would bounce and belie their captions, unless `overlap`."""
     if frames > LONGEST and not overlap:
         raise ValueError(f"frames {frames}: at most {LONGEST} in the toy world, or its objects "
                          "would bounce and belie their captions")
@@ -337,8 +337,8 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
             if heldout is None or is_heldout(thing) == heldout:
                 return thing
 
-    # What an object shows is drawn once, and where it is and how it moves until it finds room; else
-    # what finds room seldom, such as a long word, would be rare.
+    # What an object shows is drawn once; its place and direction are drawn until it has room. Else
+    # what seldom has room, such as a long word, would be rare.
     drawn: list[Thing] = []
     shown: list[Thing] = []
     failures = 0
@@ -385,7 +385,7 @@ def caption(world: World) -> str:
 
 
 def longest_caption(things: int, script: str) -> str:
-    """Write a caption with the most words, the most different words and the longest signs."""
+    """Write a caption of as many tokens as any has: most words, all different, longest signs."""
     words = sorted(sum(SCRIPTS[script], ()), key=len, reverse=True)
     ways = ("down right", "up left")                                    # without a common word
     return caption(World(tuple(Thing(color, "sign", ways[i % 2], "slow", word)
@@ -400,9 +400,8 @@ GRAMMAR = re.compile(
 
 
 def parse(prompt: str) -> list[dict[str, str]]:
-    """Read what a prompt asks for, one dict for each object; [] if it is not of the grammar.
-
-    Objects of one prompt have different colours: the judge tells them apart by colour."""
+    """Read what a prompt asks for, one dict for each object; [] if it is not of the grammar, or
+    if two objects have one colour, by which the judge tells them apart."""
     parts = [GRAMMAR.fullmatch(p) for p in " ".join(prompt.split()).split(" and ")]
     if not all(parts) or len({m["color"] for m in parts}) < len(parts):
         return []
@@ -585,7 +584,6 @@ def draw_sheet(out: Path, seed: int) -> None:
 def demo(out: Path, seed: int = 0) -> bool:
     """Draw the sheet; then show that the judge agrees with the truth, and with captions of other
     clips only as often as those happen to be true."""
-    out.mkdir(parents=True, exist_ok=True)
     draw_sheet(out, seed)
     vx, vy = draw_and_measure(0.5, -0.25)
     claims = [("error of a measured velocity", math.hypot(vx - 0.5, vy + 0.25), "<=", 0.05)]
