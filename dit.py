@@ -11,23 +11,22 @@
             h = h + CrossAttention(RMSNorm(h), text, mask)                      output starts at 0
             h = h + gate * SwiGLU(RMSNorm(h) * (1 + scale) + shift)
 
-It is LLaMa3's block with three changes: cross-attention to the text between self-attention and FFN,
-an adaptive layer norm that carries t, and full bidirectional attention [MG s3.1.3]. With adaLN-Zero
-every gate is 0 at initialisation: a block passes h on, plus positions, and the model's output is
-exactly 0.
+The block is LLaMa3's with three changes: cross-attention to the text before the FFN, an adaptive
+layer norm that carries t, and full bidirectional attention [MG s3.1.3]. With adaLN-Zero every gate
+is 0 at initialisation: a block returns h + pos, and the model's output is exactly 0.
 
 Papers: Movie Gen, arXiv 2410.13720 [MG]; DiT, arXiv 2212.09748 [DIT]; PixArt-alpha, arXiv
 2310.00426 (the shared adaLN); SwiGLU, arXiv 2002.05202.
 
 Contract
     x     (B, C, T, H, W), unit variance; several latents (VidTwin) come flat, (B, sum of C T H W)
-    t     (B,) fp32 in [0, 1]: 0 is noise, 1 is data (the factor 1000 is in here)
+    t     (B,) fp32 in [0, 1]: 0 is noise, 1 is data (multiplied by 1000 inside)
     text  (B, L, D_text); mask (B, L) bool, True = attend, at least one True a row; None = all
     ->    v, of the shape and dtype of x
 `forward` calls patchify, positions, condition, embed, blocks, head and unpatchify, all public, and
 does nothing else. Only `block.attend` mixes video tokens; everything else acts on each token alone
-and may be called on a slice of the token axis. So a sampler can spread this model over many ranks
-without a change to this file.
+and may be called on a slice of the token axis (but for `in_context`). So a sampler can spread this
+model over many ranks without a change to this file.
 
     python dit.py             # zero output at first, overfits one clip; out/dit/gates.png      25 s
 
@@ -40,7 +39,7 @@ Differences from the paper
     - Cross-attention comes after an RMSNorm: without it, the queries would grow with the positions
       that each block adds. Its output Linear starts at zero, because it has no gate.
     - "Positions at the input of every layer" is read as: added to the residual stream itself.
-    - `qk_norm` and the three other ways for t to enter (section 6) are not in the paper.
+    - `qk_norm` and the three other ways for t to enter (section 6) were not found in the paper.
 
 Letters: B batch, C latent channels, T H W latent frames, height and width, p q r a patch's share of
 them, N video tokens, Cpqr numbers in a token (C p q r), D width, L text tokens, h d heads and their
@@ -66,8 +65,8 @@ def adaln_zero(h, modulation, attention, cross_attention, ffn):
     """Apply one block of the transformer to h (B, N, D), without positions.
 
     modulation (B, 6, D) comes from t. At initialisation it is zero, and so is the output of
-    cross_attention: h passes unchanged. `Block` in section 4 is the same with weights; the demo
-    compares the two."""
+    cross_attention: h is returned unchanged. `Block` in section 4 is the same with weights; the
+    demo compares the two."""
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=1)       # (B, 1, D) each
     norm = lambda x: x / x.square().mean(-1, keepdim=True).sqrt()
     h = h + gate1 * attention(norm(h) * (1 + scale1) + shift1)  # video tokens see each other,
@@ -90,7 +89,7 @@ def one_of(name, value, choices):
 
 @dataclass(frozen=True)
 class Stream:
-    """Describe one latent tensor. Most autoencoders make one, VidTwin makes two."""
+    """Describe one latent of a clip (not the residual stream). VidTwin's clips have two."""
     channels: int = 16              # C
     patch: tuple = (1, 2, 2)        # (p, q, r): latent frames, rows, columns that make one token
     size: tuple = (32, 96, 96)      # largest (T, H, W) of a latent: the position tables' range
@@ -120,7 +119,7 @@ class DiTConfig:
     dim: int = 192                  # width of the residual stream
     depth: int = 6                  # blocks
     heads: int = 6                  # heads of self-attention and of cross-attention
-    ffn: int = 0                    # width of the SwiGLU; 0: LLaMa's 8/3 dim, rounded up to 32
+    ffn: int = 0                    # width of the SwiGLU; 0: LLaMa's 8/3 dim, to a multiple of 32
     text_dim: int = 0               # width of the text tokens; 0: dim
     adaln: str = "shared"           # shared: one Linear, and a table for each block | per_block
     conditioning: str = "adaln_zero"  # how t enters: adaln_zero, adaln, cross_attention, in_context
@@ -156,21 +155,21 @@ class DiTConfig:
 
 # 256 frames at 768 px, through a TAE of 8x8x8: 32 x 96 x 96, and 32 x 48 x 48 = 73,728 tokens. At
 # this length, attention takes 1.7 times as many FLOPs as all Linears of the 30B model.
-PAPER = Stream(16, (1, 2, 2), (32, 96, 96))
 PRESETS = {
     "toy":   DiTConfig((Stream(8, (1, 2, 2), (4, 8, 8)),), 160, 4, 4),      # 64 tokens
     "small": DiTConfig((Stream(16, (1, 2, 2), (8, 8, 8)),), 256, 4, 4),     # 128 tokens
-    "1b":    DiTConfig((PAPER,), 1536, 24, 16, checkpointing=True),         # the paper's sizes;
-    "5b":    DiTConfig((PAPER,), 3072, 32, 24, checkpointing=True),         # its ablations use 5B
-    "30b":   DiTConfig((PAPER,), 6144, 48, 48, checkpointing=True),
+    "1b":    DiTConfig((Stream(),), 1536, 24, 16, checkpointing=True),      # the paper's sizes;
+    "5b":    DiTConfig((Stream(),), 3072, 32, 24, checkpointing=True),      # its ablations use 5B
+    "30b":   DiTConfig((Stream(),), 6144, 48, 48, checkpointing=True),
 }
 
 
-# ---- 3. Primitives: islands of fp32 --------------------------------------------------------------
-# With bf16 autocast, or bf16 parameters, the matrix products of attention and FFN run in bf16. The
-# time MLP, the modulation, the norms, the residual stream and the head stay in fp32. bf16 has 8
-# bits of mantissa: it would distinguish only about 500 values of 1000 t, and an update of size
-# 0.001 would be lost when added to a residual stream of size 1. Tests may use float64 throughout.
+# ---- 3. Primitives, and what stays in fp32 -------------------------------------------------------
+# With bf16 autocast, or bf16 parameters, the matrix products of embedding, attention and FFN are in
+# bf16. The time MLP, the modulation, the norms, the residual stream and the head stay in fp32. bf16
+# has 8 bits of mantissa: it would distinguish only about 500 values of 1000 t, and an update of
+# size 0.001 would be lost when added to a residual stream of size 1. Tests may use float64
+# throughout.
 
 def fp32(x):
     """Cast half precision to fp32; leave fp32 and fp64 as they are."""
@@ -237,8 +236,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Let video tokens attend to text tokens. Text gets no positions here: this layer sees a set of
-    tokens, in which the encoders have already written the order."""
+    """Let video tokens attend to text tokens. It adds no positions to the text: the encoders have
+    already put the order into the tokens."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -258,7 +257,7 @@ class CrossAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Compute W_down (silu(W_gate x) * W_up x): three matrices, so that width 8/3 D costs as much
+    """Compute W_down (silu(W_gate x) * W_up x): three matrices, so width 8/3 D costs as much
     as DiT's two with width 4 D."""
 
     def __init__(self, cfg):
@@ -278,7 +277,7 @@ class Block(nn.Module):
     assign another callable (Ulysses, Ring, a cache of stale K and V) to change it."""
 
     vectors = 6                         # shift, scale, gate of the attention, then of the FFN
-    shared = True                       # one Linear of the model makes them for all blocks
+    shared = True                       # DiT.adaln makes them for all blocks
 
     def __init__(self, cfg):
         super().__init__()
@@ -336,8 +335,8 @@ def from_tokens(tokens, patch, size):
 def grid_positions(tables, patch, size):
     """Give the learned positions phi_t + phi_h + phi_w (N, D) of a latent of this size [MG s3.1.3].
 
-    Any length, height and width that the tables cover; beyond them ValueError, since an index
-    that is clipped or wraps around would train badly without a warning."""
+    Any T, H, W that the tables cover. ValueError beyond: an index that is clipped or wraps around
+    would train badly without a warning."""
     counts = [n // p for n, p in zip(size, patch)]
     for axis, n, table in zip("THW", counts, tables):
         if n > len(table):
@@ -403,7 +402,7 @@ class DiT(nn.Module):
         return to_tokens(x, self.cfg.streams[0].patch)
 
     def unpatchify(self, tokens, shape):
-        """Put tokens (B, N, Cpqr) together to an x of this shape."""
+        """Reassemble tokens (B, N, Cpqr) into an x of this shape."""
         return from_tokens(tokens, self.cfg.streams[0].patch, shape[2:])
 
     def positions(self, shape):
@@ -412,7 +411,7 @@ class DiT(nn.Module):
 
     def condition(self, t):
         """Map t (B,) to c (B, 1+6, D): the embedding of t, then the modulation that all blocks
-        share; (B, 1, D) where they share none."""
+        share; (B, 1, D) if they share none."""
         e = self.time(timestep_embedding(t))                                        # (B, D)
         if self.adaln is None:
             return e[:, None]                                                       # (B, 1, D)
@@ -442,7 +441,7 @@ class DiT(nn.Module):
         """Grow the tables to new largest latent sizes (T, H, W), one for each stream.
 
         The paper does so between its training stages: twice the spatial rows for 256 px clips,
-        three times as many again for 768 px [MG s3.2]. Rows are interpolated linearly, row i of n
+        then three times as many for 768 px [MG s3.2]. Rows are interpolated linearly, row i of n
         being at (i + 1/2) / n of the axis; a single row (an image's T) is repeated. The tables are
         new parameters: make the optimizer afterwards."""
         if len(sizes) != len(self.tables):
@@ -513,7 +512,7 @@ class TimeInVideo(LearnedNorm):
 
 
 class LearnedHead(nn.Module):
-    """Apply norm, learned shift and scale, and Linear, where t is a token."""
+    """Apply norm, learned shift and scale, and Linear: the head where t is a token."""
 
     def __init__(self, cfg, width):
         super().__init__()

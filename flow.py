@@ -3,7 +3,7 @@
     x0 ~ N(0, I) ---.                                x0 ~ N(0, I)
                      path --> x_t --> model --> v         |
     x1 (a latent) --'                           |    for t_i in schedule:
-         '---- target  x1 - (1 - s) x0 ----> loss        x <- x + (t_i+1 - t_i) v(x, t_i)
+         '---- target  x1 - (1 - s) x0 ----> loss        x <- x + (t_{i+1} - t_i) v(x, t_i)
                                                           |
                        training                           x1          sampling
 
@@ -16,7 +16,7 @@ Papers.  [MG] Movie Gen, arXiv 2410.13720 (s3.1.2 objective, s3.4.2 linear-quadr
 "OT" means two unrelated things in these papers, so this file never says it alone:
   the conditional-OT path   the straight line from ONE noise to ONE data point;
   the coupling              which noise goes to which data point: independent, minibatch, or
-                            semi-discrete (sdot.py).
+                            semi-discrete ([AF], sdot.py).
 The path is straight by definition. But a model learns the AVERAGE velocity of all lines through a
 point: where lines cross, the flow bends, and a bent flow needs many steps. With a coupling that has
 few crossings, few steps are enough. `python flow.py` shows it.
@@ -81,8 +81,8 @@ def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = Non
     x0 and t are drawn where they are not given. For a coupling, pass the pairs: `minibatch_pairing`
     permutes the noise of a batch, so that each x1 keeps its caption; in the semi-discrete coupling
     each noise chooses its x1, before the batch is built.
-    A network that returns 0 has loss 1 + E x1^2, i.e. 2 for normalised latents: expect this value
-    at step 0.
+    A network that returns 0 has loss 1 + E x1^2 (diffusion: 1): expect 2 for normalised latents at
+    step 0.
     """
     cfg = cfg or FlowConfig()
     if x0 is None:
@@ -120,8 +120,8 @@ def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", trajectory:
     """Follow dx/dt = v_fn(x, t) through the times ts (n + 1,): x0 (B, ...) noise -> x1, fp32.
 
     solver: euler (Movie Gen's choice) | midpoint | heun | rk4, or dopri5, adaptive between the
-    times. trajectory=True returns all states, (n + 1, B, ...). A diffusion model (cfg.objective)
-    is sampled with DDIM, its own Euler.
+    times. trajectory=True returns all states, (n + 1, B, ...). cfg: needed for a diffusion model,
+    whose Euler step is DDIM.
     """
     one_of("solver", solver, SOLVERS)
     step = SOLVERS[solver]
@@ -168,9 +168,9 @@ Times = Literal["auto", "logit_normal", "uniform"]
 class FlowConfig:
     """Settings of the objective: path, target, and distribution of the times.
 
-    Movie Gen has one for all sizes; SD3 and Open-Sora raise `shift` with the size."""
+    Movie Gen has one distribution for all sizes; SD3 and Open-Sora raise `shift` with the size."""
 
-    sigma_min: float = 1e-5    # noise left at t = 1: too small to see; keeps p_t a density there
+    sigma_min: float = 1e-5    # std of the noise left at t = 1: invisible, but p_1 has a density
     time: Times = "auto"       # distribution of t; auto: logit_normal, or uniform for diffusion
     mean: float = 0.0          # mean of logit(t); above 0, more of the latents are nearly clean
     std: float = 1.0           # standard deviation of logit(t)
@@ -189,9 +189,9 @@ class FlowConfig:
 
 # ---- 3. Training times ---------------------------------------------------------------------------
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Return t' = t / (t + a (1 - t)), the resolution shift [SD3]: logit(t') = logit(t) - ln a.
+    """Return t' = t / (t + shift (1 - t)) [SD3], that is logit(t') = logit(t) - ln shift.
 
-    For the noise level u = 1 - t, this is the familiar u' = a u / (1 + (a - 1) u).
+    For the noise level u = 1 - t, this is the familiar u' = shift u / (1 + (shift - 1) u).
     """
     return t / (t + shift * (1 - t))
 
@@ -200,8 +200,8 @@ def sample_t(n: int, cfg: FlowConfig | None = None, generator=None, device=None)
     """Draw (n,) fp32 times in (0, 1): sigmoid(N(mean, std)) [MG s3.1.2] or uniform, then shifted.
 
     The logit-normal distribution has most of its times in the middle, where the target is hardest
-    to predict. Only 1.4 % of them are below 0.1, so the velocity at t = 0, where the first Euler
-    step is taken, is hardly trained.
+    to predict. By default only 1.4 % of them are below 0.1, so the velocity at t = 0, where the
+    first Euler step is taken, is hardly trained.
     """
     cfg = cfg or FlowConfig()
     if cfg.time == "logit_normal" or (cfg.time == "auto" and cfg.objective == "flow"):
@@ -235,9 +235,9 @@ def linear_quadratic(steps: int, imitate: int = 1000) -> Tensor:
     """Return t_i = i h for i <= L, then t_(L+k) = L h + k h + c k^2, k = 1..Q  [MG s3.4.2].
 
     h = 1 / imitate, L = half of the steps, Q = the others; c = (1 - L h - Q h) / Q^2, so that the
-    last time is 1. The term k h makes the slope continuous where the halves meet. Some code bases
-    leave it out, and there the step size jumps: from 0.004 to 0.0013, with imitate = 250 and 52
-    steps. With imitate = steps, c is 0 and the schedule is linear.
+    last time is 1. The term k h makes the slope continuous where the halves meet: without it, as in
+    some code bases, the step size drops there, from 0.004 to 0.0013 for imitate = 250 and 52 steps.
+    With imitate = steps, c is 0 and the schedule is linear.
     """
     if steps > imitate:
         raise ValueError(f"steps {steps}: must be at most {imitate} for linear_quadratic, which "
@@ -271,8 +271,8 @@ def rk4(f, x, t, h):
     return x + h / 6 * (a + 2 * b + 2 * c + f(x + h * c, t + h))
 
 
-# Dormand-Prince 5(4): a row of A for each stage; the last one is the 5th-order step itself. E is
-# its difference from the embedded 4th-order step, which estimates the error and so sets the step.
+# Dormand-Prince 5(4): DP_A has a row for each stage; the last row is the 5th-order step. DP_E, that
+# step less the embedded 4th-order step, estimates the error, which sets the step size.
 DP_T = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DP_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
         (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
@@ -282,7 +282,7 @@ DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 4
 
 
 def dopri5(f, x, t, h, rtol=1e-5, atol=1e-5):
-    """Return x at t + h after as many steps as the tolerance needs, the same for a whole batch."""
+    """Return x at t + h in as many steps as the tolerance needs; the whole batch shares them."""
     if h < 0:                                           # backwards: the same on a mirrored clock
         return dopri5(lambda x, t: -f(x, -t), x, -t, -h, rtol, atol)
     end, h, k1 = t + h, h / 4, f(x, t)
@@ -316,8 +316,8 @@ SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dopr
 #
 # A velocity also says where both ends of its path are, without a division:
 #   x0 = x_t - t v        x1 = (1 - s) x_t + (1 - (1 - s) t) v
-# The way back divides by t (from x0) or by 1 - (1 - s) t (from x1): one reason for networks to
-# predict v. The v of a model is an average over pairs, and so are these x0 and x1.
+# Computing v from x0 divides by t, from x1 by 1 - (1 - s) t: one reason for networks to predict v.
+# A model's v is an average over pairs, and so are the x0 and x1 that are computed from it.
 
 
 # ---- 7. Minibatch coupling -----------------------------------------------------------------------
@@ -326,7 +326,7 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
 
     The result is a permutation: drawing pairs from the plan with replacement, as torchcfm does by
     default, loses some noises and clips. With groups (B,), noise moves only among clips of the same
-    caption. Otherwise it would depend on the caption, which it does not at sampling time [C2OT].
+    caption. Else training noise would depend on the caption, and sampling noise does not [C2OT].
     """
     import ot  # imported here: it takes seconds
     if x0.shape != x1.shape:
@@ -397,9 +397,9 @@ def validation_loss(v_fn: VFn, x1: Tensor, cfg: FlowConfig | None = None, times:
 
 # ---- 9. The diffusion baseline -------------------------------------------------------------------
 # A variance-preserving diffusion moves on a circle, x_t = sin(phi) x1 + cos(phi) x0, phi from 0
-# (noise) to almost pi/2 (data). Its derivative by the ANGLE, cos(phi) x1 - sin(phi) x0, is what
-# v-prediction learns [PD] (up to sign). So diffusion and flow matching differ only in the curve,
-# arc or line, in how fast t runs along it, and in the distribution of t. phi(0) = 0 exactly is
+# (noise) to almost pi/2 (data). Its derivative with respect to phi, cos(phi) x1 - sin(phi) x0, is
+# what v-prediction learns [PD] (up to sign). So diffusion and flow matching differ only in the
+# curve (arc or line), the speed of t along it and the distribution of t. phi(0) = 0 exactly is
 # "zero terminal SNR" [ZSNR]. Without it a model never sees pure noise in training, though sampling
 # starts there.
 _betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
@@ -423,7 +423,7 @@ def diffusion_pair(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ddim(f, x, t, h):
-    """Return x at t + h [DDIM]: for a constant prediction, a step on a circle is a rotation."""
+    """Return x at t + h [DDIM]: with the prediction held fixed, the step is a rotation by d."""
     d = (angle(torch.tensor(t + h)) - angle(torch.tensor(t))).item()
     return math.cos(d) * x + math.sin(d) * f(x, t)
 

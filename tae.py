@@ -10,7 +10,7 @@
 
 Papers. Movie Gen, arXiv 2410.13720, s3.1.1 [MG]; latent diffusion, 2112.10752 [LDM], whose image
 autoencoder is the trunk; VidTwin, 2412.17726 [VT]; VQGAN, 2012.09841 [VQ], for the adaptive weight
-of the adversary; PatchGAN, 1611.07004. "2.5D" [MG]: every 2D convolution is followed by a 1D
+of the GAN loss; PatchGAN, 1611.07004. "2.5D" [MG]: every 2D convolution is followed by a 1D
 convolution along time, every spatial attention by a temporal one. "3D": joint convolutions and
 joint attention, the alternative, which [MG] found slightly better but too expensive. Both start
 from an image autoencoder (`inflate`). VidTwin splits a clip into two latents (section 6):
@@ -22,7 +22,7 @@ Contract
                      takes one size, and its z is flat, (B,n): two latents, which `split` separates
     decode(z, T)     z -> (B,3,T,H,W); surplus frames of the last latent frame are dropped
                      Both take stream=True: the same result up to rounding, one frame at a time, so
-                     memory grows with the latent frames only. (No change for VidTwin's one size.)
+                     memory grows with the latent frames only. (VidTwin ignores it.)
     normalize(z)     brings each channel to mean 0 and std 1, by what `latent_stats` found
 
 Run.   python tae.py          # image training, inflation, video training, long clip, a figure: 40 s
@@ -34,7 +34,8 @@ Differences from the papers
   All losses are averages over elements, so weights do not depend on the clip's size. [MG]'s weight
   1e5 of the outlier penalty fits a reconstruction loss that is summed over the pixels of a frame,
   as [LDM]'s code does; beside an average, 0.1 to 1 does the same.
-  Norms see one frame at a time. Blending weights of tiles are (k + 1/2) / n.
+  Norms see one frame at a time. The 1x1 convolution beside a ResBlock has no temporal one. Where
+  two tiles share n frames, frame k has the weight (k + 1/2) / n in the later one.
   The toy preset compresses 4x4x4, not 8x8x8, and folds 4x4 pixels into channels first, because
   convolutions at full resolution are what costs time on a CPU. It is trained on the squared error,
   which reached a given PSNR sooner than L1 did.
@@ -54,7 +55,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -99,7 +100,7 @@ def at_least(cfg, **bounds: float) -> None:
 class TAEConfig:
     """Sizes of the convolutional autoencoders. The defaults are Movie Gen's, where published."""
 
-    variant: Variant = "2.5d"                       # 2d: the image model that the others start from
+    variant: Variant = "2.5d"                       # 2d: images alone; others start from it
     channels: int = 128                             # width of the first level, a multiple of 4
     mult: tuple[int, ...] = (1, 2, 4, 4)            # width of each level, in units of `channels`
     space_stride: tuple[int, ...] = (2, 2, 2)       # in space, between levels: 1 or 2
@@ -195,7 +196,7 @@ class LossConfig:
     opl_start: int = 0          # its first step: in [MG] the last 10K of 60K, to finetune
     opl_r: float = 3.0          # the standard deviations from the mean that it allows
     perceptual: float = 0.0     # weight of the perceptual loss; downloads VGG16
-    gan: float = 0.0            # weight of the adversary, times the adaptive weight: 0.05 to 0.2
+    gan: float = 0.0            # weight of the GAN loss, times the adaptive weight: 0.05 to 0.2
     gan_start: int = 0          # its first step: best when reconstruction has converged
 
     def __post_init__(self):
@@ -228,8 +229,8 @@ LOSSES = {
 }
 
 # ---- 3. Convolutions -----------------------------------------------------------------------------
-# One class for each variant, with the same parameter names, so that the weights of an image model
-# can be copied by name: `weight` and `bias` are the spatial part, `temporal` is new.
+# One class for each variant, with the same parameter names, so that the weights of an image
+# autoencoder can be copied by name: `weight` and `bias` are the spatial part, `temporal` is new.
 
 
 def fold(x: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ def fold(x: Tensor) -> Tensor:
 
 
 class Conv2D(nn.Conv2d):
-    """Convolve each frame of (F, C, H, W) by itself, kernel 3 or 1: an image model's layer."""
+    """Convolve each frame of (F, C, H, W) by itself, kernel 3 or 1, as in an image autoencoder."""
 
     def __init__(self, cin: int, cout: int, kernel: int = 3, space_stride: int = 1,
                  time_stride: int = 1):
@@ -256,10 +257,10 @@ class TemporalConv(nn.Module):
     """Convolve folded frames (B T, C, H, W) along time: kernel 3, symmetric *replicate* padding.
     Stride 2 leaves ceil(T / 2) frames.
 
-    Why not zeros: a static clip would darken towards both ends, and the first frame is what people
+    Why not zeros: a static clip would change towards both ends, and the first frame is what people
     notice. Why symmetric and not causal: [MG] does so, and latent frame i is then centred on frame
-    (time factor) * i. (Any T works either way, thanks to the ceil.) The kernel starts as the
-    identity, so inserting the layer does not change what a trained image model computes."""
+    (time factor) * i. The kernel starts as the identity, so inserting the layer does not change
+    what a trained image autoencoder computes."""
 
     def __init__(self, channels: int, stride: int = 1):
         super().__init__()
@@ -325,9 +326,9 @@ CONV = {"2d": Conv2D, "2.5d": Conv25D, "3d": Conv3D}
 
 
 class FrameNorm(nn.GroupNorm):
-    """Normalise each frame by itself, in 32 groups of channels as in [LDM], fewer where a group
-    would have less than 4. Statistics over all frames would let frame 15 change the latent of
-    frame 0, and tiles would disagree where they meet."""
+    """Normalise each frame by itself, in 32 groups of channels as in [LDM], fewer unless 128
+    divides the channels. Statistics over all frames would change what the image autoencoder
+    computes, and could not be streamed."""
 
     def __init__(self, channels: int):
         super().__init__(math.gcd(32, channels // 4), channels, eps=1e-6)
@@ -366,8 +367,8 @@ class Attention(nn.Module):
     """Attend over the pixels of a frame ("space"), the frames of a pixel ("time"), or both at once
     ("joint"), and add the input.
 
-    It has no position embeddings, so that T, H and W are free; the convolutions around it know
-    what is next to what."""
+    It has no position embeddings, so that T, H and W are free; the convolutions around it
+    carry the positions."""
 
     patterns = {"space": "(b t) c h w -> (b t) (h w) c", "time": "(b t) c h w -> (b h w) t c",
                 "joint": "(b t) c h w -> b (t h w) c"}
@@ -412,8 +413,7 @@ class Resample(nn.Module):
     H -> H / 2. Up: nearest neighbour in time [MG] and in space, then a convolution.
 
     Where the image autoencoder has no spatial stride (the toy preset), there is no 2D kernel to
-    copy. The layer is then a temporal convolution alone, initialised to the identity like all
-    temporal layers."""
+    copy. The layer is then a temporal convolution (3D: a joint one) that starts as the identity."""
 
     def __init__(self, variant: str, channels: int, space_stride: int, time_stride: int, up: bool):
         super().__init__()
@@ -425,8 +425,7 @@ class Resample(nn.Module):
             self.conv = TemporalConv(channels, strides[1])
             if variant == "3d":
                 self.conv = Conv3D(channels, channels, 3, *strides)
-                nn.init.zeros_(self.conv.weight)
-                nn.init.eye_(self.conv.weight.data[:, :, 1, 1, 1])
+                nn.init.dirac_(self.conv.weight)
                 nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, T: int) -> Tensor:
@@ -520,7 +519,7 @@ class Posterior:
     """Diagonal Gaussian q(z | x) [LDM]: mean and logvar, shaped like z, fp32."""
 
     mean: Tensor
-    logvar: Tensor = field(repr=False)
+    logvar: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw mean + std * noise. With a CPU generator the noise does not depend on the device."""
@@ -535,8 +534,8 @@ class Posterior:
 
 
 class Autoencoder(nn.Module):
-    """Hold what the variants share. Each of them defines `encode`, `decode` and `parts`; VidTwin,
-    whose latent has two parts, also `split` and `expand`."""
+    """Hold what all autoencoders share. Each defines `encode`, `decode` and `parts`; VidTwin, whose
+    latent has two parts, also `split` and `expand`."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -867,7 +866,7 @@ class VidTwin(Autoencoder):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         # He's initialisation between the backbones (ours). torch's own has a gain of 1 / sqrt(3):
-        # a dozen layers leave a hundredth of the signal, and 1.5 dB less after 100 toy steps.
+        # eight layers leave 1 % of the signal, which cost 1.5 dB after 100 toy steps.
         for part in (self.structure_encoder.convs, self.dynamics_encoder, self.structure,
                      self.columns, self.rows):
             for m in part.modules():
@@ -993,7 +992,7 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 def vgg_perceptual() -> Callable[[Tensor, Tensor], Tensor]:
     """Make a distance of clips: that of VGG16's features after each of five stages, scaled to unit
     length at each position, which is LPIPS with equal weights. Downloads torchvision's VGG16;
-    ValueError where that fails."""
+    ValueError if that fails."""
     try:
         from torchvision.models import VGG16_Weights, vgg16
         net = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features.eval().requires_grad_(False)
@@ -1047,7 +1046,7 @@ class Objective(nn.Module):
             loss = loss + cfg.opl * outlier_penalty(posterior.mean, cfg.opl_r)
         if self.discriminator is None:
             return loss
-        if step < cfg.gan_start:            # idle, but with a gradient for every parameter
+        if step < cfg.gan_start:            # unused, but DDP wants a gradient of every parameter
             return loss + 0 * sum(p.sum() for p in self.discriminator.parameters())
         self.discriminator.requires_grad_(False)
         adversarial = -self.discriminator(recon).mean()
@@ -1107,8 +1106,8 @@ def decode_tiled(tae: TAE, z: Tensor, num_frames: int | None = None,
 
 
 # Streaming (ours) gives the same result as the whole clip, up to rounding. Frames pass one by one;
-# a temporal convolution needs the next frame, so its output is one frame late. As generators, all
-# layers fit into one function, and memory holds a few frames for each layer. Only the attention in
+# a temporal convolution needs the next frame, so its output is one frame late. Written as
+# generators, all layers fit into one function, and each holds a few frames. Only the attention in
 # the middle needs all frames, but there they are small.
 
 
@@ -1129,8 +1128,8 @@ def windows(frames: Iterable[Tensor], stride: int = 1) -> Iterator[tuple[Tensor,
 
 
 def stream(layer: nn.Module, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Do what a layer's `forward` does, for frames (B, C, H, W) that arrive one after the other.
-    `map` is used where a generator expression would keep its last frame in memory."""
+    """Apply a layer to frames (B, C, H, W) that arrive one after the other. Why `map`: a generator
+    expression would keep its last frame in memory."""
     if isinstance(layer, nn.ModuleList):
         for each in layer:
             frames = stream(each, frames)
@@ -1169,7 +1168,7 @@ def stream(layer: nn.Module, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         if layer.up and layer.time_stride == 2:
             frames = (x for x in frames for _ in range(2))
         return stream(conv, frames) if conv else frames
-    return map(layer, frames)               # Conv2D knows no time
+    return map(layer, frames)               # Conv2D: each frame alone
 
 
 def encode_stream(encoder: Encoder, x: Tensor) -> Tensor:
@@ -1212,8 +1211,8 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 def latent_stats(tae: Autoencoder, posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
     """Measure mean (C,) and std (C,) of each channel of posterior samples, summed in float64.
 
-    A rectified flow mixes latents with unit noise: the signal-to-noise ratio at a time t depends on
-    their scale."""
+    Why: the flow mixes latents with unit noise, so their scale sets the signal-to-noise ratio at
+    each time t."""
     sums, over = torch.zeros(3, len(tae.lat_mean), dtype=torch.float64), (0, 2, 3, 4)
     for posterior in posteriors:
         mean, var = posterior.mean.double(), posterior.logvar.double().exp()
@@ -1246,7 +1245,7 @@ def moving_squares(n: int, T: int, seed: int, H: int = 32) -> Tensor:
 
 
 def train(tae: TAE, steps: int, seed: int) -> TAE:
-    """Train a toy autoencoder: an image model on single frames, a video model on windows of 8
+    """Train a toy autoencoder: an image autoencoder on frames, one of video on windows of 8
     frames and, every fourth step, on images."""
     from tqdm import trange
 
@@ -1288,7 +1287,7 @@ def draw(out: Path, x: Tensor, recon: Tensor) -> None:
 
 
 def demo(out: Path, seed: int = 0) -> bool:
-    """Train an image model, inflate it and train the video model; draw reconstructions and check
+    """Train an image autoencoder, inflate it and train on; draw reconstructions and check
     what this file claims: of the convolution, of inflation, of training and of long clips."""
     torch.manual_seed(seed)
     image = train(TAE(replace(PRESETS["toy"], variant="2d")), 100, 1000 * seed)
@@ -1309,10 +1308,10 @@ def demo(out: Path, seed: int = 0) -> bool:
     draw(out, x, recon)
     before, after = (psnr(y, x).mean().item() for y in (before, recon))
     print(f"reconstruction: {before:.1f} dB inflated, {after:.1f} dB trained")
-    print(f"96 frames in tiles of 32: {psnr(tiled, whole).item():.1f} dB from the whole clip")
+    print(f"96 frames in tiles of 32: {psnr(tiled, whole).item():.1f} dB against decoding it whole")
     ok = True
     for claim, value, bound in (
-            ("Conv25D and conv_2_5d of folded frames differ by", (folded - plain).abs().max(),
+            ("Conv25D of folded frames and conv_2_5d differ by", (folded - plain).abs().max(),
              1e-4),
             ("inflation changes image latents by", first.abs().max(), 1e-5),
             ("streaming changes 96 frames by", (streamed - whole).abs().max(), 1e-4),

@@ -4,24 +4,24 @@
     |- the whole prompt -> words     UL2       what the sentence means  <= 512 tokens -.
     |- CAT              -> bytes     ByT5      how the sign is spelled  <= 128 tokens -+-> P
     '- the whole prompt -> concepts  MetaCLIP  what it looks like       <= 256 tokens -'
-                                          each: Linear, LayerNorm; then one after another
+                                          each: Linear, LayerNorm; then concatenated
 
 UL2 was trained on text, MetaCLIP on images with captions. ByT5 works on bytes and is given only the
 quoted text that should appear in the video [MG s3.1.4]. P goes to the cross-attention of every
-block of the backbone; nothing is pooled, except in the toy MetaCLIP, a mean over words. FPS-16, the
-sampling rate, is text in front of the prompt.
+block of the backbone; nothing is pooled, except that the toy MetaCLIP makes one token, a mean over
+words. The frame rate, FPS-16, is text in front of the prompt.
 
 Papers: Movie Gen, arXiv 2410.13720 [MG]; UL2, arXiv 2205.05131; ByT5, arXiv 2105.13626; MetaCLIP,
 arXiv 2309.16671; CLIP, arXiv 2103.00020; Long-CLIP, arXiv 2403.15378 [LC]; classifier-free
 guidance, arXiv 2207.12598 [CFG].
 
-Two modes. `toy` trains three small encoders of the same roles with the backbone: no download.
+Two modes. `toy`: three small encoders with these roles, trained with the backbone; no download.
 `pretrained` runs the real, frozen encoders through transformers, one after the other, in bf16;
 their outputs are computed once and kept with the latents.
 
 Contract
-    encode(prompts)         -> dict of tensors, a row for each prompt: the frozen part. Row i
-                               depends on prompt i alone (except for the length of the padding)
+    encode(prompts)         -> dict of tensors, a row for each prompt: the frozen part (toy: token
+                               ids). Row i depends on prompt i alone, but for the padding's length
     forward(features, drop) -> P (B, L, D), mask (B, L) bool, True = attend: the trained part.
                                Every row has at least one True, so no softmax is taken over an
                                empty set. L is what this batch needs
@@ -31,8 +31,8 @@ Contract
     python text_cond.py 'a red sign saying "CAT" moving left'        # who sees what             3 s
 
 Differences from the paper
-    - The paper's long-prompt MetaCLIP (256 tokens) is not public. A public one is stretched from
-      77 tokens, for the prompts that need it, and not finetuned.
+    - The paper's long-prompt MetaCLIP (256 tokens) is not public. We stretch the 77 positions of
+      a public one for longer prompts, without finetuning.
     - The sizes of ByT5 and MetaCLIP, the order of the three in P, and the limits of UL2 and ByT5
       were not found in the paper: the limits are those of an open reimplementation.
     - Nor was its recipe for dropping conditions. Here: a learned null token for each encoder,
@@ -102,7 +102,7 @@ class TextConfig:
     precision: str = "bf16"     # pretrained: bf16 | fp32, of the frozen encoders and their features
     offload: str = "disk"       # pretrained: where an unused encoder stays: disk | cpu | never
     batch: int = 16             # pretrained: prompts at a time
-    without: str = ""           # words | bytes | concepts: an encoder to leave out
+    without: str = ""           # words | bytes | concepts: an encoder that P does not have
 
     def __post_init__(self):
         one_of("mode", self.mode, ("toy", "pretrained"))
@@ -114,7 +114,7 @@ class TextConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)}: must be {least} or more")
         if self.width % (2 * self.heads):
-            raise ValueError(f"heads {self.heads}: twice that does not divide width {self.width}")
+            raise ValueError(f"heads {self.heads}: width {self.width} is no multiple of twice that")
 
     def limit(self, name):
         """Give the largest number of tokens of an encoder."""
@@ -133,7 +133,7 @@ PRESETS = {
 
 # Straight, curly (German: from low to high; Swedish: twice the same), guillemets (French; German:
 # the other way round), CJK corner brackets, full-width. Single quotes do not count: most of them
-# are apostrophes. Nor does a quote that is never closed, or the inch of a 5" sign.
+# are apostrophes. Nor do an unclosed quote and the inch mark of a 5" sign.
 QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|”([^”]*)”|«([^»]*)»|»([^«]*)«|'
                     '「([^」]*)」|『([^』]*)』|｢([^｣]*)｣|＂([^＂]*)＂')
 
@@ -141,9 +141,9 @@ QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|”([^”
 def clean(prompt):
     """Normalise a prompt to NFC, so that é is the same whether typed as one character or as two.
 
-    ValueError for what no encoder can read: a NUL, half of a broken emoji (a lone surrogate)."""
+    ValueError for a lone surrogate (half of a broken emoji), and a NUL, which `words_of` uses."""
     if not isinstance(prompt, str) or re.search("[\0\ud800-\udfff]", prompt):
-        raise ValueError(f"prompt {prompt!r:.60}: not text, or with a NUL or a lone surrogate")
+        raise ValueError(f"prompt {prompt!r:.60}: not text, or it has a NUL or a lone surrogate")
     return unicodedata.normalize("NFC", prompt)
 
 
@@ -178,8 +178,8 @@ def words_of(text):
 
 def word_id(word):
     """Give a word the id 1 + CRC-32 modulo 2^20; 0 pads. Without a vocabulary there is no unknown
-    word, and ids are the same in every process (Python's hash is not). Words with one id are the
-    same to the encoder: among 100 words the chance of such a pair is 0.5 %, among 1000 38 %."""
+    word, and ids are the same in every process (Python's hash is not). The encoder cannot tell
+    words with one id apart: among 100 words the chance of such a pair is 0.5 %, among 1000 38 %."""
     return 1 + zlib.crc32(word.encode("utf-8")) % 2 ** 20
 
 
@@ -192,7 +192,7 @@ def toy_ids(name, text):
 
 
 def truncate(ids, limit, name, text):
-    """Cut ids to `limit`, keep the end token, and warn."""
+    """Cut ids to `limit`, keep the last (the end token), and warn."""
     if len(ids) <= limit:
         return ids
     warnings.warn(f"{name}: {len(ids)} tokens cut to {limit}: {text[:40]!r}...", stacklevel=2)
@@ -346,8 +346,8 @@ class TextConditioner(nn.Module):
     def frozen_features(self, name, texts):
         """Run one pretrained encoder on distinct texts -> {text: features (L, width)}.
 
-        One encoder at a time is on the device (offload `disk`, `cpu`), since UL2's alone has 17 GB
-        in bf16; `never` keeps all three there."""
+        With offload `disk` or `cpu` one encoder at a time is on the device (UL2's takes 17 GB in
+        bf16); `never` keeps all three there."""
         cfg, source = self.cfg, getattr(self.cfg, name)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
         width, device, done = self.null[name].numel(), self.null[name].device, {}
@@ -427,7 +427,7 @@ class TextConditioner(nn.Module):
 
     def align(self, features, z):
         """CLIP's loss for the toy bag of concepts: a caption must find its clip, and a clip its
-        caption, in the batch. z: the clips' latents, (B, C, T, H, W) or (B, F). Scalar.
+        caption, in the batch. z: the clips' latents, (B, C, T, H, W) or (B, n). Scalar.
 
             a = normalise(W_a concept), b = normalise(W_b pool(z)), logits = s a b^T
             (CE(logits, i) + CE(logits^T, i)) / 2, i = 0 .. B-1
@@ -438,8 +438,8 @@ class TextConditioner(nn.Module):
             raise ValueError("align: the pretrained MetaCLIP is frozen, only the toy one learns")
         ids = features["concepts"].to(self.scale.device)
         a = F.normalize(self.text_to_common(self.encoders["concepts"](ids)[:, 0]), dim=-1)
-        # Coarse in space, with two times, so that a direction can be seen. Then 256 numbers for
-        # every autoencoder, so that one Linear fits all.
+        # 4 x 4 places at 2 times, so that a direction can be seen. Then 256 numbers, so that one
+        # Linear fits every autoencoder.
         z = F.adaptive_avg_pool3d(z, (2, 4, 4)) if z.dim() == 5 else z
         z = F.adaptive_avg_pool1d(z.flatten(1)[:, None], 256)[:, 0].to(a.dtype)  # (B, Z)
         b = F.normalize(self.latent_to_common(z), dim=-1)
@@ -457,7 +457,7 @@ WIDTHS = {"google/ul2": 4096, "google/byt5-small": 1472, "google/byt5-base": 153
 def make_torchvision_importable():
     """Let transformers import torchvision, which it does if it is installed. With a CPU torch and
     the CUDA wheel of torchvision, that fails with "operator torchvision::nms does not exist". Two
-    schemas, without kernels, are all that it needs. Does nothing where torchvision loads."""
+    schemas without kernels are all that the import needs. Does nothing where torchvision loads."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
@@ -512,7 +512,7 @@ def check_sources(cfg):
 
 
 def load_encoder(name, source, limit, dtype):
-    """Load the frozen encoder of this role, on the CPU."""
+    """Load the frozen encoder `name`, on the CPU."""
     kind = "CLIPTextModel" if name == "concepts" else "T5EncoderModel"
     model, info = from_hub(name, source, kind, dtype=dtype, output_loading_info=True)
     model.eval().requires_grad_(False)
@@ -552,10 +552,10 @@ def width_of(name, source):
 
 @torch.no_grad()
 def run_frozen(model, name, rows, device):
-    """Run a frozen encoder on rows of ids -> features (B, L, width) on the CPU, with rubbish in the
-    padding.
+    """Run a frozen encoder on rows of ids -> features (B, L, width) on the CPU; padding has any
+    values.
 
-    T5 and ByT5 are bidirectional, and need the mask: without it the padding would leak into every
+    UL2 and ByT5 are bidirectional, and need the mask: without it the padding would leak into every
     token, and a prompt's features would depend on the longest prompt of the batch."""
     ids = pad([torch.tensor(r) for r in rows]).to(device)
     length = torch.tensor([len(r) for r in rows], device=device)[:, None]
@@ -676,12 +676,13 @@ def token_strings(prompt):
 
 def print_tokens(prompt):
     """Print what each toy encoder sees, token by token."""
-    if hasattr(sys.stdout, "reconfigure"):      # a prompt may have letters that a terminal has not
+    if hasattr(sys.stdout, "reconfigure"):      # a terminal may lack letters of the prompt
         sys.stdout.reconfigure(errors="backslashreplace")
     for name, strings in token_strings(prompt).items():
         bag = ", a set: one token of P" if name == "concepts" else ""
         print(f"{name}, {len(strings)} of at most {TextConfig().limit(name)} tokens{bag}")
-        print("   ", " ".join(strings) or "(nothing in quotes, so nothing)")
+        nothing = "(nothing in quotes, so nothing)" if name == "bytes" else "(nothing)"
+        print("   ", " ".join(strings) or nothing)
 
 
 def main():

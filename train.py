@@ -412,7 +412,7 @@ class SampleConfig:
 
     steps: int = 25  # Euler steps, or those of another solver
     schedule: str = "linear"  # linear, linear_quadratic or shifted: where the steps are
-    solver: Literal[(*flow.SOLVERS, "dopri5")] = "euler"  # of the ODE
+    solver: Literal[tuple(flow.SOLVERS)] = "euler"  # of the ODE
     guidance: float = 3.0  # scale of classifier-free guidance; 1: none
     batch: int = 32  # clips at a time
     prompts: int = 160  # like training's; toy world: 3/10 more held out, 4/10 more with words
@@ -568,6 +568,8 @@ def finish(cfg: Config) -> Config:
         cfg.train_tae = replace(hp, window=c.frames, image_steps=0)
     else:
         cfg.tae = replace(cfg.tae, variant=cfg.variant)
+    if cfg.loss.gan and c.size < 24:
+        raise UserError(f"--clips.size {c.size}: the discriminator of --loss.gan needs 24 or more")
     if len(c.shapes) > 1 and cfg.coupling.startswith("sdot"):
         raise UserError(f"--coupling {cfg.coupling}: for clips of one shape; with --clips.others "
                         "or --clips.images: independent")

@@ -512,7 +512,7 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
     seen = []
     for color in areas.topk(things).indices.tolist():
         own, cx, cy = track(alpha if things == 1 else torch.where(colors == color, alpha, 0))
-        if own.sum((1, 2)).median() < 0.015 * H * W:            # the smallest object covers 3 %
+        if own.sum((1, 2)).median() < 0.015 * H * W:            # all objects cover 3 % and more
             seen.append(dict(NOTHING))
             continue
         vx, vy = ((c * t).sum() / t.square().sum().clamp_min(0.5) * 32 / H for c in (cx, cy))
