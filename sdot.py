@@ -16,9 +16,10 @@ optimal pairing of ALL noise with ALL clips: the noise that belongs to clip j is
 
 ANY h gives a pairing that is optimal for the masses that its cells happen to have. The solver only
 has to make these masses equal to the frequencies b_j of the clips. The dual problem is concave and
-its gradient is b_j - P(x in L_j). So: draw noise, count how much falls into each cell, and lower
-h_j where it was too much. That is the algorithm: no Sinkhorn iterations, no M x M matrix. After S
-noises the relative mass error is about sqrt(M / S), in any dimension: the error of counting itself.
+its gradient goes as b_j - P(x in L_j). So: draw noise, count how much falls into each cell, and
+lower h_j where it was too much. That is the algorithm: no Sinkhorn iterations, no M x M matrix.
+After S noises the relative mass error is about sqrt(M / S), the error of counting itself (but not
+in a few dimensions).
 
 Papers.  [AF] AlignFlow, arXiv 2510.15038 (the map, eq. 5; its cells, eq. 6; one problem per class;
 stored pairs).  [PASGD] 2510.27340 (averaged SGD on the dual, as in POT's ot.semidiscrete).
@@ -27,15 +28,15 @@ caption; the noise of sampling does not).
 Neighbours of AlignFlow.  [SDFM] Apple's SD-FM, 2509.25519: the same cells, found by SGD for up to
 2.6 million images, and the unbiased chi-square that stops our solver.  "Optimal transport flow
 matching by design", 2606.04092, changes the noise instead of the pairs: if x0 is a low-frequency
-version of the clip, the identity coupling is optimal (as they measured), and there is nothing to
-solve, but a second small model must sample x0.
+version of the clip, the identity coupling is optimal, and there is nothing to solve, but a second
+small model must sample x0.
 
 Contract.  latents (M, ...) normalised like the model's data, fp32; from a VAE the posterior MEANS
 (train on a sample of the posterior of the chosen row). groups (M,) int64: equal for the clips that
 share a caption (or a `cluster` of captions). x0 (B, ...) ~ N(0, I), shaped like a latent, never
 changed. couple(x0, groups) -> (B,) int64 rows of the data set.  Draw the group by its frequency,
 then the noise independently of it; then the noise picks the clip. So x0 given a caption is N(0, I).
-Flips and other augmentations that can be listed enter as rows of their own (row mod M is the clip):
+Flips and other augmentations that can be listed enter as rows of their own (row mod the clips):
 flip the clip, then encode it, since a flipped latent is not the latent of the flipped clip.
 
 Run.   python sdot.py      # cells.gif, convergence beside POT, an epoch of pairs: 20 s on one core
@@ -47,7 +48,8 @@ per clip for 10 %. The CIFAR-10 recipe of [AF] draws 1000 (for 3 %); shortened t
 above 10 % (studies/bench_sdot.py). [AF] pairs the noise before training and stores (seed, index):
 `pairs` does so, while train.py calls `couple` in its loop. `rebalance` moves surplus noise by
 optimal transport, [AF] to any cell that is short of it. Captions replace classes. Of two identical
-clips one gets the whole cell and the other is never drawn: their content is drawn as it should be.
+clips one gets the cell of both and the other is never drawn, so what they show is drawn as often as
+it should be.
 
 Letters.  M latents, N targets of one problem, d numbers in a latent, b (N,) masses, h (N,) dual
 weights, p (N,) measured cell masses, sigma, tau the scales of section 4, S noises used so far.
@@ -80,11 +82,11 @@ def smallest(Y: Tensor, steps: int = 200, batch: int = 1024) -> Tensor:
     """
     sigma = (Y - Y.mean(0)).norm(dim=1)                          # (N,) std of the score <x, y_j>
     h = average = -3 * sigma                 # the best of some 500 scores is about 3 sigma
-    for t in range(1, steps + 1):
+    for step in range(1, steps + 1):
         cell = (torch.randn(batch, Y.shape[1]) @ Y.T + h).argmax(1)        # (batch,) draw noise,
         p = torch.bincount(cell, minlength=len(Y)) / batch                 # (N,) count its cells,
-        h = h - sigma / 4 * t ** (-2 / 3) * (len(Y) * p - 1)               # lower h of full cells
-        average = torch.lerp(average, h, 2 / (t + 1))                      # Polyak: noise cancels
+        h = h - sigma / 4 * step ** (-2 / 3) * (len(Y) * p - 1)            # lower h of full cells
+        average = torch.lerp(average, h, 2 / (step + 1))                   # Polyak: noise cancels
     return average
 
 
@@ -101,12 +103,12 @@ Solver = Literal["auto", "sgd", "adam", "pot"]
 class SDOTConfig:
     """How the dual weights are found. Step and temperature are in units of tau (section 4)."""
 
-    solver: Solver = "auto"    # auto: sgd, then adam if still 1.5 targets off | sgd | adam | pot
+    solver: Solver = "auto"    # auto | sgd | adam | pot: see above
     target: float = 0.1        # rms relative mass error to stop at; [SDFM]: no gain below 0.22
     budget: float = 4.0        # draw at most this many times N / target^2 noises
     lr: float = 0.0            # first step in units of tau; 0 = 0.5, for adam 0.3
-    temperature: float = 0.0   # softmax in place of argmax: [AF]'s eps_entropic in units of tau
-    ema: float = 0.0           # average iterates by this factor: [AF]'s ema_param; 0 = Polyak
+    temperature: float = 0.0   # softmax, not argmax: half of [AF]'s eps_entropic, in units of tau
+    ema: float = 0.0           # factor of an exponential average of h ([AF]'s); 0: Polyak's
     cluster: int = 32          # clips in a group, at least, where captions are unique
     memory: int = 64           # MiB for one block of scores: bounds memory whatever N is
     seed: int = 0              # seed of the noise that is drawn to solve
@@ -181,12 +183,12 @@ def rms(chi2: float) -> float:
 #     dp_j/dh_j = (1/N) m / sigma          dp_j/dsigma_j = (1/N) (E max^2 - 1) / sigma.
 # * Start: a target far from the mean (large sigma_j) wins too often. h_j = -q sigma_j with
 #   q = (E max^2 - 1) / m corrects that. Mass error of this start, N = 500: 0.59 in 64 dimensions
-#   and 0.36 in 1024. The start g = 0 of [AF] and POT has 2.6 and 10.7. In fewer than 8 dimensions
-#   scores are far from independent and the start is poor; adam repairs it, with more noise.
+#   and 0.36 in 1024. The start g = 0 of [AF] and POT has 2.6 and 10.7. In a few dimensions scores
+#   are far from independent and the start is poor; adam repairs it, with more noise.
 # * Step: with tau_j = sigma_j / m, h_j -= tau_j (p_j / b_j - 1) is a Newton step with the Hessian's
 #   diagonal alone. All steps below are multiples of tau, so scaling or moving the latents changes
 #   nothing. A step size in the usual variable g = 2 h + |y|^2 has no natural scale: |y|^2
-#   varies 28 times more than the h we look for (500 latents of 1024 numbers).
+#   varies 30 times more than the h we look for (500 latents of 1024 numbers).
 def expected_max(n: int) -> tuple[float, float]:
     """Compute (m, q) of the comment above for n standard normals by quadrature; (0, 0) for n = 1.
 
@@ -251,13 +253,12 @@ class Solution:
 
 def solve(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = None, key: int = 0,
           ranks: bool = False, on_step: Callable[[int, Tensor], None] | None = None) -> Solution:
-    """Solve one problem by stochastic ascent of the dual: [AF, its solver] with other parts.
+    """Solve one problem by stochastic ascent of the dual, as [AF] does, with another step and stop.
 
-    targets (N, ...), mass (N,) or uniform. `key` gives problems with one seed different noise.
-    ranks: all ranks of torch.distributed split each step's noise (from 512 on) and add their
-    counts. Any number of ranks, and a solve that is started again, give the same bits, because
-    noise is keyed and counts are integers (with a temperature: up to rounding). on_step(samples, h)
-    sees each iterate.
+    targets (N, ...), mass (N,) or uniform. `key` gives each problem noise of its own. ranks: share
+    each step's noise among the ranks of torch.distributed, if it is 512 or more. The weights are
+    the same bits on any number of ranks, and when a solve is repeated, because noise is keyed and
+    counts are integers (with a temperature: up to rounding). on_step(samples, h) sees each iterate.
     """
     cfg = cfg or SDOTConfig()
     problem = Problem(targets, mass, cfg, key, ranks, on_step)
@@ -301,8 +302,8 @@ class Problem:
         # size if there are 64 steps or more, so batches are as large as that allows.
         self.batch = max(32, min(max(2 * BLOCK, N // 4), int(self.needed / 64)))
         # chi_square has standard deviation sqrt(2 N) / noises. We measure until this is a quarter
-        # of target^2. For a small group that would take more noise than solving it; there a rougher
-        # measurement will do, since errors are averaged over groups.
+        # of target^2, but with a quarter of the noise that solving takes at most: small groups are
+        # measured more roughly, and errors are averaged over groups.
         self.test_noises = int(min(4 * math.sqrt(2 * N) / cfg.target ** 2, self.needed / 4)) + 2
         self.world, self.rank = 1, 0
         if ranks and self.batch >= 2 * BLOCK:            # each rank solves smaller ones whole
@@ -331,13 +332,13 @@ class Problem:
             counts, inner = both[:-1], both[-1].item()
         return counts, inner / total
 
-    def mass_error(self) -> Tensor:
+    def errors(self) -> Tensor:
         """Estimate the relative errors (N,) of the cell masses from one batch of fresh noise."""
         self.step, self.samples = self.step + 1, self.samples + self.batch
         return self.count(self.h, False, self.batch)[0] / (self.batch * self.b) - 1
 
     def move(self, by: Tensor, weight: float) -> None:
-        """Lower h by tau x `by` and average; `weight` is the new h's (`ema` overrides it)."""
+        """Subtract tau x `by` from h, and average: the new h has this weight, or 1 - cfg.ema."""
         self.h = self.centred(self.h - self.tau * by)
         weight = 1 - self.cfg.ema if self.cfg.ema else weight
         self.average = torch.lerp(self.average, self.h, weight)
@@ -356,17 +357,17 @@ class Problem:
 
 
 def averaged_sgd(p: Problem) -> Solution:
-    """Take steps of size t^(-2/3), average them with weights 1, 2, 3, ..., until the target is met.
+    """Take steps k of size k^(-2/3), averaged with weights 1, 2, 3, ..., until the target is met.
 
     The rms error is about 1.1 sqrt(N / S), so the first test comes after 1.3 N / target^2 noises.
-    The budget ends it too, and so does, with `auto`, an error that is far off.
+    It also stops when the budget is spent, or, with `auto`, when the error is far from the target.
     """
     cfg, test_at = p.cfg, 1.3 * p.needed
-    for t in itertools.count(1):
+    for step in itertools.count(1):
         # A cell that is 1000 times too large at the start would push its h down by 500 tau in one
         # step, and need many to come back. So errors larger than counting noise are clipped.
-        error = torch.minimum(p.mass_error(), 2 + 6 / (p.batch * p.b).sqrt())
-        p.move((cfg.lr or 0.5) * t ** (-2 / 3) * error, 2 / (t + 1))
+        error = torch.minimum(p.errors(), 2 + 6 / (p.batch * p.b).sqrt())
+        p.move((cfg.lr or 0.5) * step ** (-2 / 3) * error, 2 / (step + 1))
         if p.samples >= min(test_at, p.budget):
             found, test_at = p.measured("sgd"), 1.25 * p.samples
             if (p.samples >= p.budget or not p.misses(found, 1.0)
@@ -379,12 +380,12 @@ def adam(p: Problem) -> Solution:
     step size falls to 1/1000. Average the second half of the iterates."""
     p.h, first, second = p.average, torch.zeros_like(p.b), torch.zeros_like(p.b)
     last = max(1, math.ceil(min(2.6 * p.needed, p.budget - p.samples) / p.batch))
-    for t in range(1, last + 1):
-        error = p.mass_error()
+    for step in range(1, last + 1):
+        error = p.errors()
         first, second = 0.9 * first + 0.1 * error, 0.99 * second + 0.01 * error ** 2
-        lr = (p.cfg.lr or 0.3) * 1e-3 ** (t / last)
-        p.move(lr * first / (1 - 0.9 ** t) / ((second / (1 - 0.99 ** t)).sqrt() + 1e-8),
-               1 / max(1, t - last // 2))
+        lr = (p.cfg.lr or 0.3) * 1e-3 ** (step / last)
+        p.move(lr * first / (1 - 0.9 ** step) / ((second / (1 - 0.99 ** step)).sqrt() + 1e-8),
+               1 / max(1, step - last // 2))
     return p.measured("adam")
 
 
@@ -413,9 +414,9 @@ def caption_groups(captions: list[str], features: Tensor | None = None, size: in
                    seed: int = 0) -> Tensor:
     """Group clips by caption, or by similar captions where most are unique: M captions -> (M,) ids.
 
-    If there are at most half as many captions as clips, the clips of one caption are a group, else
-    a `cluster` of `size` clips or more. features (M, E): embeddings of the captions; without them
-    captions are compared by their words, each hashed to one of 256 numbers.
+    If captions have two clips or more on average, a group is the clips of one caption; else it is a
+    `cluster` of `size` or more clips with similar captions. features (M, E): embeddings of the
+    captions; without them captions are compared by their words, each hashed to one of 256 numbers.
     """
     ids = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     if len(ids) <= len(captions) / 2:
@@ -431,9 +432,9 @@ def caption_groups(captions: list[str], features: Tensor | None = None, size: in
 def cluster(embeddings: Tensor, size: int = 32, seed: int = 0, rounds: int = 20) -> Tensor:
     """Group (M, E) embeddings by k-means, with `size` or more rows in each group -> (M,) int64 ids.
 
-    Large groups have a price: inside one the noise tells clips with different captions apart, so
-    the model may trust the noise instead of the caption. Small groups have another: the gain grows
-    with m(size), which is 1.4 for 8 clips, 2.1 for 32, 3.0 for 500. The method is ours.
+    Large groups have a price: the noise then also tells captions of one group apart, and the model
+    may trust it instead of the caption. So have small ones: the gain grows with m(size), which is
+    1.4 for 8 clips, 2.1 for 32, 3.0 for 500. The method is ours.
     """
     E = embeddings.flatten(1).float()
     M, k = len(E), max(1, len(E) // (2 * size))
@@ -455,15 +456,15 @@ def cluster(embeddings: Tensor, size: int = 32, seed: int = 0, rounds: int = 20)
 
 
 def split_evenly(ends: Tensor, u: float) -> Tensor:
-    """Round cumulative shares (N,) to whole ones -> the shares (N,) int64. For u uniform in (0, 1)
-    each has its share in the mean, and is never further off than 1 (systematic sampling)."""
+    """Round shares, given as cumulative sums (N,), to integers (N,) int64 with the same total, each
+    by less than 1 (systematic sampling). For u uniform in (0, 1) their means are the shares."""
     return (ends.double() + min(max(u, 1e-6), 1 - 1e-6)).floor().diff(
         prepend=ends.new_zeros(1).double()).long()
 
 
 def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: float = 0.5) -> Tensor:
-    """Change as few entries of index (n,) as possible, at the least cost, so that cell j holds
-    exactly b_j n noises, rounded up or down: over u in (0, 1) exactly, in the mean.
+    """Change as few entries of index (n,) as possible, and cheaply, so that cell j holds b_j n of
+    the n noises, rounded up or down; averaged over u uniform in (0, 1), exactly b_j n.
 
     With K noises for each clip some cells hold more than their share, even if all are perfect: 37 %
     of the noises are surplus for K = 1, 13 % for K = 10. POT's exact solver moves those nearest to
@@ -475,11 +476,11 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: floa
     n, N = len(x), len(Y)
     share = b.double() * n
     quota, count = share.floor().long(), torch.bincount(index, minlength=N)
-    # Rounding down leaves places over: for the largest remainders, and among equals for cells that
-    # hold a surplus.
+    # Rounding down leaves places over. Where all remainders are equal they go to cells that hold a
+    # surplus; where masses differ, systematic sampling, or the same clips would lose each time.
     left, rest = n - quota.sum().item(), share - quota
-    if rest.max() - rest.min() > 1e-6:          # masses differ: systematic sampling, or else the
-        quota = split_evenly(n * b.double().cumsum(0) / b.sum(), u)     # same clips lose each time
+    if rest.max() - rest.min() > 1e-6:
+        quota = split_evenly(n * b.double().cumsum(0) / b.sum(), u)
     else:
         quota[torch.argsort(rest + 1e-6 * (count > quota), descending=True)[:left]] += 1
     short = ((quota - count) > 0).nonzero()[:, 0]
@@ -491,8 +492,8 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: floa
     by_cell = over[torch.argsort(loss)]                          # nearest to a wall first,
     by_cell = by_cell[torch.argsort(index[by_cell], stable=True)]            # cell after cell
     cells, sizes = torch.unique_consecutive(index[by_cell], return_counts=True)
-    move = torch.cat([rows[:c - w] for rows, c, w in zip(
-        by_cell.split(sizes.tolist()), count[cells].tolist(), quota[cells].tolist())])
+    move = torch.cat([rows[:len(rows) - w] for rows, w in zip(by_cell.split(sizes.tolist()),
+                                                              quota[cells].tolist())])
     places = (quota - count)[short].double().cpu().numpy()
     cost = -(x[move] @ Y[short].T).double().cpu().numpy()
     plan, log = ot.emd([1 / len(move)] * len(move), places / len(move), cost - cost.min(),
@@ -589,9 +590,6 @@ class Coupling:
         at = torch.empty_like(g)                                               # (B,) positions
         for u, r in zip(which.tolist(), rows.split(counts.tolist())):
             i, j = self.ends[u], self.ends[u + 1]
-            if j == i + 1:
-                at[r] = i
-                continue
             own = x[r.to(x.device)].to(self.Y)
             at[r] = i + assign(own, self.Y[i:j], self.h[i:j], self.cfg.memory).cpu()
         return self.order[at].to(x0.device)
@@ -603,11 +601,11 @@ class Coupling:
         return self.groups[row]
 
     def pairs(self, epoch: int = 0, repeat: int = 1) -> tuple[Tensor, Tensor]:
-        """Pair a whole epoch beforehand [AF stage 2]: keys and rows, both (repeat M,) int64.
+        """Pair a whole epoch before training [AF stage 2] -> (keys, rows), both (repeat M,) int64.
 
-        For loaders that read clips in their own order. Each clip comes exactly `repeat` times (with
-        masses: in proportion, in the mean over epochs), rebalanced inside its group. A pair is two
-        integers: `noise(keys)` draws its noise again. Pairs are sorted by group: shuffle them.
+        For loaders that read clips in an order of their own. Each clip comes exactly `repeat` times
+        (with unequal masses in proportion, averaged over epochs), rebalanced inside its group.
+        `noise(keys)` draws the noise of pairs again. Pairs are sorted by group: shuffle them.
         """
         keys, rows, used = [], [], epoch << 32                     # no two epochs share a key
         u = lambda i: torch.special.ndtr(keyed_noise((self.cfg.seed, 4, epoch, i), 1, 1)).item()
@@ -641,7 +639,7 @@ class Coupling:
         if found["chi2"] > 2.25 * self.cfg.target ** 2:
             what = "choose another solver" if self.cfg.solver == "pot" else "raise budget"
             lines.append(f"WARNING: the mass error missed its target of {self.cfg.target}: some "
-                         f"clips are drawn too rarely; {what}")
+                         f"clips are drawn too rarely (of identical ones, all but one); {what}")
         if found["expected"] < 0.02:
             why = ("nearly every group is a single clip" if 2 * len(sizes) > M else
                    "the gain falls as m(N) / sqrt(d)")
@@ -650,7 +648,7 @@ class Coupling:
 
     # -- keep
     def save(self, path: str | Path) -> None:
-        """Write everything but the latents (a fingerprint stands for them), whole or not at all."""
+        """Write all but the latents, of which a hash is kept: a whole file, or none."""
         buffer, part = io.BytesIO(), Path(f"{path}.part")
         torch.save({"format": 2, "cfg": asdict(self.cfg), "groups": self.groups,
                     "mass": self.mass, "h": self.h.cpu(), "found": self.found}, buffer)
