@@ -1,6 +1,6 @@
 """sample_parallel.py: one prompt, many ranks, the same clip: xDiT's parallel modes for a video DiT.
 
-        cfg 0: the prompt (the ranks of cfg 1, which have the null text, are arranged like these)
+        cfg 0: the prompt (cfg 1: the null text, on ranks that are arranged in the same way)
          pp 0: first half of the blocks     pp 1: second half
         .-----------------------------.    .-----------------------------.
         | tokens of patch m           | h  | tokens of patch m - 1       |-> v, gathered over cfg,
@@ -40,10 +40,10 @@ Run.   python sample_parallel.py       # every mode on a tiny model, and a time 
 Which mode.  CFG-parallel first, it is nearly free. Then Ulysses inside a node with fast links,
 PipeFusion across slow ones (its traffic does not grow with depth, and a rank needs only its own
 blocks), Ring where Ulysses runs out of heads. Bytes that one rank sends in a step of the 30b model
-(73,728 tokens, one row, bf16, 8 ranks, for CFG 2), by `traffic`: Ring 76 GB while it computes,
-Ulysses 19 GB that it waits for, PipeFusion 1.8 GB while it computes (what goes from stage to stage
-is fp32), CFG-parallel 0.02 GB. Ring inside PipeFusion sends its K, V cache round once for each
-patch: M times Ring's traffic in a block, M / pp times for a rank.
+(73,728 tokens, batch 1, bf16, 8 ranks; CFG: 2), by `traffic`: Ring 76 GB while it computes, Ulysses
+19 GB, half of it while it computes, PipeFusion 1.8 GB while it computes (what goes from stage to
+stage is fp32), CFG-parallel 0.02 GB. Ring inside PipeFusion sends its K, V cache round once for
+each patch: M times Ring's traffic in a block, M / pp times for a rank.
 
 Differences from the paper.
     - PipeFusion for video. xDiT has it for image models only; a fork (pds-amd/xDiT) adds Wan 2.2,
@@ -57,9 +57,9 @@ Differences from the paper.
     - Euler only: with two evaluations a step, "the previous step's K, V" would be half a step old.
     - No tensor parallelism (PipeFusion divides the weights), no data parallelism.
 
-Letters.  B samples, b rows of a batch (2B with guidance in one process); N video tokens, n those of
-a rank or a patch; P numbers in a token; D width; M patches; S steps; W warm-up steps; U, R Ulysses
-and Ring degrees; L text tokens (in `traffic`: blocks); t flow time.
+Letters.  B samples, b entries of a batch (2B with guidance in one process); N video tokens, n those
+of a rank or a patch; P numbers in a token; D width; M patches; S steps; W warm-up steps; U, R
+Ulysses and Ring degrees; L text tokens (in `traffic`: blocks); t flow time.
 """
 import argparse
 import itertools
@@ -99,8 +99,8 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
         pipefusion     patch m sees this step's K, V of patches 0..m, the last step's of the others
         distrifusion   each patch sees this step's K, V of itself, the last step's of all others
         no_exchange    each patch sees only itself, as independent tiles do
-    (Fresh and stale K, V are as in the figures of [PF] and [DF]. The last two are what one compares
-    with: no ranks run them.)
+    (Fresh and stale K, V are as in the figures of [PF] and [DF]. The last two are baselines: no
+    ranks run them.)
 
     The number of pipeline stages does not occur here: dividing the *blocks* among ranks changes who
     computes, not what is computed. ParallelSampler is tested against this function."""
@@ -109,7 +109,7 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
         raise ValueError(f"warmup {warmup}: patches need the K, V of at least one whole step")
     ts = (torch.linspace(0, 1, steps + 1) if ts is None else ts).to(x0.device)          # (S + 1,)
     M = 1 if mode == "exact" else patches
-    text, mask = both_branches(len(x0), text, mask, null, null_mask)                    # (b, L, D)
+    text, mask = both_branches(len(x0), text, mask, null, null_mask)               # (b, L, D_text)
     b, dtype = len(text), next(model.parameters()).dtype
     order = token_order(model, x0.shape, patch_axis, x0.device)                         # (N,)
     x = model.patchify(x0.float())[:, order].clone()               # (B, N, P): the state of the ODE
@@ -153,7 +153,7 @@ def guide(v, guidance):
 
 
 def both_branches(B, text, mask=None, null=None, null_mask=None):
-    """Join prompt and null text in one batch, prompts first: (text (b, L, D), mask (b, L) or None).
+    """Join prompt and null text in one batch, prompts first: (text (b, L, D_text), mask (b, L)).
     The shorter text is padded with tokens that the mask hides."""
     for m in (mask, null_mask):
         if m is not None and m.dtype != torch.bool:
@@ -166,12 +166,12 @@ def both_branches(B, text, mask=None, null=None, null_mask=None):
         ones = lambda x: torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         masks = [ones(x) if m is None else m.expand(x.shape[:2]) for x, m in both]
         mask = torch.cat([F.pad(m, (0, L - m.shape[1])) for m in masks])                # (2B, L)
-    return torch.cat([F.pad(x, (0, 0, 0, L - x.shape[1])) for x, _ in both]), mask      # (2B, L, D)
+    return torch.cat([F.pad(x, (0, 0, 0, L - x.shape[1])) for x, _ in both]), mask
 
 
 def data_columns(model, shape, rows):
-    """Mark with 1 the columns in which these tokens have data: (n, P) or (n, 1). Where several
-    latents are laid flat, a token has columns of the other latents: there x must stay zero."""
+    """Mark with 1 the columns of these tokens that hold data: (n, P) or (n, 1). If several latents
+    are laid flat, a token also has columns of the others, and there x must stay zero."""
     mask = model.token_mask(shape) if hasattr(model, "token_mask") else None
     return (torch.ones_like(model.positions(shape)[:, :1]) if mask is None else mask)[rows].float()
 
@@ -214,8 +214,8 @@ def token_order(model, shape, axis, device=None):
     one_of("patch-axis", axis, ("t", "h", "w"))
     if len(shape) != 5:                     # several latents laid flat: they have no common axis
         if axis != "t":
-            raise ValueError(f"patch-axis {axis}: x {tuple(shape)} is not (B, C, T, H, W), only t "
-                             "(the order of the tokens) is possible")
+            raise ValueError(f"patch-axis {axis}: only t (the order of the tokens) is possible for "
+                             f"x {tuple(shape)}, which is not (B, C, T, H, W)")
         return torch.arange(len(model.positions(shape)), device=device)
     d = "thw".index(axis) + 2
     coordinate = torch.arange(shape[d], device=device, dtype=torch.float32)
@@ -264,12 +264,11 @@ class Layout:
     def splice(self, r):
         """Permute K, V from the order in which a warm-up's all-to-all delivers them to the cache's.
 
-        The trap of PipeFusion x Ulysses. A warm-up delivers rows by rank, u0: p0 p1 | u1: p0 p1.
-        Later an exchange delivers one patch, p0: u0 u1, which must replace its own rows: so the
-        cache is kept by patch, p0: u0 u1 | p1: u0 u1. This is the rule of [XD] for its hybrids:
-        every rank of a sequence group must hold the same fresh K, V. With the orders mixed up a
-        patch overwrites half of itself and half of a neighbour, and the clip looks as if nothing
-        had happened (0.4 % off on the demo's model, where staleness costs 1 %)."""
+        With PipeFusion x Ulysses a warm-up delivers rank after rank, u0: p0 p1 | u1: p0 p1. Later
+        an exchange delivers one patch, p0: u0 u1, which must replace its own rows. So the cache is
+        kept by patch, p0: u0 u1 | p1: u0 u1. In the wrong order a patch overwrites half of itself
+        and half of a neighbour, and the clip looks right all the same (0.4 % off on the demo's
+        model, where staleness costs 1 %)."""
         patch = [torch.full((self.counts[m, r, u],), m, device=self.order.device)
                  for u in range(self.U) for m in range(self.M)]
         return torch.cat(patch).argsort(stable=True)
@@ -420,7 +419,8 @@ def attention_lse(q, k, v):
 
 
 class Ring:
-    """Ring attention [RA]: queries stay, K and V travel round in R - 1 hops behind the compute.
+    """Ring attention [RA]: queries stay, K and V travel round in R - 1 hops, each during the
+    attention to the block that is there.
 
     Two partial softmaxes merge exactly, in fp32 [RA, FA: the online softmax]:
         o += sigmoid(lse_i - lse) (o_i - o),   lse = logaddexp(lse, lse_i)
@@ -480,12 +480,10 @@ class StaleKV:
 
     def __call__(self, q, k, v):
         if self.at.patch is None:
-            q, self.k, self.v = (x[:, :, self.splice] for x in (q, k, v))      # patch-major, copies
-            o = torch.empty_like(q)
-            o[:, :, self.splice] = self.core(q, self.k, self.v)                         # and back
-            return o
-        slot = self.layout.slot(self.at.patch, self.r)
-        self.k[:, :, slot], self.v[:, :, slot] = k, v
+            self.k, self.v = k[:, :, self.splice], v[:, :, self.splice]         # copies, by patch
+        else:
+            slot = self.layout.slot(self.at.patch, self.r)
+            self.k[:, :, slot], self.v[:, :, slot] = k, v
         return self.core(q, self.k, self.v)
 
 
@@ -507,8 +505,8 @@ def inbox(shapes, dtype, src, group, device):
 class Outbox:
     """Sends messages to one rank, and keeps each tensor alive until it has left.
 
-    most: how many may be on their way, which bounds the memory. Below M it would deadlock, since
-    stage 0 receives a patch's latent only after it has worked on M patches more."""
+    most: how many may be on their way, which bounds the memory. Fewer than M would deadlock: stage
+    0 receives a patch's latent only when its turn comes again, M patches later."""
 
     def __init__(self, what, dst, group, most):
         self.what, self.dst, self.group, self.most, self.flying = what, dst, group, most, deque()
@@ -542,7 +540,7 @@ class Share:
         if s.cfg.size == 2:
             self.text = self.text.chunk(2)[s.cfg.index]                         # (b, L, D_text)
             self.mask = None if self.mask is None else self.mask.chunk(2)[s.cfg.index]
-        self.ts = ts.to(x0.device)                      # here, once: each such copy stops the CPU
+        self.ts = ts.to(x0.device)                      # once: a copy in each step would sync
         self.dtype = next(self.model.parameters()).dtype
 
     def embed(self, part):
@@ -606,7 +604,7 @@ class ParallelSampler:
                     dist.irecv(one, a, group).wait()
 
     def _agree(self, **mine):
-        """Raise ValueError on all ranks if one was called with other arguments: they would hang."""
+        """Raise ValueError on all ranks if their arguments differ: they would hang later."""
         first, *others = everyone(mine)
         for rank, theirs in enumerate(others, 1):
             for name, value in theirs.items():
@@ -668,8 +666,8 @@ class ParallelSampler:
         return self._assemble(share)
 
     def _probe(self, share, block):
-        """Send one token through a block: (its q, what comes out) tell the width, dtypes and heads
-        of whatever model this is."""
+        """Send one token through a block -> (its q, its output), which tell heads, width and dtypes
+        of any model."""
         seen = []
         with swapped_attention({block: lambda q, k, v: seen.append(q) or attention(q, k, v)}):
             hidden = block(share.embed(slice(1)), share.pos[:1], share.condition(0), share.text,
@@ -717,7 +715,7 @@ class ParallelSampler:
         v = guide(v, guidance) if share.guided else v                           # (B, n, P)
         share.x[:, part] += (share.ts[i + 1] - share.ts[i]) * v * share.real[part]      # Euler
         if outbox and i < self.steps - 1:
-            outbox.send(share.x[:, part])       # no copy: they change only when stage 0 has them
+            outbox.send(share.x[:, part])       # may be a view: it changes when stage 0 has it
 
     def _attend(self, layout, tokens, at):
         """Nest a block's attention: Ulysses( StaleKV( Ring or plain ) ), less what has degree 1."""
@@ -749,8 +747,8 @@ class Elsewhere(nn.Module):
 
 
 def keep_stage(model, pp, index):
-    """Drop the blocks of the other stages, in place: a PipeFusion rank needs 1/pp of them. On the
-    meta device, as `prepare` of train.load_run, it keeps their weights from being read at all."""
+    """Drop the blocks of the other stages, in place: a PipeFusion rank needs 1/pp of them. As
+    `prepare` of train.load_run it works on the meta device, so their weights are never read."""
     mine = spans(split(len(model.blocks), pp))[index]
     for i in range(len(model.blocks)):
         if not mine.start <= i < mine.stop:
@@ -843,9 +841,8 @@ class Halo(TorchFunctionMode):
     def over_space(self, n, sequences, device):
         """Tell whether a batch of `sequences` of n tokens each is over space, or over time.
 
-        Over space n is a multiple of the band's pixels, over time the number of sequences is. That
-        can be ambiguous on one rank and clear on another, so the ranks keep what all of them
-        consider possible."""
+        Over space n is a multiple of the band's pixels, over time the number of sequences is. One
+        rank may find both possible where another finds one, so they keep what all find possible."""
         pixels = self.rows[self.axis.index] * self.width
         possible = torch.tensor([n % pixels == 0, sequences % pixels == 0], device=device).int()
         dist.all_reduce(possible, dist.ReduceOp.MIN, group=self.axis.group)
@@ -863,25 +860,18 @@ class Halo(TorchFunctionMode):
         return func(q, k, v, *args, **kwargs)
 
 
-def world_axis():
-    """Make one axis of all ranks: decoding needs no mesh."""
-    if not dist.is_initialized():
-        return Axis()
-    return Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
-
-
 @torch.no_grad()
 def halo_decode(decode, z):
     """Decode z (B, C, T, H, W), the same on all ranks, with a band of rows on each -> the clip,
     equal to decode(z) up to rounding, on rank 0 (None on the others). Memory for activations falls
     with the number of ranks."""
-    axis = world_axis()
-    if z.dim() != 5 or z.shape[3] < axis.size:
-        raise ValueError(f"decode halo: latent {tuple(z.shape)} has no {axis.size} bands of rows, "
-                         "use --decode one")
-    if axis.size == 1:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if z.dim() != 5 or z.shape[3] < world:
+        raise ValueError(f"decode halo: latent {tuple(z.shape)} has no {world} bands of rows, use "
+                         "--decode one")
+    if world == 1:
         return decode(z)
-    rows = split(z.shape[3], axis.size)
+    axis, rows = Axis(world, dist.get_rank(), dist.group.WORLD), split(z.shape[3], world)
     with Halo(axis, rows, z.shape[4]):
         y = decode(z[:, :, :, spans(rows)[axis.index]])
     heights, W = everyone(y.shape[3]), z.shape[4]
@@ -898,8 +888,8 @@ def halo_decode(decode, z):
 # ---- 8. What is sent -----------------------------------------------------------------------------
 def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None, cfg=1, pp=1,
             ring=1, ulysses=1):
-    """Compute the bytes that one rank sends in S steps, by purpose, for equal shares [XD table 1,
-    made exact].
+    """Compute the bytes that one rank sends in S steps, by purpose, for equal shares. The numbers
+    of one step (our count; [XD] gives orders):
 
         ulysses   4 b n D (U-1)/U L/pp     Q, K, V out and O back; n = N/UR, b rows of a batch
         ring      2 b n D (R-1) L/pp       K, V, R - 1 hops; in PipeFusion the whole cache, M times
@@ -911,7 +901,7 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None
     q, k, v; hidden_size: between blocks, where that differs (autocast).
 
     Where compute hides all messages, a pipeline is S / (W + ((S - W) M + pp - 1) / (M pp)) times as
-    fast as one rank [PF]; the other modes divide evenly."""
+    fast as one rank (our count); the other modes divide evenly."""
     b, n, layers = B * branches / cfg, N / (ring * ulysses), math.ceil(L / pp)
     rounds = W + (S - W) * M if pp > 1 else S
     sent = {
@@ -927,7 +917,7 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None
 # ---- 9. A run and its check ----------------------------------------------------------------------
 def rounding(model, steps):
     """Bound how far rounding may move a clip, relative to its largest value: 2^-24 in fp32 (2^-8 in
-    bf16) for each of about 6 matrix products in a block and step, as if all errors added up; at
+    bf16) for each of about 6 matrix products in a block and step, all errors adding up; at
     most 3 %. Measured errors are a tenth of it; a wrong algorithm is off by 1e-3 or more (the demo
     shows one)."""
     unit = torch.finfo(next(model.parameters()).dtype).eps / 2
@@ -1225,12 +1215,12 @@ def demo(out="out/sample_parallel"):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 def fail(message):
-    """Print one line, once, and exit with status 2. torchrun ends all ranks at the first exit, so
-    the others give rank 0 the time to print."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"sample_parallel.py: {message}", file=sys.stderr, flush=True)
-    else:
+    """Print one line and exit with status 2. torchrun ends all ranks at the first exit. So the
+    others wait, and a mistake that is made on all ranks is told by rank 0 alone."""
+    if rank := int(os.environ.get("RANK", 0)):
         time.sleep(2)
+        message = f"rank {rank}: {message}"
+    print(f"sample_parallel.py: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -1279,6 +1269,8 @@ def parse(argv=None):
     a("--check", action="store_true", help="compare with one process; exit status 1 if it differs")
     a("--device", default="cpu", choices=("cpu", "cuda"), help="gloo, or NCCL with a GPU a rank")
     args = p.parse_args(argv)
+    if args.workdir == "":
+        p.error("--workdir '': no such folder")
     given = [n for n, value in vars(args).items() if value != p.get_default(n)]
     if given and not args.workdir:
         flag = given[0].replace("_", "-")
@@ -1311,8 +1303,7 @@ def prompts_of(args):
             raise ValueError(f"--prompt-file {args.prompt_file}: {error}") from None
         prompts += [line.strip() for line in re.split(r"\r?\n", lines) if line.strip()]
     if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError("--prompt: needed with --workdir (or --prompt-file with one), and must "
-                         "not be empty")
+        raise ValueError("--prompt: needed with --workdir, or --prompt-file; neither may be empty")
     if args.mode == "every" and len(prompts) > 1:
         raise ValueError(f"--mode every: takes one prompt, not {len(prompts)}")
     return prompts
@@ -1359,8 +1350,8 @@ def check_run(args, train, prompts, world, fits):
     fits(steps=len(ts) - 1, depth=len(run.dit.blocks), heads=run.dit.cfg.heads)
     bands = len(shape) == 4 and shape[2] >= world           # (C, T, H, W), not VidTwin's flat ones
     if args.decode == "halo" and not bands:
-        raise ValueError(f"--decode halo: latents {shape} cannot be cut so for {world} ranks, use "
-                         "--decode one")
+        raise ValueError(f"--decode halo: latents {shape} have no band of rows for each of {world} "
+                         "ranks, use --decode one")
     if args.decode == "auto":
         args.decode = "halo" if bands and world > 1 else "one"
     if int(os.environ.get("RANK", 0)) == 0:

@@ -117,6 +117,7 @@ OTHERS = [      # where the other of two flags is named
     ("--dit.dim 102", "--dit.heads 4: does not divide dim 102"),
     ("--clips.size 16 32", "unrecognized arguments: 32"), ("toy", "unrecognized arguments: toy"),
     ("--tae vidtwin --coupling independent --clips.images 0.1", "--variant vidtwin: its clips "),
+    ("--clips.size 16 --loss.gan 0.1", "--clips.size 16: the discriminator of --loss.gan needs 24"),
     ("--clips.frames 24", "24: at most 20 frames in the toy world; longer clips need --data"),
     ("--train_tae.window 32", "32: at most 20 frames in the toy world; longer clips need --data"),
 ]
@@ -319,6 +320,18 @@ def test_wrong_for_so_many_ranks(refused, monkeypatch, ranks, flags, said):
     """Without a process group: what the number of ranks decides is asked before anything else."""
     monkeypatch.setattr(train, "world_size", lambda: ranks)
     assert said in refused(flags.split())
+
+
+def test_ranks_share_only_what_is_still_to_be_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    cfg, mesh = train.parse(["--train_tae.image_steps", "0"])[0], train.Mesh(dp=3)
+    share = lambda last: train.check_shares(cfg, mesh, tmp_path, last)
+    cfg.train_tae.batch = 6                                     # of 16 clips 3 ranks make no shares
+    share("latents")
+    with pytest.raises(train.UserError, match="--batch 16"):
+        share("all")
+    (tmp_path / "model.safetensors").touch()
+    share("report")
 
 
 def test_every_flag_has_a_wrong_value():

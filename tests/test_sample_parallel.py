@@ -831,13 +831,14 @@ def test_bad_arguments_are_one_line_and_status_2(argv, world, message, capsys, m
     argv = ["--workdir", "runs/none", "--prompt", "a red circle", *argv]
     code, err = exits(argv, capsys, WORLD_SIZE=world, RANK=0)
     assert code == 2 and message in err and err.count("\n") == 1
-    code, err = exits(argv, capsys, WORLD_SIZE=max(world, 2), RANK=1)       # the others are silent
-    assert code == 2 and err == ""
+    code, err = exits(argv, capsys, WORLD_SIZE=max(world, 2), RANK=1)
+    assert code == 2 and err.startswith("sample_parallel.py: rank 1: ") and err.count("\n") == 1
 
 
 def test_flags_without_a_run(capsys):
     for argv, message in ((["--prompt", "a"], "--workdir: needed with --prompt"),
-                          (["--workdir", "runs/none"], "--prompt: needed")):
+                          (["--workdir", "runs/none"], "--prompt: needed"),
+                          (["--workdir", ""], "--workdir '': no such folder")):
         code, err = exits(argv, capsys)
         assert code == 2 and message in err and err.count("\n") == 1
 

@@ -686,6 +686,16 @@ def test_a_run_never_writes_latents_of_another(finished, tmp_path, capfd):
     assert latents(base, finished, 1) == 0 and files() == before
 
 
+def test_longer_clips_of_other_shapes_do_not_bounce():
+    """Objects are placed for as many frames as are drawn: they move in a straight line to the end,
+    as their captions say."""
+    cfg = train.parse("--coupling independent --clips.frames 8 --clips.others 20x32x32".split())[0]
+    clips = train.ToyClips(cfg)
+    ends = [clips.clip("dit", i, (20, 32, 32)) for i in range(40)]
+    right = [train.world.judge(x[:, 12:], caption)["direction"] for x, caption in ends]
+    assert sum(right) >= 38
+
+
 def test_the_clips_of_the_dit_stage_have_their_own_share_of_signs():
     def captions(signs, split):
         cfg = train.Config(clips=train.ClipConfig(things=2, signs=signs))

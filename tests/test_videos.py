@@ -465,6 +465,18 @@ def test_windows_are_frames_at_an_interval(grey):
     assert seen == {1, 2}
 
 
+def test_the_curriculum_of_the_autoencoder_reaches_its_last_interval(grey, monkeypatch):
+    """--train_tae.motion 2: every frame at first, at the end also every second one."""
+    clips, real, seen = folder_of(grey, "--train_tae.motion", "2"), train.read_window, set()
+    monkeypatch.setattr(train, "read_window", lambda path, start, interval, *rest:
+                        seen.add(interval) or real(path, start, interval, *rest))
+    for done, intervals in ((0.0, {1}), (1.0, {1, 2})):
+        seen.clear()
+        for i in range(0, 16 * train.CROPS, train.CROPS):
+            clips.clip("tae", i, (8, 32, 32), done)
+        assert seen == intervals
+
+
 @pytest.mark.parametrize("frames, cut", [(1000, 800), (80, 64), (79, 63), (60, 44), (32, 16),
                                          (31, 0), (16, 0), (5, 0)])
 def test_what_is_held_out(frames, cut):
