@@ -525,7 +525,7 @@ SCALES: dict[str, Callable[[], Config]] = {
         flow=FlowConfig(std=1.3, shift=3.0),    # four times the values of the toy's latents
         sample=SampleConfig(steps=25, schedule="shifted", guidance=4.0),
     ),
-    # 8 GPUs, weeks: 4 s at 8 frames a second, 256 px; 4 x 16 x 16 = 1024 tokens
+    # 8 GPUs, days: 4 s at 8 frames a second, 256 px; 4 x 16 x 16 = 1024 tokens
     "1b": lambda: paper_scale(
         "1b", ClipConfig(frames=32, size=256, count=1_000_000, images=0.1, workers=8),
         TrainTAE(steps=100_000, batch=64, image_steps=50_000, image_batch=256),

@@ -2,7 +2,7 @@
 like after 10, 25, 50 and 100 % of the steps?
 
 Run:    python studies/healthy_run.py runs/toy
-        python studies/healthy_run.py runs/small --watch, while train.py --scale small is at work
+        python studies/healthy_run.py runs/small --watch     # while train.py is at work there
 Time:   10 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
 Answer: a picture to compare your own run with (assets/healthy.png). Colour and direction come
         first, then letters, then outlines; the validation loss falls to the end, 0.69 to 0.39.

@@ -23,7 +23,7 @@ and a difference d is decided (95 %) if it is more than 1.96 standard deviations
     n > (P + E / K) / ((d / 1.96)^2 - T / K),   and K > T (1.96 / d)^2, or no n is enough
 
 An interval over prompts alone, as one has with one training of each arm, leaves T out. The other
-has Student's t in place of 1.96, since five pairs tell little of T (Satterthwaite's formula); for
+has Student's t in place of 1.96, since five pairs estimate T poorly (Satterthwaite's formula); for
 the same reason the number of prompts is given at both ends of an 80 % interval of T, too. Training
 k of every arm has the same seed: first weights, order of the clips, noise. Guidance and steps are
 the toy's, chosen for flow matching.
