@@ -11,9 +11,9 @@ many steps that buys; the table says what was really taken. VidTwin, a transform
 needs longer: in a fourth arm its autoencoder has four times the time, and trains on clips of one
 object, on which it comes further than on crowds. Every arm has 64 tokens of 32 numbers.
 
-A validation loss compares runs that share a latent, not different ones: it says what share of a latent's
-variance is left open by prompt and noisy latent, detail that nobody sees included. These figures
-mean the same in every arm:
+A validation loss compares runs that share a latent, not different ones: it says what share of a
+latent's variance is left open by prompt and noisy latent, detail that nobody sees included. These
+figures mean the same in every arm:
 - one step: what the DiT predicts from pure noise, where no latent has told anything yet, decoded
   and compared with real clips of the prompt. No prediction is nearer to them than their mean (but
   what is decoded is the mean of latents, and a decoder may make more or less of that).
