@@ -119,7 +119,7 @@ class DiTConfig:
     dim: int = 192                  # width of the residual stream
     depth: int = 6                  # blocks
     heads: int = 6                  # heads of self-attention and of cross-attention
-    ffn: int = 0                    # width of the SwiGLU; 0: LLaMa's 8/3 dim, to a multiple of 32
+    ffn: int = 0                    # width of the SwiGLU; 0: 8/3 dim, rounded up to 32 (LLaMa)
     text_dim: int = 0               # width of the text tokens; 0: dim
     adaln: str = "shared"           # shared: one Linear, and a table for each block | per_block
     conditioning: str = "adaln_zero"  # how t enters: adaln_zero, adaln, cross_attention, in_context

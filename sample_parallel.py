@@ -891,7 +891,7 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None
     """Compute the bytes that one rank sends in S steps, by purpose, for equal shares. The numbers
     of one step (our count; [XD] gives orders):
 
-        ulysses   4 b n D (U-1)/U L/pp     Q, K, V out and O back; n = N/UR, b rows of a batch
+        ulysses   4 b n D (U-1)/U L/pp     Q, K, V out and O back; n = N/UR, b entries of a batch
         ring      2 b n D (R-1) L/pp       K, V, R - 1 hops; in PipeFusion the whole cache, M times
         cfg       B n P                    the output, once a step, fp32
         hidden    b n D                    a stage to the next. No L: it does not grow with depth
@@ -1215,8 +1215,8 @@ def demo(out="out/sample_parallel"):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 def fail(message):
-    """Print one line and exit with status 2. torchrun ends all ranks at the first exit. So the
-    others wait, and a mistake that is made on all ranks is told by rank 0 alone."""
+    """Print one line and exit with status 2. torchrun ends all ranks of a node at the first exit.
+    So the others wait, and a mistake that is made on all of them is told once."""
     if rank := int(os.environ.get("RANK", 0)):
         time.sleep(2)
         message = f"rank {rank}: {message}"

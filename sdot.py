@@ -16,10 +16,10 @@ optimal pairing of ALL noise with ALL clips: the noise that belongs to clip j is
 
 ANY h gives a pairing that is optimal for the masses that its cells happen to have. The solver only
 has to make these masses equal to the frequencies b_j of the clips. The dual problem is concave and
-its gradient goes as b_j - P(x in L_j). So: draw noise, count how much falls into each cell, and
-lower h_j where it was too much. That is the algorithm: no Sinkhorn iterations, no M x M matrix.
-After S noises the relative mass error is about sqrt(M / S), the error of counting itself (but not
-in a few dimensions).
+its gradient is proportional to b_j - P(x in L_j). So: draw noise, count how much falls into each
+cell, and lower h_j where it was too much. That is the algorithm: no Sinkhorn iterations, no M x M
+matrix. After S noises the relative mass error is about sqrt(M / S), the error of counting itself
+(but not in few dimensions).
 
 Papers.  [AF] AlignFlow, arXiv 2510.15038 (the map, eq. 5; its cells, eq. 6; one problem per class;
 stored pairs).  [PASGD] 2510.27340 (averaged SGD on the dual, as in POT's ot.semidiscrete).
@@ -36,8 +36,9 @@ Contract.  latents (M, ...) normalised like the model's data, fp32; from a VAE t
 share a caption (or a `cluster` of captions). x0 (B, ...) ~ N(0, I), shaped like a latent, never
 changed. couple(x0, groups) -> (B,) int64 rows of the data set.  Draw the group by its frequency,
 then the noise independently of it; then the noise picks the clip. So x0 given a caption is N(0, I).
-Flips and other augmentations that can be listed enter as rows of their own (row mod the clips):
-flip the clip, then encode it, since a flipped latent is not the latent of the flipped clip.
+Flips and other augmentations that can be listed enter as rows of their own (row modulo the number
+of clips is the clip): flip the clip, then encode it, since a flipped latent is not the latent of
+the flipped clip.
 
 Run.   python sdot.py      # cells.gif, convergence beside POT, an epoch of pairs: 20 s on one core
 
@@ -103,7 +104,7 @@ Solver = Literal["auto", "sgd", "adam", "pot"]
 class SDOTConfig:
     """How the dual weights are found. Step and temperature are in units of tau (section 4)."""
 
-    solver: Solver = "auto"    # auto | sgd | adam | pot: see above
+    solver: Solver = "auto"    # auto: sgd, then adam if still 1.5 targets off | sgd | adam | pot
     target: float = 0.1        # rms relative mass error to stop at; [SDFM]: no gain below 0.22
     budget: float = 4.0        # draw at most this many times N / target^2 noises
     lr: float = 0.0            # first step in units of tau; 0 = 0.5, for adam 0.3
@@ -183,7 +184,7 @@ def rms(chi2: float) -> float:
 #     dp_j/dh_j = (1/N) m / sigma          dp_j/dsigma_j = (1/N) (E max^2 - 1) / sigma.
 # * Start: a target far from the mean (large sigma_j) wins too often. h_j = -q sigma_j with
 #   q = (E max^2 - 1) / m corrects that. Mass error of this start, N = 500: 0.59 in 64 dimensions
-#   and 0.36 in 1024. The start g = 0 of [AF] and POT has 2.6 and 10.7. In a few dimensions scores
+#   and 0.36 in 1024. The start g = 0 of [AF] and POT has 2.6 and 10.7. In few dimensions scores
 #   are far from independent and the start is poor; adam repairs it, with more noise.
 # * Step: with tau_j = sigma_j / m, h_j -= tau_j (p_j / b_j - 1) is a Newton step with the Hessian's
 #   diagonal alone. All steps below are multiples of tau, so scaling or moving the latents changes
@@ -433,8 +434,8 @@ def cluster(embeddings: Tensor, size: int = 32, seed: int = 0, rounds: int = 20)
     """Group (M, E) embeddings by k-means, with `size` or more rows in each group -> (M,) int64 ids.
 
     Large groups have a price: the noise then also tells captions of one group apart, and the model
-    may trust it instead of the caption. So have small ones: the gain grows with m(size), which is
-    1.4 for 8 clips, 2.1 for 32, 3.0 for 500. The method is ours.
+    may trust it instead of the caption. Small groups have one, too: the gain grows with m(size),
+    which is 1.4 for 8 clips, 2.1 for 32, 3.0 for 500. The method is ours.
     """
     E = embeddings.flatten(1).float()
     M, k = len(E), max(1, len(E) // (2 * size))
@@ -477,7 +478,8 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: floa
     share = b.double() * n
     quota, count = share.floor().long(), torch.bincount(index, minlength=N)
     # Rounding down leaves places over. Where all remainders are equal they go to cells that hold a
-    # surplus; where masses differ, systematic sampling, or the same clips would lose each time.
+    # surplus; where masses differ, systematic sampling gives them out, or the same clips would lose
+    # each time.
     left, rest = n - quota.sum().item(), share - quota
     if rest.max() - rest.min() > 1e-6:
         quota = split_evenly(n * b.double().cumsum(0) / b.sum(), u)

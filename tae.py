@@ -1018,7 +1018,7 @@ def vgg_perceptual() -> Callable[[Tensor, Tensor], Tensor]:
 
 class Objective(nn.Module):
     """Compute the training loss of an autoencoder and, where the GAN weight is not 0, of its
-    discriminator: reconstruction + KL [LDM] + outlier penalty [MG] + adversary [VQ].
+    discriminator: reconstruction + KL [LDM] + outlier penalty [MG] + GAN loss [VQ].
 
     One backward pass serves both. The reconstruction is judged with the discriminator held fixed,
     and the discriminator learns from the detached reconstruction, so neither gets the other's
@@ -1046,7 +1046,7 @@ class Objective(nn.Module):
             loss = loss + cfg.opl * outlier_penalty(posterior.mean, cfg.opl_r)
         if self.discriminator is None:
             return loss
-        if step < cfg.gan_start:            # unused, but DDP wants a gradient of every parameter
+        if step < cfg.gan_start:            # idle, but with a gradient (0) for every parameter
             return loss + 0 * sum(p.sum() for p in self.discriminator.parameters())
         self.discriminator.requires_grad_(False)
         adversarial = -self.discriminator(recon).mean()
@@ -1245,7 +1245,7 @@ def moving_squares(n: int, T: int, seed: int, H: int = 32) -> Tensor:
 
 
 def train(tae: TAE, steps: int, seed: int) -> TAE:
-    """Train a toy autoencoder: an image autoencoder on frames, one of video on windows of 8
+    """Train a toy autoencoder: an image autoencoder on frames, a video autoencoder on windows of 8
     frames and, every fourth step, on images."""
     from tqdm import trange
 
@@ -1308,7 +1308,7 @@ def demo(out: Path, seed: int = 0) -> bool:
     draw(out, x, recon)
     before, after = (psnr(y, x).mean().item() for y in (before, recon))
     print(f"reconstruction: {before:.1f} dB inflated, {after:.1f} dB trained")
-    print(f"96 frames in tiles of 32: {psnr(tiled, whole).item():.1f} dB against decoding it whole")
+    print(f"96 frames in tiles of 32: {psnr(tiled, whole).item():.1f} dB against the whole clip")
     ok = True
     for claim, value, bound in (
             ("Conv25D of folded frames and conv_2_5d differ by", (folded - plain).abs().max(),

@@ -102,7 +102,7 @@ class TextConfig:
     precision: str = "bf16"     # pretrained: bf16 | fp32, of the frozen encoders and their features
     offload: str = "disk"       # pretrained: where an unused encoder stays: disk | cpu | never
     batch: int = 16             # pretrained: prompts at a time
-    without: str = ""           # words | bytes | concepts: an encoder that P does not have
+    without: str = ""           # words | bytes | concepts: one to leave out (its null token stays)
 
     def __post_init__(self):
         one_of("mode", self.mode, ("toy", "pretrained"))
@@ -141,7 +141,7 @@ QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|”([^”
 def clean(prompt):
     """Normalise a prompt to NFC, so that é is the same whether typed as one character or as two.
 
-    ValueError for a lone surrogate (half of a broken emoji), and a NUL, which `words_of` uses."""
+    ValueError for a lone surrogate (half of a broken emoji), and for a NUL (`words_of`)."""
     if not isinstance(prompt, str) or re.search("[\0\ud800-\udfff]", prompt):
         raise ValueError(f"prompt {prompt!r:.60}: not text, or it has a NUL or a lone surrogate")
     return unicodedata.normalize("NFC", prompt)

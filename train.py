@@ -73,7 +73,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # hides DDP's warning of unused parameters
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # or DDP warns that no parameter is unused
 if __name__ == "__main__":      # for `listen`; before numpy starts threads, which inherit the mask
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
@@ -245,9 +245,9 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}       # blocked at the
 def listen() -> None:
     """Wait for Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before it takes the machine) in a
     thread. While a model trains, the first signal makes `optimize` write a checkpoint and stop.
-    Otherwise, and at a second one 3 s later, the process ends at once: what a later stage reads is
-    written whole or not at all. A handler in the main thread would be delayed by whatever that
-    thread waits for."""
+    Otherwise, and at another one after 3 s or more, the process ends at once: what a later stage
+    reads is written whole or not at all. A handler in the main thread would be delayed by whatever
+    that thread waits for."""
 
     def hear() -> None:
         name = signal.Signals(signal.sigwait(SIGNALS)).name
@@ -977,7 +977,7 @@ def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
 
 
 def upright(frame, short_side: int, pixel_aspect) -> Tensor:
-    """Make the picture that a player shows (h, w, 3) uint8, the short side shrunk to short_side."""
+    """Make the picture that a player shows: (h, w, 3) uint8, short side shrunk to short_side."""
     w, h, (a, b, c, d) = shown_as(frame, pixel_aspect)
     scale = short_side / min(w, h)
     w, h = max(short_side, round(w * scale)), max(short_side, round(h * scale))
@@ -2613,8 +2613,8 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
 
 
 def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str) -> None:
-    """Raise UserError if clips, heads or tokens cannot be shared out in the stages still to come,
-    up to `last`."""
+    """Raise UserError if heads or tokens cannot be shared out, or the clips of the stages that are
+    still to come, up to `last`."""
     parts, todo = cfg.train_dit.accumulate, []
     if last not in STAGES[:3] and not (folder / "model.safetensors").exists():
         todo = [("--batch", cfg.train_dit.batch, mesh.data[1] * parts)]
@@ -2671,7 +2671,7 @@ def copies(cfg: Config, command: Command, ranks: int) -> int:
 
 
 def known_videos(cfg: Config, folder: Path, mesh: Mesh) -> list[list]:
-    """List the videos that a run, or its --base with the same latents, began with, or look anew."""
+    """List the videos a run began with, or a --base whose latents it shares; else look for them."""
     places = [folder, Path(cfg.base)] if cfg.base and same_latents(cfg) else [folder]
     tables = from_rank0([p / "videos.json" for p in places if (p / "videos.json").exists()])
     return read_json(tables[0]) if tables else find_videos(cfg, mesh)

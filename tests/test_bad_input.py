@@ -326,9 +326,9 @@ def test_ranks_share_only_what_is_still_to_be_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "world_size", lambda: 3)
     cfg, mesh = train.parse(["--train_tae.image_steps", "0"])[0], train.Mesh(dp=3)
     share = lambda last: train.check_shares(cfg, mesh, tmp_path, last)
-    cfg.train_tae.batch = 6                                     # of 16 clips 3 ranks make no shares
+    cfg.train_tae.batch = 6
     share("latents")
-    with pytest.raises(train.UserError, match="--batch 16"):
+    with pytest.raises(train.UserError, match="--batch 16"):    # three ranks cannot share 16 clips
         share("all")
     (tmp_path / "model.safetensors").touch()
     share("report")

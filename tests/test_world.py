@@ -76,7 +76,7 @@ def test_with_several_objects_words_of_every_length_are_as_often_and_of_one_heig
     rng = random.Random(5)
     signs = [t for _ in range(400) for t in world.sample_world(rng, 2, cap=world.cap_of(2)).things
              if t.word]
-    assert 260 < len(signs) < 380                                       # 2 in 5 of 800
+    assert 290 < len(signs) < 370                                       # 2 in 5 of 800
     for length in (1, 2, 3):
         assert 0.2 < sum(len(t.word) == length for t in signs) / len(signs) < 0.5
     heights = {world.bitmap(*world.bitmap_of(t, 64)).shape[1] for t in signs}
