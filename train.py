@@ -2709,7 +2709,7 @@ def work(cfg: Config, command: Command) -> None:
             raise Stopped(f"{name}: stopped after this stage; start again to continue")
     if report:
         try:
-            print("\n".join(in_words(report)), f"\nlook at {run.folder / 'index.html'}", flush=True)
+            print(*in_words(report), f"look at {run.folder / 'index.html'}", sep="\n", flush=True)
         except BrokenPipeError:             # train.py | head: Python would flush again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

@@ -940,6 +940,16 @@ def test_nobody_listening_ends_no_run(before_dit, finished, closed):
     assert rows[-1]["stage"] == "report" and rows[-1]["event"] == "done"
 
 
+@pytest.mark.parametrize("stage, said", [("all", True), ("report", True), ("sample", False)])
+def test_the_figures_are_said_when_the_report_was_made(tmp_path, monkeypatch, capfd, stage, said):
+    for name in ("train_tae", "encode_latents", "couple_latents", "train_dit", "make_samples"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr(train, "make_report", lambda *_: {"dit_val_loss": 0.5})
+    monkeypatch.setattr(train, "in_words", lambda report: [f"loss {report['dit_val_loss']}"])
+    assert train.main(["--workdir", str(tmp_path / "run"), "--stage", stage]) == 0
+    assert capfd.readouterr().out == f"loss 0.5\nlook at {tmp_path}/run/index.html\n" * said
+
+
 def test_a_warning_is_a_line_of_its_own(monkeypatch, capfd):
     def work(*_):
         for _ in train.tqdm(range(1), "latents"):
