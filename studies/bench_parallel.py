@@ -4,7 +4,7 @@ of the link between them?
 Run:    python studies/bench_parallel.py --links none 1gbit 100mbit
 Time:   10 minutes on 2 cores; `--links` needs root and Linux, without it 4 minutes
 Answer: with 784 tokens CFG-parallel and PipeFusion gain on every link, Ring and Ulysses on a fast
-        one only; with 64 tokens CFG-parallel alone gains on every link.
+        one only; with 128 tokens CFG-parallel alone gains on every link.
 
 The same clips in each mode in turn, one thread a rank, the median of the ratios of each round. A
 link is two network namespaces joined by a veth pair with a token bucket (tbf); where that is not
