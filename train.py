@@ -26,7 +26,7 @@ through the stages.
 Run.   torchrun train.py --scale toy                    # all stages; no download, no GPU, no data
        torchrun train.py --scale toy --data DIR --workdir runs/mine       # captioned videos
        torchrun --nproc_per_node 2 train.py --scale toy --dp 2            # parameters sharded
-       torchrun train.py --init runs/toy --data DIR --workdir runs/tuned  # from another's weights
+       torchrun train.py --init runs/mine --data DIR --workdir runs/more  # from another's weights
        python train.py --scale 30b --plan --gpus 6144 --sp 12   # its memory and time, without a GPU
        python train.py --help                           # every field of every config is a flag
 
