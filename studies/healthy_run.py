@@ -96,6 +96,7 @@ def picture(losses, frames, prompts, path):
     figure = plt.figure(figsize=(1.5 * len(prompts) + 0.5, 3 + 1.4 * len(frames) + 0.8))
     above, below = figure.subfigures(2, 1, height_ratios=(3, 1.4 * len(frames) + 0.8))
     train.plot_losses(above, losses)
+    above.subplots_adjust(wspace=0.3)
     axes = below.subplots(len(frames), len(prompts), squeeze=False)
     for row, (percent, images) in zip(axes, frames.items()):
         for ax, image, prompt in zip(row, images, prompts):
