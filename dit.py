@@ -153,8 +153,8 @@ class DiTConfig:
         return self.text_dim or self.dim
 
 
-# 256 frames at 768 px, through a TAE of 8x8x8: 32 x 96 x 96, and 32 x 48 x 48 = 73,728 tokens. At
-# this length, attention takes 1.7 times as many FLOPs as all Linears of the 30B model.
+# Stream(): 256 frames at 768 px, through a TAE of 8x8x8: 32 x 96 x 96, and 32 x 48 x 48 = 73,728
+# tokens. At this length, attention takes 1.7 times as many FLOPs as all Linears of the 30B model.
 PRESETS = {
     "toy":   DiTConfig((Stream(8, (1, 2, 2), (4, 8, 8)),), 160, 4, 4),      # 64 tokens
     "small": DiTConfig((Stream(16, (1, 2, 2), (8, 8, 8)),), 256, 4, 4),     # 128 tokens

@@ -310,12 +310,16 @@ def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, gu
             raise ValueError(line)
 
 
+def rank_and_world():
+    """Give this process's number and the number of all; 0 and 1 without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def make_mesh(cfg=1, pp=1, ring=1, ulysses=1, device="cpu"):
     """Make the DeviceMesh (cfg, pp, ring, ulysses) over all ranks; None in a single process.
 
     torch accepts a mesh smaller than the world and leaves the other ranks out. We do not."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    check_degrees(world, cfg, pp, ring, ulysses)
+    check_degrees(rank_and_world()[1], cfg, pp, ring, ulysses)
     if not dist.is_initialized():
         return None
     return init_device_mesh(device, (cfg, pp, ring, ulysses), mesh_dim_names=AXES)
@@ -568,8 +572,7 @@ class ParallelSampler:
         self.cfg, self.pp, self.ring, self.ulysses = (
             Axis() if mesh is None else axis(mesh[name]) for name in AXES)
         self.degrees = {name: getattr(self, name).size for name in AXES}
-        joined = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self.rank, self.world = rank_and_world()
         self.model, self.warmup, self.patch_axis = model, warmup, patch_axis
         config, depth = getattr(model, "cfg", None), len(model.blocks)
         check_degrees(self.world, **self.degrees, patches=patches, warmup=warmup, depth=depth)
@@ -865,13 +868,13 @@ def halo_decode(decode, z):
     """Decode z (B, C, T, H, W), the same on all ranks, with a band of rows on each -> the clip,
     equal to decode(z) up to rounding, on rank 0 (None on the others). Memory for activations falls
     with the number of ranks."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank, world = rank_and_world()
     if z.dim() != 5 or z.shape[3] < world:
         raise ValueError(f"decode halo: latent {tuple(z.shape)} has no {world} bands of rows, use "
                          "--decode one")
     if world == 1:
         return decode(z)
-    axis, rows = Axis(world, dist.get_rank(), dist.group.WORLD), split(z.shape[3], world)
+    axis, rows = Axis(world, rank, dist.group.WORLD), split(z.shape[3], world)
     with Halo(axis, rows, z.shape[4]):
         y = decode(z[:, :, :, spans(rows)[axis.index]])
     heights, W = everyone(y.shape[3]), z.shape[4]
@@ -964,7 +967,7 @@ def agrees(row, x1, want):
 
 def sample_every(model, inputs, device="cpu", warmup=1, patch_axis="t"):
     """Sample once with each mesh that so many ranks and this model allow -> [(x1, row)]."""
-    world, heads = len(everyone(0)), model.cfg.heads
+    (_, world), heads = rank_and_world(), model.cfg.heads
     divisors = [d for d in range(1, world + 1) if world % d == 0]
     modes = [(d, M) for d in itertools.product((1, 2), divisors, divisors, divisors)
              if math.prod(d) == world and d[1] <= len(model.blocks) and d[3] <= heads
@@ -1367,7 +1370,7 @@ def check_every(args, train, prompt, ts, guidance):
     run = train.load_run(args.workdir, args.device)
     inputs = inputs_of(run, prompt, args.seed, guidance, ts)
     results = sample_every(run.dit, inputs, args.device, args.warmup, args.patch_axis)
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if rank_and_world()[0] > 0:
         return True
     right = count_right(run.dit, inputs, results)
     return verdict(right == len(results), f"{right} of {len(results)} modes equal one process, and "
@@ -1376,7 +1379,7 @@ def check_every(args, train, prompt, ts, guidance):
 
 def sample_prompts(args, train, prompts, degrees, ts, guidance):
     """Sample, decode and write a clip for each prompt -> False if --check finds a difference."""
-    rank, ok, whole = dist.get_rank() if dist.is_initialized() else 0, True, None
+    (rank, _), ok, whole = rank_and_world(), True, None
     mesh = make_mesh(**degrees, device=args.device)
     if rank == 0 and mesh is not None:              # who shares what: the commonest first question
         for c, p, r in itertools.product(*map(range, mesh.mesh.shape[:3])):

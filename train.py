@@ -2617,11 +2617,11 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str) -> None:
     still to come, up to `last`."""
     parts, todo = cfg.train_dit.accumulate, []
     if last not in STAGES[:3] and not (folder / "model.safetensors").exists():
-        todo = [("--batch", cfg.train_dit.batch, mesh.data[1] * parts)]
+        todo.append(("--batch", cfg.train_dit.batch, mesh.data[1] * parts))
     if not (cfg.base or cfg.init or (folder / "tae/tae.safetensors").exists()):
-        todo += [("--train_tae.batch", cfg.train_tae.batch, world_size())]
-        todo += [("--train_tae.image_batch", cfg.train_tae.image_batch, world_size())
-                 ] * (cfg.train_tae.image_steps > 0)
+        todo.append(("--train_tae.batch", cfg.train_tae.batch, world_size()))
+        if cfg.train_tae.image_steps:
+            todo.append(("--train_tae.image_batch", cfg.train_tae.image_batch, world_size()))
     for flag, n, of in todo:
         if n % of:
             raise UserError(f"{flag} {n}: not a multiple of {of}, the ranks that share it" + (

@@ -342,12 +342,11 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     # Shape, word and speed of each object are drawn once; colour, direction and place until all of
     # them have room. Else what seldom has room, such as a long word, would be rare.
     drawn: list[Thing] = []
-    shown: list[Thing] = []
+    shown: dict[int, Thing] = {}            # by the number of the object
     failures = 0
     while len(drawn) < things:
-        thing = draw(drawn, shown[len(drawn)] if len(drawn) < len(shown) else None)
-        if len(drawn) == len(shown):
-            shown.append(thing)
+        thing = draw(drawn, shown.get(len(drawn)))
+        shown.setdefault(len(drawn), thing)
         wander = WANDER["sign" if thing.shape == "sign" else "shape"] if things == 1 else 1.0
         for _ in range(20):
             thing = place(thing, rng, frames, wander, GRID * (things > 1 and not overlap))

@@ -832,7 +832,7 @@ def test_bad_arguments_are_one_line_and_status_2(argv, world, message, capsys, m
     code, err = exits(argv, capsys, WORLD_SIZE=world, RANK=0)
     assert code == 2 and message in err and err.count("\n") == 1
     code, err = exits(argv, capsys, WORLD_SIZE=max(world, 2), RANK=1)
-    assert code == 2 and message.split(", ")[0] in err and err.count("\n") == 1
+    assert code == 2 and message in err and err.count("\n") == 1
     assert err.startswith("sample_parallel.py: rank 1: ")
 
 
