@@ -30,9 +30,10 @@ Run.   python flow.py                 # 2-D: three couplings, paths, errors    2
 
 Differences from the paper.  The loss is a mean over elements, not a sum. Besides Movie Gen's Euler
 there are midpoint, Heun, RK4 and Dormand-Prince. The diffusion baseline is our own definition,
-since the paper says only "v-prediction, zero terminal SNR": the scaled-linear betas of latent
-diffusion, rescaled by [ZSNR], sampled with [DDIM]. Movie Gen's linear-quadratic schedule is the
-default of train.py from 1b on; at toy scale its long last steps gave worse clips than equal steps.
+since no more than "v-prediction, zero terminal SNR" was found in the paper: the scaled-linear betas
+of latent diffusion, rescaled by [ZSNR], sampled with [DDIM]. Movie Gen's linear-quadratic schedule
+is the default of train.py from 1b on; at toy scale it is worse than equal steps where steps are
+few, and level where they are many (studies/README.md).
 
 Letters.  B batch, x0 noise, x1 data, x_t between them, t flow time, v velocity, s = sigma_min, ts
 the (steps + 1) times of a schedule, S straightness (not steps).
@@ -155,7 +156,7 @@ def guided(v_cond: VFn, v_uncond: VFn, scale: float | Tensor,
 
 
 # ---- 2. Configuration ----------------------------------------------------------------------------
-def one_of(name: str, value, choices) -> None:
+def one_of(name, value, choices):
     """Raise ValueError unless value is among the choices."""
     if value not in choices:
         raise ValueError(f"{name} {value}: not one of {', '.join(choices)}")
@@ -168,14 +169,14 @@ Times = Literal["auto", "logit_normal", "uniform"]
 class FlowConfig:
     """Settings of the objective: path, target, and distribution of the times.
 
-    Movie Gen has one distribution for all sizes; SD3 and Open-Sora raise `shift` with the size."""
+    SD3 and Open-Sora raise `shift` with the size; in [MG] no shift was found."""
 
     sigma_min: float = 1e-5    # std of the noise left at t = 1: invisible, but p_1 has a density
     time: Times = "auto"       # distribution of t; auto: logit_normal, or uniform for diffusion
     mean: float = 0.0          # mean of logit(t); above 0, more of the latents are nearly clean
     std: float = 1.0           # standard deviation of logit(t)
     shift: float = 1.0         # above 1 moves t towards noise, for large latents
-    objective: Literal["flow", "diffusion"] = "flow"  # diffusion: the baseline in [MG] Table 8
+    objective: Literal["flow", "diffusion"] = "flow"  # diffusion is Movie Gen's baseline (Table 8)
 
     def __post_init__(self):
         one_of("time", self.time, get_args(Times))

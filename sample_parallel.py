@@ -98,7 +98,7 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
         exact          all tokens at once: the clip of CFG-parallel, Ulysses, Ring and their hybrids
         pipefusion     patch m sees this step's K, V of patches 0..m, the last step's of the others
         distrifusion   each patch sees this step's K, V of itself, the last step's of all others
-        no_exchange    each patch sees only itself, as independent tiles do
+        no_exchange    each patch sees only itself, as independent tiles do (after the warm-up)
     (Fresh and stale K, V are as in the figures of [PF] and [DF]. The last two are baselines: no
     ranks run them.)
 
@@ -117,7 +117,7 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
     everything = slice(None)
     old, new = {}, {}                        # block -> its K, V of the last step, and of this step
 
-    def attend(block, q, k, v):
+    def attend(block, q, k, v):                         # `part`: the tokens of the loop below
         if mode in ("exact", "no_exchange"):            # the tokens that are here see each other
             return attention(q, k, v)
         if part == everything:                          # warm-up: nothing is stale
@@ -264,11 +264,12 @@ class Layout:
     def splice(self, r):
         """Permute K, V from the order in which a warm-up's all-to-all delivers them to the cache's.
 
-        With PipeFusion x Ulysses a warm-up delivers rank after rank, u0: p0 p1 | u1: p0 p1. Later
-        an exchange delivers one patch, p0: u0 u1, which must replace its own rows. So the cache is
-        kept by patch, p0: u0 u1 | p1: u0 u1. In the wrong order a patch overwrites half of itself
-        and half of a neighbour, and the clip looks right all the same (0.4 % off on the demo's
-        model, where staleness costs 1 %)."""
+        With PipeFusion x Ulysses the ranks of a group must keep the same fresh K, V [XD], so they
+        are kept after the exchange. A warm-up delivers rank after rank, u0: p0 p1 | u1: p0 p1.
+        Later an exchange delivers one patch, p0: u0 u1, which must replace its own rows. So the
+        cache is kept by patch, p0: u0 u1 | p1: u0 u1. In the wrong order a patch overwrites half of
+        itself and half of a neighbour, and the clip looks right all the same (0.4 % off on the
+        demo's model, where staleness costs 1 %)."""
         patch = [torch.full((self.counts[m, r, u],), m, device=self.order.device)
                  for u in range(self.U) for m in range(self.M)]
         return torch.cat(patch).argsort(stable=True)
@@ -401,7 +402,7 @@ class UlyssesInPieces:
     def __call__(self, q, k, v):
         H, U = q.shape[1], self.pieces[0].axis.size
         heads = [U * n for n in split(H // U, min(len(self.pieces), H // U))]
-        heads[-1] += H % U                                  # each piece is shared out evenly
+        heads[-1] += H % U                                  # all but the last divide evenly
         there = [u.to_heads(*qkv) for u, *qkv in
                  zip(self.pieces, *(x.split(heads, dim=1) for x in (q, k, v)))]
         back = [u.to_tokens(u.core(*torch.cat(qkv, dim=3)), h)
@@ -593,8 +594,8 @@ class ParallelSampler:
     def _open_links(self, mesh, device):
         """Make a group for each link of a pipeline's circle, used in one direction. NCCL runs the
         messages of a group in the order of the calls: with two links in a group, a send would wait
-        behind the receive of a later patch. And it connects a pair at its first message, where both
-        wait for each other: so that message is sent here, link by link."""
+        behind the receive of a later patch. It connects two ranks at their first message, for which
+        both wait: so that message is sent here, link after link."""
         one = torch.zeros(1, device=device)
         for line in rearrange(mesh.mesh, "c p r u -> (c r u) p").tolist():
             for a, b in zip(line, line[1:] + line[:1]):
@@ -611,7 +612,7 @@ class ParallelSampler:
         first, *others = everyone(mine)
         for rank, theirs in enumerate(others, 1):
             for name, value in theirs.items():
-                if str(value) != str(first[name]):                  # as words, NaN is itself
+                if str(value) != str(first[name]):                  # as text: NaN != NaN
                     raise ValueError(f"{name}: rank {rank} has {value}, rank 0 {first[name]}")
 
     def _from_rank0(self, x):
@@ -718,7 +719,7 @@ class ParallelSampler:
         v = guide(v, guidance) if share.guided else v                           # (B, n, P)
         share.x[:, part] += (share.ts[i + 1] - share.ts[i]) * v * share.real[part]      # Euler
         if outbox and i < self.steps - 1:
-            outbox.send(share.x[:, part])       # may be a view: it changes when stage 0 has it
+            outbox.send(share.x[:, part])       # a view: it changes only when stage 0 has it
 
     def _attend(self, layout, tokens, at):
         """Nest a block's attention: Ulysses( StaleKV( Ring or plain ) ), less what has degree 1."""
@@ -1251,8 +1252,8 @@ def parse(argv=None):
     a("--workdir", help="folder of a run of train.py, or its model.safetensors")
     a("--prompt", action="append", default=[], help="a caption; may be repeated")
     a("--prompt-file", help="a text file with one prompt a line")
-    a("--mode", default="mesh", choices=("mesh", "every"), help="mesh: as the degrees say; every: "
-      "with --check, each mesh of so many ranks, no clip")
+    a("--mode", default="mesh", choices=("mesh", "every"), help="mesh: that of the degrees below; "
+      "every (with --check): try each mesh of these ranks, write no clip")
     a("--cfg", type=number(int, 1, 2), default=1, help="2: prompt and null text on two groups")
     a("--pp", type=ranks, default=1, help="PipeFusion stages")
     a("--patches", type=ranks, default=0, help="PipeFusion patches (default: as many as stages)")

@@ -27,9 +27,9 @@ stored pairs).  [PASGD] 2510.27340 (averaged SGD on the dual, as in POT's ot.sem
 caption; the noise of sampling does not).
 Neighbours of AlignFlow.  [SDFM] Apple's SD-FM, 2509.25519: the same cells, found by SGD for up to
 2.6 million images, and the unbiased chi-square that stops our solver.  "Optimal transport flow
-matching by design", 2606.04092, changes the noise instead of the pairs: if x0 is a low-frequency
-version of the clip, the identity coupling is optimal, and there is nothing to solve, but a second
-small model must sample x0.
+matching by design", 2606.04092, changes the noise instead of the pairs: where x0 is a low-frequency
+version of the clip they find the identity coupling to be optimal, so there is nothing to solve, but
+a second small model must sample x0.
 
 Contract.  latents (M, ...) normalised like the model's data, fp32; from a VAE the posterior MEANS
 (train on a sample of the posterior of the chosen row). groups (M,) int64: equal for the clips that
@@ -44,7 +44,7 @@ Run.   python sdot.py      # cells.gif, convergence beside POT, an epoch of pair
 
 Differences from the paper.  [AF] runs Adam (amsgrad) on a softmax-smoothed histogram from g = 0 for
 a fixed number of steps, with an exponential average. Here: hard cells, a start and a step size from
-a formula (section 4, ours), Polyak's average, and a stop by measured mass error: 130 to 160 noises
+a formula (section 4, ours), Polyak's average, and a stop by measured mass error: 130 to 163 noises
 per clip for 10 %. The CIFAR-10 recipe of [AF] draws 1000 (for 3 %); shortened to 400 it ends far
 above 10 % (studies/bench_sdot.py). [AF] pairs the noise before training and stores (seed, index):
 `pairs` does so, while train.py calls `couple` in its loop. `rebalance` moves surplus noise by
@@ -95,8 +95,8 @@ def smallest(Y: Tensor, steps: int = 200, batch: int = 1024) -> Tensor:
 # sgd reaches the error of counting where targets are spread out. adam has 1.5 times that error, but
 # finds a step size for each target, which helps with tight clusters of clips and in fewer than 8
 # dimensions. auto tries sgd, and goes on with adam if the error is still more than 1.5 times the
-# target. pot is POT's ot.semidiscrete with our start and step size. It does not stop by error, and
-# computes all scores of a step at once.
+# target. pot is POT's ot.semidiscrete with our start and step size. It does not stop by error (it
+# draws 2 N / target^2 noises), and computes all scores of a step at once.
 Solver = Literal["auto", "sgd", "adam", "pot"]
 
 
@@ -104,12 +104,12 @@ Solver = Literal["auto", "sgd", "adam", "pot"]
 class SDOTConfig:
     """How the dual weights are found. Step and temperature are in units of tau (section 4)."""
 
-    solver: Solver = "auto"    # auto: sgd, then adam if still 1.5 targets off | sgd | adam | pot
-    target: float = 0.1        # rms relative mass error to stop at; [SDFM]: no gain below 0.22
-    budget: float = 4.0        # draw at most this many times N / target^2 noises
+    solver: Solver = "auto"    # auto: sgd, then adam if the error is above 1.5 targets
+    target: float = 0.1        # rms relative mass error; below 0.22 SD-FM gained nothing
+    budget: float = 4.0        # draw at most this many times N / target^2 noises (pot: at most 2)
     lr: float = 0.0            # first step in units of tau; 0 = 0.5, for adam 0.3
-    temperature: float = 0.0   # softmax, not argmax: half of [AF]'s eps_entropic, in units of tau
-    ema: float = 0.0           # factor of an exponential average of h ([AF]'s); 0: Polyak's
+    temperature: float = 0.0   # of a softmax, in units of tau (half of AlignFlow's eps); 0: argmax
+    ema: float = 0.0           # factor of an exponential average of h (AlignFlow's); 0: Polyak's
     cluster: int = 32          # clips in a group, at least, where captions are unique
     memory: int = 64           # MiB for one block of scores: bounds memory whatever N is
     seed: int = 0              # seed of the noise that is drawn to solve
@@ -125,6 +125,9 @@ class SDOTConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: must be 0 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema {self.ema}: must lie in [0, 1)")
+        for name in ("temperature", "ema"):
+            if self.solver == "pot" and getattr(self, name):
+                raise ValueError(f"{name} {getattr(self, name)}: not with solver pot")
 
 
 # ---- 3. Cells ------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ class Problem:
         N = len(Y)
         b = torch.ones(N, dtype=torch.float64) if mass is None else mass.double()
         if len(b) != N or not (b.isfinite() & (b > 0)).all():
-            raise ValueError(f"mass {tuple(b.shape)}: not {N} numbers above 0")
+            raise ValueError(f"mass {tuple(b.shape)}: must be {N} numbers, all above 0")
         b = (b / b.sum()).to(Y.device)                                         # (N,)
         if Y.shape[1] / 2 > N - 1 and N <= 4096:         # eigenvectors of more rows cost too much
             Y = in_own_span(Y)
@@ -477,9 +480,9 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: floa
     n, N = len(x), len(Y)
     share = b.double() * n
     quota, count = share.floor().long(), torch.bincount(index, minlength=N)
-    # Rounding down leaves places over. Where all remainders are equal they go to cells that hold a
-    # surplus; where masses differ, systematic sampling gives them out, or the same clips would lose
-    # each time.
+    # After rounding down some places are left. Where all remainders are equal they go to cells that
+    # hold a surplus; where masses differ, systematic sampling gives them out, or the same clips
+    # would lose each time.
     left, rest = n - quota.sum().item(), share - quota
     if rest.max() - rest.min() > 1e-6:
         quota = split_evenly(n * b.double().cumsum(0) / b.sum(), u)
@@ -586,7 +589,7 @@ class Coupling:
         x, groups = x0.flatten(1).float(), groups.cpu().long()                 # (B, d), (B,)
         g = torch.searchsorted(self.ids, groups).clamp_max(len(self.ids) - 1)  # (B,) 0 .. G - 1
         if (unknown := self.ids[g] != groups).any():
-            raise ValueError(f"groups {groups[unknown][0].item()}: a group without clips")
+            raise ValueError(f"groups: no clip has group {groups[unknown][0].item()}")
         rows = torch.argsort(g)
         which, counts = torch.unique_consecutive(g[rows], return_counts=True)
         at = torch.empty_like(g)                                               # (B,) positions

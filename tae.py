@@ -28,9 +28,10 @@ Contract
 Run.   python tae.py          # image training, inflation, video training, long clip, a figure: 40 s
 
 Differences from the papers
-  [MG] does not publish the weights of the L1, KL and perceptual terms (ours: `LOSSES`), the kernel
-  size in time (ours: 3), where the temporal strides are (ours: after the spatial ones), or how new
-  layers start (ours: convolutions as the identity, attention as zero, so that inflation is exact).
+  Not found in [MG]: weights of the L1, KL and perceptual terms (ours: `LOSSES`), the kernel size
+  in time (ours: 3), where the temporal strides are (ours: after the spatial ones), how new layers
+  start (ours: convolutions as the identity, attention as zero, so that inflation is exact), and of
+  what the outlier penalty takes mean and deviation (ours: of a frame, and without a gradient).
   All losses are averages over elements, so weights do not depend on the clip's size. [MG]'s weight
   1e5 of the outlier penalty fits a reconstruction loss that is summed over the pixels of a frame,
   as [LDM]'s code does; beside an average, 0.1 to 1 does the same.
@@ -42,7 +43,8 @@ Differences from the papers
   VidTwin: no dropout in the Q-Former and no learned scale of the loss; in evaluation the mean is
   decoded, as in the paper but not in its code. A block adds its temporal branch without a gate;
   their code multiplies it by the gate of the spatial branch. Rows and columns of the dynamics
-  latent have a decoder branch each; their code uses one for both (0.6 M parameters fewer).
+  latent have a decoder branch each; their code uses one for both (0.6 M parameters fewer). The head
+  of that latent sees rows and columns in turn, as in their code; the paper concatenates them first.
 
 Letters: B batch, T frames, H W height and width, C channels, D width of a transformer, N tokens of
 a frame, F = B T frames folded into the batch. In the convolutional autoencoders frames stay folded,
@@ -121,15 +123,15 @@ class TAEConfig:
             strides = getattr(self, name)
             if len(strides) != len(self.mult) - 1 or any(n > 2 for n in strides):
                 raise ValueError(f"{name} {' '.join(map(str, strides))}: must be 1 or 2 each, one "
-                                 f"stride less than the {len(self.mult)} levels of mult")
+                                 f"between each two of the {len(self.mult)} levels of mult")
         if self.channels % 4:
             raise ValueError(f"channels {self.channels}: must be a multiple of 4")
         m, n, extra = self.mult, self.res_blocks, self.decoder_extra
         pairs = list(zip(m, m[1:], n, n[1:]))           # of a level and the next, coarser one
         if len(n) != len(m) or any(a != b and not (coarse and fine + extra)
                                    for a, b, fine, coarse in pairs):
-            raise ValueError(f"res_blocks {' '.join(map(str, self.res_blocks))}: a number for each "
-                             f"of {len(self.mult)} levels, 1 or more where the width changes")
+            raise ValueError(f"res_blocks {' '.join(map(str, self.res_blocks))}: must be a number "
+                             f"for each of {len(m)} levels, 1 or more where widths change")
         if self.channels * self.mult[-1] % self.heads:
             raise ValueError(f"heads {self.heads}: must divide the width of the last level, "
                              f"{self.channels * self.mult[-1]}")
@@ -158,9 +160,9 @@ class VidTwinConfig:
     query_layers: int = 6           # layers of the Q-Former; every second one has cross-attention
     query_heads: int = 8            # heads of the Q-Former's attention
     query_ffn: int = 768            # hidden width of its feed-forward layers
-    structure_down: int = 1         # how often its height and width are halved: 14 -> 7
+    structure_down: int = 1         # how many times its height and width are halved: 14 -> 7
     structure_channels: int = 4     # d_S, channels of the structure latent
-    dynamics_down: int = 1          # how often its height and width are halved
+    dynamics_down: int = 1          # how many times its height and width are halved
     dynamics_channels: int = 8      # d_D, channels of the dynamics latent
     checkpointing: bool = False     # recompute blocks in the backward pass
 
@@ -192,8 +194,8 @@ class LossConfig:
     l1: float = 1.0             # weight of the absolute error
     l2: float = 0.0             # weight of the squared error
     kl: float = 1e-6            # weight of the KL divergence, which keeps latents near N(0, I)
-    opl: float = 0.0            # weight of the outlier penalty [MG]: 0.1 to 1
-    opl_start: int = 0          # its first step: in [MG] the last 10K of 60K, to finetune
+    opl: float = 0.0            # weight of Movie Gen's outlier penalty, as an average: 0.1 to 1
+    opl_start: int = 0          # the first step that has it (Movie Gen: the last 10K of 60K)
     opl_r: float = 3.0          # the standard deviations from the mean that it allows
     perceptual: float = 0.0     # weight of the perceptual loss; downloads VGG16
     gan: float = 0.0            # weight of the GAN loss, times the adaptive weight: 0.05 to 0.2
@@ -326,9 +328,9 @@ CONV = {"2d": Conv2D, "2.5d": Conv25D, "3d": Conv3D}
 
 
 class FrameNorm(nn.GroupNorm):
-    """Normalise each frame by itself, in 32 groups of channels as in [LDM], fewer unless 128
-    divides the channels. Statistics over all frames would change what the image autoencoder
-    computes, and could not be streamed."""
+    """Normalise each frame by itself, in 32 groups of channels as in [LDM], in narrow layers
+    fewer. Statistics over all frames would change what the image autoencoder computes, and could
+    not be streamed."""
 
     def __init__(self, channels: int):
         super().__init__(math.gcd(32, channels // 4), channels, eps=1e-6)
@@ -578,7 +580,7 @@ class Autoencoder(nn.Module):
 
 def check_clip(x: Tensor) -> None:
     """Raise ValueError unless x is (B, 3, T, H, W)."""
-    if x.ndim != 5 or x.shape[1] != 3:
+    if x.ndim != 5 or x.shape[1] != 3 or not x.numel():
         raise ValueError(f"clip of shape {tuple(x.shape)}: expected (B, 3, T, H, W)")
 
 
@@ -619,9 +621,9 @@ class TAE(Autoencoder):
     def decode(self, z: Tensor, num_frames: int | None = None,
                size: tuple[int, int] | None = None, stream: bool = False) -> Tensor:
         """(B,C,T',H',W') -> (B,3,T,H,W). The decoder makes T' * (time factor) frames, of which the
-        first `num_frames` are kept [MG]: an image costs as much as all the frames of one latent
-        frame. With `stream`, only the frames that these depend on are made. `size` (H, W) crops
-        what `encode` padded."""
+        first `num_frames` are kept [MG]: so an image costs as much as (time factor) frames. With
+        `stream`, only the frames that these depend on are made. `size` (H, W) crops what `encode`
+        padded."""
         z = z.to(self.last_weight.dtype)                # a Posterior is fp32, whatever the model is
         if stream:
             x = decode_stream(self.decoder, z, num_frames)
@@ -823,10 +825,11 @@ class StructureBranch(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         B, n = s.shape[0], self.grid
-        u = self.convs(rearrange(s, "b c n h w -> (b n) c h w"))
+        u = self.convs[:-1](rearrange(s, "b c n h w -> (b n) c h w"))
         at = (u.shape[-1] - n) // 2                                          # 4 -> 8 -> 7: cropped
-        u = F.relu(self.widen(rearrange(u[..., at : at + n, at : at + n],
-                                        "(b n) c h w -> b h w n c", b=B)))      # (B, h, w, n_q, D)
+        u = rearrange(self.convs[-1](u[..., at : at + n, at : at + n]),
+                      "(b n) c h w -> b h w n c", b=B)
+        u = F.relu(self.widen(u))                                               # (B, h, w, n_q, D)
         u = F.relu(self.frames(rearrange(u, "b h w n d -> b h w d n")))         # (B, h, w, D, T)
         return rearrange(u, "b h w d t -> b d t h w")
 

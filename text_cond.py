@@ -114,7 +114,8 @@ class TextConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)}: must be {least} or more")
         if self.width % (2 * self.heads):
-            raise ValueError(f"heads {self.heads}: width {self.width} is no multiple of twice that")
+            raise ValueError(f"heads {self.heads}: width {self.width} must be a multiple of "
+                             f"{2 * self.heads}")
 
     def limit(self, name):
         """Give the largest number of tokens of an encoder."""
@@ -552,8 +553,8 @@ def width_of(name, source):
 
 @torch.no_grad()
 def run_frozen(model, name, rows, device):
-    """Run a frozen encoder on rows of ids -> features (B, L, width) on the CPU; padding has any
-    values.
+    """Run a frozen encoder on rows of ids -> features (B, L, width) on the CPU. Values at
+    padding are arbitrary.
 
     UL2 and ByT5 are bidirectional, and need the mask: without it the padding would leak into every
     token, and a prompt's features would depend on the longest prompt of the batch."""

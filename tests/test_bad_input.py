@@ -57,7 +57,8 @@ OUT_OF_BOUNDS = """
     --sample.solver heun --flow.objective diffusion / --sample.schedule cosine
     --sample.steps 2000 --sample.schedule linear_quadratic / --sample.steps 1001 --scale 30b
     --sdot.target 0 / --sdot.budget 0 / --sdot.lr -1 / --sdot.temperature -1 / --sdot.ema 1
-    --sdot.cluster 0 / --sdot.memory 0 / --sdot.solver magic
+    --sdot.cluster 0 / --sdot.memory 0 / --sdot.solver magic / --sdot.temperature 0.5
+    --sdot.ema 0.9
     --sample.steps 0 / --sample.batch 0 / --sample.prompts 0 / --train_tae.crowd 101
     --sample.solver rk5 / --flow.time beta / --flow.objective sde / --train_dit.crowd 2
     --train_tae.accumulate 2 / --train_dit.accumulate 3 / --batch 63 --train_dit.accumulate 2

@@ -107,7 +107,7 @@ def test_repeated_primitives_are_equal():
     seen = {}
     for name in FILES:
         for node in tree(name).body:
-            if isinstance(node, ast.FunctionDef) and node.name in ("rms_norm", "modulate", "fp32"):
+            if isinstance(node, ast.FunctionDef) and node.name in ("rms_norm", "one_of", "fp32"):
                 code = ast.unparse(node)
                 assert seen.setdefault(node.name, code) == code, (name, node.name)
 

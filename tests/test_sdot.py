@@ -483,7 +483,7 @@ def test_pairs_of_light_clips_come_now_and_then(groups):
 
 @pytest.mark.parametrize("mass", [[0.0, 1, 1], [-1.0, 1, 1], [math.nan, 1, 1], [1.0, 1]])
 def test_a_mass_that_is_none(mass):
-    with pytest.raises(ValueError, match="not 3 numbers above 0"):
+    with pytest.raises(ValueError, match="must be 3 numbers, all above 0"):
         sdot.solve(torch.randn(3, 4), torch.tensor(mass))
 
 
@@ -624,7 +624,7 @@ def test_input_errors_are_named():
     for call, words in (
             (lambda: Coupling.fit(bad), "row 7 has NaN"),
             (lambda: Coupling.fit(Y[:0]), "nothing to couple"),
-            (lambda: c.couple(normal(2, 8), torch.tensor([0, 5])), "5: a group without clips")):
+            (lambda: c.couple(normal(2, 8), torch.tensor([0, 5])), "no clip has group 5")):
         with pytest.raises(ValueError, match=words):
             call()
 
@@ -640,6 +640,13 @@ def test_any_seed_solves():
 def test_wrong_flags_are_named(flag, value):
     with pytest.raises(ValueError, match=f"^{flag} {value}: "):
         SDOTConfig(**{flag: value})
+
+
+@pytest.mark.parametrize("flag,value", [("temperature", 0.5), ("ema", 0.9)])
+def test_what_pot_cannot_do_is_refused(flag, value):
+    with pytest.raises(ValueError, match=f"^{flag} {value}: not with solver pot$"):
+        SDOTConfig(solver="pot", **{flag: value})
+    SDOTConfig(solver="sgd", **{flag: value})
 
 
 # ---- speed and the file alone --------------------------------------------------------------------

@@ -71,10 +71,10 @@ def test_parameters_and_rates():
 
 @pytest.mark.parametrize("cfg, change, message", [
     (TINY, {"variant": "4d"}, "variant 4d: not one of 2.5d, 3d, 2d"),
-    (TINY, {"mult": (1, 2)}, "space_stride 2 2 2: must be 1 or 2 each, one stride less than the 2"),
-    (TINY, {"time_stride": (2, 3, 2)}, "time_stride 2 3 2: must be 1 or 2 each, one stride less"),
-    (TINY, {"res_blocks": (1, 0, 1, 1)}, "res_blocks 1 0 1 1: a number for each of 4 levels, 1 or"),
-    (TINY, {"res_blocks": (0, 1, 1, 1)}, "res_blocks 0 1 1 1: a number for each of 4 levels, 1 or"),
+    (TINY, {"mult": (1, 2)}, "space_stride 2 2 2: must be 1 or 2 each, one between each two of"),
+    (TINY, {"time_stride": (2, 3, 2)}, "time_stride 2 3 2: must be 1 or 2 each, one between"),
+    (TINY, {"res_blocks": (1, 0, 1, 1)}, "res_blocks 1 0 1 1: must be a number for each of 4"),
+    (TINY, {"res_blocks": (0, 1, 1, 1)}, "res_blocks 0 1 1 1: must be a number for each of 4"),
     (TINY, {"channels": 3}, "channels 3: must be 4 or more"),
     (TINY, {"channels": 18}, "channels 18: must be a multiple of 4"),
     (TINY, {"mult": (1, 2, -2, 2)}, "mult 1 2 -2 2: must be 1 or more"),
@@ -100,6 +100,9 @@ def test_every_multiple_of_four_is_a_width(channels):
 def test_a_clip_that_cannot_be_is_one_line():
     with pytest.raises(ValueError, match=r"expected \(B, 3, T, H, W\)"):
         TAE(TINY).encode(torch.zeros(1, 4, 2, 16, 16))
+    for stream in (False, True):
+        with pytest.raises(ValueError, match=r"\(1, 3, 0, 16, 16\): expected \(B, 3, T, H, W\)"):
+            TAE(TINY).encode(torch.zeros(1, 3, 0, 16, 16), stream=stream)
     with pytest.raises(ValueError, match="clip of 8 x 32 x 32: this VidTwin takes 16 x 32 x 32"):
         VidTwin(TWIN).encode(torch.zeros(1, 3, 8, 32, 32))
     with pytest.raises(ValueError, match="only both: not one of structure, dynamics"):
