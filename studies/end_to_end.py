@@ -9,7 +9,10 @@ Each arm is the toy with `--variant`, on one thread: 240 CPU seconds for the aut
 the DiT, which has one width and depth. Short runs measure the seconds of a step first, and so how
 many steps that buys; the table says what was really taken. VidTwin, a transformer from scratch,
 needs longer: in a fourth arm its autoencoder has four times the time, and trains on clips of one
-object, on which it comes further than on crowds. Every arm has 64 tokens of 32 numbers.
+object, on which it comes further than on crowds. That arm shows what VidTwin can do; as no other
+has as much, the answer is from the three of equal time. Every arm has 64 tokens of 32 numbers, and
+no alignment loss, which would see VidTwin's flat latent otherwise. Learning rate, KL weight, shift
+and guidance are the toy's, and so were chosen for 2.5D.
 
 A validation loss compares runs that share a latent, not different ones: it says what share of a
 latent's variance is left open by prompt and noisy latent, detail that nobody sees included. These
@@ -17,12 +20,18 @@ figures mean the same in every arm:
 - one step: what the DiT predicts from pure noise, where no latent has told anything yet, decoded
   and compared with real clips of the prompt. No prediction is nearer to them than their mean (but
   what is decoded is the mean of latents, and a decoder may make more or less of that).
-- what the judge sees in samples with guidance.
+- what the judge sees in samples with guidance, and in reconstructions, which are the most that a
+  generator can reach.
 - energy distance of samples without guidance, which would change the distribution, to real clips of
-  the same prompts: 0 for one distribution. Pixels are features that no arm has trained: all of
-  them, where blur counts, or means over 2 x 4 x 4, where only colour, layout and motion do.
+  other prompts of the same kinds: 0 for one distribution. It does not see which prompt was
+  followed. Pixels are features that no arm has trained: all of them, where blur counts, or means
+  over 2 x 4 x 4, where only colour, layout and motion do. What it is above that of reconstructions
+  is the share of the generator.
+A difference is decided where the 95 % interval over the seeds (Student's t, pairs of one seed)
+leaves out 0: with three seeds it has to be large.
 """
 import collections
+import itertools
 import math
 import random
 import sys
@@ -32,6 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 import common
 import torch
 from couplings import FEATURES, energy_distance
+from scipy import stats
 from tqdm import tqdm
 
 import train
@@ -42,24 +52,32 @@ ARMS = {                    # the variant, its autoencoder's time in budgets, ot
     "vidtwin-4x": ("vidtwin", 4, {"train_tae.crowd": 1})}
 EQUAL = ("2.5d", "3d", "vidtwin")                       # arms of equal time
 PATCHES = {"vidtwin": {"patch_structure": (4, 1, 1), "patch_dynamics": (1, 4, 1)}}
-SETS = 8                                                # of real clips: so many for each prompt
+SETS = 8                                # real clips of each prompt
+FRESH = 4                               # lists of other prompts, for the energy distance
 ROWS = {                                                # title, decimals; is more better, or less?
     "values": ("latent values", 0, 0), "tokens": ("tokens", 0, 0),
-    "tae_size": ("autoencoder: million parameters", 2, 0), "tae_steps": ("steps", 0, 0),
-    "tae_seconds": ("CPU seconds", 0, 0), "psnr": ("reconstruction, dB", 2, 1),
-    "dit_size": ("DiT: million parameters", 2, 0), "dit_steps": ("steps", 0, 0),
-    "dit_seconds": ("CPU seconds", 0, 0), "loss": ("validation loss, not comparable", 3, 0),
+    "tae_size": ("autoencoder: million parameters", 2, 0),
+    "tae_steps": ("autoencoder: steps", 0, 0), "tae_seconds": ("autoencoder: CPU seconds", 0, 0),
+    "psnr": ("reconstruction, dB", 2, 1), "dit_size": ("DiT: million parameters", 2, 0),
+    "dit_steps": ("DiT: steps", 0, 0), "dit_seconds": ("DiT: CPU seconds", 0, 0),
+    "loss": ("validation loss, not comparable", 3, 0),
     "one_step": ("one step from noise, dB", 2, 1), "color": ("colour", 2, 1),
-    "shape": ("shape", 2, 1), "direction": ("direction", 2, 1), "text": ("one letter", 2, 1),
+    "shape": ("shape", 2, 1), "shape_again": ("shape, reconstructions", 2, 0),
+    "direction": ("direction", 2, 1), "text": ("one letter", 2, 1),
+    "text_again": ("one letter, reconstructions", 2, 0),
     "heldout": ("held-out combinations", 2, 1), "coarse": ("energy distance, coarse", 3, -1),
-    "coarse_again": ("of reconstructions", 3, 0), "fine": ("energy distance, all pixels", 2, -1),
-    "fine_again": ("of reconstructions", 2, 0), "sample": ("CPU seconds a sample", 3, -1)}
+    "coarse_more": ("above that of reconstructions", 3, -1),
+    "fine": ("energy distance, all pixels", 2, -1),
+    "fine_more": ("above that of reconstructions, all pixels", 2, -1),
+    "sample": ("CPU seconds a sample", 3, -1)}
+GENERATION = ("one_step", "color", "shape", "direction", "text", "heldout", "coarse_more",
+              "fine_more")                              # against reconstruction, in the answer
 
 
 # ---- 1. The steps that a time buys ---------------------------------------------------------------
 
 class Timed(train.Run):
-    """A run whose log says the CPU seconds of its process; pauses and neighbours do not count."""
+    """A run whose log says the CPU seconds of its process: pauses do not count."""
 
     def log(self, stage, step, **figures):
         super().log(stage, step, cpu=time.process_time(), **figures)
@@ -96,6 +114,11 @@ def real_clips(prompts, sets, name):
     return torch.stack([world.render([found[p].pop() for p in prompts]) for _ in range(sets)])
 
 
+def plain_prompts(seed, n):
+    """Draw prompts like those of training, n, and of held-out combinations, 3n/10."""
+    return [p for kind, p in world.test_prompts(seed, n) if kind in ("trained", "heldout")]
+
+
 @torch.no_grad()
 def measure(folder):
     """Compare the reconstructions and samples of a run with real clips -> folder/measures.json."""
@@ -111,59 +134,83 @@ def measure(folder):
                 f"{part}_steps": sum(steps for steps, _ in mine),
                 f"{part}_seconds": sum(steps * each for steps, each in mine)}
 
-    prompts = [prompt for kind, prompt in world.test_prompts(run.cfg.seed, run.cfg.sample.prompts)
-               if kind in ("trained", "heldout")]
+    seed, n = run.cfg.seed, run.cfg.sample.prompts
+    prompts = plain_prompts(seed, n)
     start = time.process_time()
     common.sampled(run, prompts[:32])
     row["sample"] = (time.process_time() - start) / len(prompts[:32])
     made = common.sampled(run, prompts, guidance=1.0)
     first = common.sampled(run, prompts, guidance=1.0, steps=1)
-    real = real_clips(prompts, SETS, f"end_to_end/{run.cfg.seed}")
+    real = real_clips(prompts, SETS, f"end_to_end/{seed}")
+    others = sum((plain_prompts(f"{seed}/{k}", n) for k in range(FRESH)), [])
+    others = real_clips(others, 1, f"end_to_end/{seed}/others")[0]
     again = common.reconstructed(run, real[0])
+    read = world.accuracy([world.judge(x, p) for x, p in zip(again, prompts)])
+    row |= {f"{key}_again": share for key, share in read.items()}
     decibels = lambda squared_error: 10 * math.log10(4 / squared_error)
     row["one_step"] = decibels((first - real).square().mean().item())
     row["one_step_real"] = decibels(real.var(0).mean().item())      # of the mean of a prompt
     for name, features in FEATURES.items():
-        others = [features(x) for x in real[1:]]
         for key, clips in ((name, made), (f"{name}_again", again), (f"{name}_real", real[0])):
-            mine = features(clips)
-            row[key] = sum(energy_distance(mine, x, paired=True) for x in others) / len(others)
+            row[key] = energy_distance(features(clips), features(others))
+        row[f"{name}_more"] = row[name] - row[f"{name}_again"]
     train.write_json(folder / "measures.json", row)
 
 
 # ---- 3. The study --------------------------------------------------------------------------------
 
-def order(found, better):
-    """{arm: its figure with each seed} -> the arms, best first. Between two stands > where the
-    difference has the same sign with every seed, on the same prompts and clips, and its mean is
-    above its standard deviation; else ~."""
-    mean = lambda x: sum(x) / len(x)
+def lead(a, b, better):
+    """By how much figures a are better than b, with the same seeds -> (mean, half of its 95 %
+    interval); of one seed the interval has no end."""
+    d = torch.tensor([x - y for x, y in zip(a, b)]).double() * better
+    if len(d) < 2:
+        return d.mean().item(), math.inf
+    return d.mean().item(), stats.t.ppf(0.975, len(d) - 1) * d.std().item() / len(d) ** 0.5
 
-    def sign(a, b):
-        d = torch.tensor([x - y for x, y in zip(found[a], found[b])]) * better
-        return ">" if (d > 0).all() and d.mean() > d.std(correction=len(d) > 1) else "~"
 
-    arms = sorted(found, key=lambda arm: -better * mean(found[arm]))
-    return arms[0] + "".join(f" {sign(a, b)} {b}" for a, b in zip(arms, arms[1:]))
+def answer(found):
+    """{figure: {arm: values}} -> what generation says of each pair whose order reconstruction
+    decides, a line each."""
+    lines = []
+    for a, b in itertools.combinations(EQUAL, 2):
+        says = {"same": [], "other": [], "open": []}
+        mean, half = lead(found["psnr"][a], found["psnr"][b], 1)
+        a, b = (b, a) if mean < 0 else (a, b)
+        for key in GENERATION:
+            title, _, better = ROWS[key]
+            ahead, within = lead(found[key][a], found[key][b], better)
+            says["open" if abs(ahead) <= within else "same" if ahead > 0 else "other"] += [title]
+        lines.append(f"{a} reconstructs better than {b} ({abs(mean):.2f} +- {half:.2f} dB)"
+                     if abs(mean) > half else f"{a} and {b}: reconstruction undecided")
+        lines[-1] += "".join(f"; {word}: {', '.join(says[key]) or 'none'}" for key, word in (
+            ("same", f"{a} is better in"), ("other", f"{b} in"), ("open", "undecided")))
+    return lines
 
 
 def tell(rows, path):
-    """Print the table, and the order of the arms by each figure; draw figures over PSNR."""
+    """Print the table, the differences of arms of equal time, and what they say; draw figures over
+    PSNR."""
     of = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
-    orders = []
+    values = {key: {arm: [row[key] for row in of[arm]] for arm in ARMS} for key in ROWS}
     print("| | " + " | ".join(ARMS) + " | real clips |\n" + "|---" * (2 + len(ARMS)) + "|")
-    for key, (title, digits, better) in ROWS.items():
+    for key, (title, digits, _) in ROWS.items():
         found = {arm: common.mean_and_spread(of[arm], [key])[0] for arm in ARMS}
         there = f"{key}_real" in rows[0]
         cells = [*found.values()] + common.mean_and_spread(of[EQUAL[0]], [f"{key}_real"] * there)
         print(f"| {title} | " + " | ".join(f"{a:.{digits}f}" + f" +- {b:.{digits}f}" * (b > 0)
                                            for a, b in cells) + " |" + "  |" * (not there))
-        for arms in (EQUAL, ARMS) if better else ():
-            orders += [f"{title}: " + order({a: [row[key] for row in of[a]] for a in arms}, better)]
-    print("\nBest first, of equal time and of all; > where all seeds agree:\n" + "\n".join(orders))
+    pairs = list(itertools.combinations(EQUAL, 2))
+    print("\nBy how much the first is better, and half of the 95 % interval (decided: bold):\n| | "
+          + " | ".join(map(" against ".join, pairs)) + " |\n|---" + "|---" * len(pairs) + "|")
+    for key, (title, digits, better) in ROWS.items():
+        leads = [lead(values[key][a], values[key][b], better) for a, b in pairs if better]
+        cells = [f"{d:+.{digits}f} +- {half:.{digits}f}" for d, half in leads]
+        cells = [f"**{cell}**" if abs(d) > half else cell for cell, (d, half) in zip(cells, leads)]
+        print(f"| {title} | {' | '.join(cells)} |\n" * bool(cells), end="")
+    print("", *answer(values), sep="\n")
 
     plt = common.pyplot()
-    shown = ("one_step", "shape", "heldout", "coarse", "fine")
+    shown = ("one_step", "shape", "heldout", "coarse_more", "fine_more")
     figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 3.2))
     for ax, key in zip(axes, shown):
         for arm in ARMS:
@@ -193,8 +240,8 @@ def main():
 
     def always(variant, seed):
         """The flags of every run."""
-        return {"coupling": "independent", "sample.prompts": 120, "variant": variant, "seed": seed,
-                **PATCHES.get(variant, {})}
+        return {"coupling": "independent", "train_dit.align": 0, "sample.prompts": 120,
+                "variant": variant, "seed": seed, **PATCHES.get(variant, {})}
 
     def short(run):
         """Time a twentieth of the recipe -> {stage: CPU seconds of a step}."""
@@ -219,7 +266,8 @@ def main():
         both = {v: [pool.submit(short, (v, seed)) for seed in range(2)] for v in recipe}
         seconds = {v: {stage: (a.result()[stage] + b.result()[stage]) / 2 for stage in a.result()}
                    for v, (a, b) in both.items()}
-        runs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
+        longest = sorted(ARMS, key=lambda arm: -ARMS[arm][1])   # first: so no core idles at the end
+        runs = [(arm, seed) for arm in longest for seed in range(args.seeds)]
         rows = list(tqdm(pool.map(whole, runs), desc="study", unit="run", total=len(runs)))
     if len(values := {row["values"] for row in rows}) > 1:
         raise SystemExit(f"latents of different sizes: {values}")

@@ -16,6 +16,7 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import lru_cache
 
 import common
 import torch
@@ -38,11 +39,18 @@ def averaged(checkpoint, cfg):
     return state[part]
 
 
+@lru_cache
+def read(file, written):
+    """Read the config of a mark, once for each time that it was written."""
+    return train.read_config(file)
+
+
 def keep(out, folder, cfg, marks):
     """Keep each checkpoint that is whole and of a step in marks, {percent: step}, as a file that
     load_run reads -> {percent: file}, with the result of the run if it has ended."""
     files = {percent: out / f"at_{percent:03d}.safetensors" for percent in marks}
-    kept = lambda file: file.exists() and train.read_config(file) == cfg    # and of no other run
+    of_run = lambda file: read(file, file.stat().st_mtime_ns) == cfg
+    kept = lambda file: file.exists() and of_run(file)              # and of no other run
     for percent, file in files.items():
         checkpoint = folder / f"dit/step_{marks[percent]:07d}"
         if (checkpoint / ".metadata").exists() and not kept(file):

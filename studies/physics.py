@@ -17,12 +17,17 @@ far from that are the samples, the real clips, and what the autoencoder makes of
     direction  of the line, against the direction that the caption says, in degrees
     bounce     --fast: speed after the bounce against the speed before it, relative; 1 for no bounce
 
+"right" is the share of clips in which all is seen that the caption says, "moves" that in which
+direction and speed are. Motion is learnt first: where "moves" no longer rises, a stretch of the
+run is left in which the errors can go on falling.
+
 A pixel is a 32nd of the picture's height. The figure of a model is the median over its clips, so
 that a few which show something else do not decide it. Clips in which an object is not seen in half
 of the frames have no errors; the table says their share. Signs have one letter: which letters stand
 on longer ones is no physics. With --fast the dit stage learns from clips with twice the motion,
 where fast objects bounce off the edge once; the fitted line may turn round once. The autoencoder
-stays. --finished compares finished runs, of several scales for example, and trains nothing.
+stays. --finished compares finished runs, and trains nothing: of one scale and several lengths, for
+example. (Runs of two scales differ in their task, too: in objects, signs and size.)
 """
 import itertools
 import math
@@ -40,7 +45,11 @@ import world
 
 KEPT = (5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90)  # percent of the steps; and 100
 FAST = 2.0                                              # motion between two frames with --fast
+SHARES = ("moves", "right")
 ERRORS = ("line", "area", "speed", "direction", "bounce")
+TITLES = {"loss": "validation loss", "line": "off the line, px", "area": "change of area",
+          "speed": "off the speed, px a frame", "direction": "off the direction, degrees",
+          "bounce": "speed lost in a bounce"}
 AS_GOOD = 0.02                                          # accuracies that differ by less are equal
 
 
@@ -110,7 +119,8 @@ class FastClips(train.ToyClips):
 
     def clip(self, split, i, shape, done=0.0):
         c, rng = self.cfg.clips, random.Random(f"{split}/{self.cfg.seed}/{i}")
-        scene = world.sample_world(rng, c.things, frames=c.frames, script=c.script,
+        signs = {"signs": c.signs} if split == "dit" else {}
+        scene = world.sample_world(rng, c.things, **signs, frames=c.frames, script=c.script,
                                    cap=world.cap_of(c.things))
         return world.render([scene], *shape[:2], interval=FAST)[0], world.caption(scene)
 
@@ -125,14 +135,16 @@ def real_clips(cfg, n, fast):
 
 
 def row_of(clips, prompts, fast, **more):
-    """Judge and measure clips -> a row of the table: "right" is the share in which all that the
-    prompt says is seen. Lines of the judge do not turn round: of fast clips it reads no motion."""
+    """Judge and measure clips -> a row of the table. Lines of the judge do not turn round: of fast
+    clips it reads no motion, so "right" is the rest, and "moves" is unknown."""
     verdicts = [world.judge(clip, p) for clip, p in zip(clips, prompts)]
     right = [all(good for key, good in v.items() if not fast or key not in ("direction", "speed"))
              for v in verdicts]
+    moves = [math.nan if fast else v["direction"] and v["speed"] for v in verdicts]
     e = torch.tensor([errors(clip, p, fast) for clip, p in zip(clips, prompts)])    # (n, errors)
-    return {"loss": math.nan, "right": sum(right) / len(e), "left out": e[:, 0].isnan().double()
-            .mean().item(), **dict(zip(ERRORS, e.nanmedian(0).values.tolist())), **more}
+    return {"loss": math.nan, "right": sum(right) / len(e), "moves": sum(moves) / len(e),
+            "left out": e[:, 0].isnan().double().mean().item(),
+            **dict(zip(ERRORS, e.nanmedian(0).values.tolist())), **more}
 
 
 @torch.no_grad()
@@ -174,13 +186,13 @@ def saturation(right):
     return marks[off[-1] + 1 if off else 0]
 
 
-def conclude(rows, shown):
-    """Say how far the errors fall from where on accuracy no longer rises."""
-    mean = {m: sum(row["right"] for row in of) / len(of) for m, of in rows.items()}
+def conclude(rows, shown, what):
+    """Say how far the errors fall from where on an accuracy no longer rises, "right" or "moves"."""
+    mean = {m: sum(row[what] for row in of) / len(of) for m, of in rows.items()}
     first, last = saturation(mean), max(rows)
     if first == last:
-        return print("the accuracy has not saturated before the end")
-    said = [f"right {mean[first]:.3f} and {mean[last]:.3f}"]
+        return print(f"{what} has not saturated before the end")
+    said = [f"{what} {mean[first]:.3f} and {mean[last]:.3f}"]
     for key in [key for key in shown if key in ("loss", *ERRORS)]:
         ((fall, spread),) = common.mean_and_spread(
             [{0: late[key] / early[key] - 1} for early, late in zip(rows[first], rows[last])], (0,))
@@ -199,9 +211,12 @@ def draw(tables, shown, path):
                         fmt="o-", ms=3, lw=1, capsize=2, color=f"C{i}", label=name)
             for what, style in (("real", ":"), ("reconstructed", "--")):
                 ax.axhline(rows[what][0][key], color=f"C{i}", ls=style, lw=1)
-        ax.set(title=key, xlabel="% of the steps", yscale="linear" if key == "right" else "log")
+        ax.set_title(TITLES.get(key, key), fontsize=9)
+        ax.set(xlabel="% of the steps", yscale="linear" if key in SHARES else "log")
         ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    for style, what in ((":", "real clips"), ("--", "reconstructions")):
+        axes[-1].plot([], [], style, color="gray", label=what)
+    axes[0].legend(fontsize=7); axes[-1].legend(fontsize=7)
     figure.tight_layout(); figure.savefig(path, dpi=120); plt.close(figure)
 
 
@@ -220,7 +235,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)                            # two seeds at a time
     out = args.out / ("fast" if args.fast else "plain") / ("finished" if args.finished else "")
-    shown, tables = ["loss", "right", "left out", *ERRORS[: None if args.fast else -1]], {}
+    shown = ["loss", *SHARES[args.fast and 1 :], "left out", *ERRORS[: None if args.fast else -1]]
+    tables = {}
     names = [base.resolve().name for base in args.runs]
     if len(set(names)) < len(names):
         parser.error(f"{' '.join(map(str, args.runs))}: two runs of one name")
@@ -240,8 +256,8 @@ def main():
             cells = ["" if math.isnan(a) else f"{a:.3f}" + f" +- {b:.3f}" * (len(of) > 1)
                      for a, b in common.mean_and_spread(of, shown)]
             print(f"| {mark}{' %' * isinstance(mark, int)} | {' | '.join(cells)} |")
-        if len(found) > 1:
-            conclude(found, shown)
+        for what in SHARES[args.fast and 1 :] if len(found) > 1 else ():
+            conclude(found, shown, what)
     train.write_json(out / "study.json", tables)
     draw(tables, [key for key in shown if key != "left out"], out / "study.png")
     print(f"wrote {out / 'study.json'}, {out / 'study.png'}")

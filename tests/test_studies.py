@@ -308,11 +308,38 @@ def test_the_marks_of_a_run_are_the_averages_in_its_checkpoints(tmp_path):
     assert measured == pytest.approx(told, abs=2e-4)
 
 
-def test_an_order_of_arms_is_decided_where_all_seeds_agree():
-    from end_to_end import order
-    found = {"a": [1.0, 2.0, 3.0], "b": [0.9, 1.8, 2.9], "c": [2.0, 3.5, 4.2]}
-    assert order(found, 1) == "c > a > b" and order(found, -1) == "b > a > c"
-    assert order({"a": [1.0, 2.0], "b": [1.1, 1.8]}, 1) == "a ~ b"
+def test_the_lead_of_an_arm_is_a_paired_t_interval():
+    from end_to_end import lead
+    a, b = [1.0, 2.0, 3.0], [0.9, 1.8, 2.7]
+    assert lead(a, b, 1) == pytest.approx((0.2, 4.303 * 0.1 / math.sqrt(3)), rel=1e-3)
+    assert lead(a, b, -1)[0] == pytest.approx(-0.2) and lead([1.0], [2.0], 1) == (-1, math.inf)
+
+
+def test_what_generation_says_of_the_order_by_reconstruction():
+    from end_to_end import EQUAL, GENERATION, ROWS, answer
+    level = {arm: [1.0, 1.1, 0.9] for arm in EQUAL}
+    good = {"3d": [2.0, 2.1, 1.9]}
+    found = dict.fromkeys(GENERATION, level) | {"psnr": level | good}
+    found["shape"] = level | good
+    found["one_step"] = found["coarse_more"] = level | {"3d": [0.0, 0.1, -0.1]}
+    first, second, third = answer(found)
+    assert re.match("3d reconstructs better than 2.5d .*; 3d is better in: shape, "
+                    f"{ROWS['coarse_more'][0]}; 2.5d in: {ROWS['one_step'][0]}; undec", first)
+    assert second.startswith("2.5d and vidtwin: reconstruction undecided; 2.5d is better in: none")
+    assert third.startswith("3d reconstructs better than vidtwin")
+
+
+def test_the_figures_of_an_end_to_end_study(tmp_path, capsys):
+    import end_to_end
+    rows = [{"arm": arm, "seed": seed, **dict.fromkeys(end_to_end.ROWS, i + seed / (7 + i)),
+             "shape_real": 1.0} for i, arm in enumerate(end_to_end.ARMS) for seed in range(3)]
+    end_to_end.tell(rows, tmp_path / "study.png")
+    said = capsys.readouterr().out
+    assert (tmp_path / "study.png").exists()
+    tables = [line for line in said.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables[: len(end_to_end.ROWS) + 2]} == {7}
+    assert {line.count("|") for line in tables[len(end_to_end.ROWS) + 2 :]} == {5}
+    assert said.count("reconstructs better than") == 3 and "**-1." in said
 
 
 @pytest.mark.parametrize("scale", ["toy", "small"])
