@@ -1437,7 +1437,7 @@ def main(argv=None):
     """Run the demo or sample a run -> exit status."""
     if sys.stderr is None:          # closed, as by 2>&-: else the next file opened gets its number
         os.dup2(1 if sys.stdout else os.open(os.devnull, os.O_WRONLY), 2)
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):      # a prompt may have letters that a terminal has not
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse(argv)

@@ -52,6 +52,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import random
@@ -69,6 +70,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
+from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -256,8 +258,10 @@ def listen() -> None:
             heard = time.monotonic()
             while time.monotonic() < heard + 3:     # torchrun passes on what a terminal sent to all
                 name = signal.Signals(signal.sigwait(SIGNALS)).name
+        status = 0 if world_size() == 1 and not STOP.is_set() else 1
+        threading.Timer(2, os._exit, [status]).start()      # if nobody reads what is said
         say(f"train.py: ended by {name}; start again to continue")
-        os._exit(0 if world_size() == 1 and not STOP.is_set() else 1)
+        os._exit(status)
 
     threading.Thread(target=hear, daemon=True).start()
 
@@ -597,7 +601,9 @@ def from_dict(kind, value: dict):
             raise ValueError(f"unknown field {name}")
         d = default[name]
         v = from_dict(type(d), v) if is_dataclass(d) else tuple(v) if isinstance(v, list) else v
-        if not isinstance(v, (int, float) if type(d) is float else type(d)):
+        v = float(v) if type(d) is float and type(v) is int else v
+        plain = isinstance(d, tuple) and d and isinstance(d[0], (int, str))
+        if type(v) is not type(d) or plain and any(type(x) is not type(d[0]) for x in v):
             raise ValueError(f"{name} {v!r}: not of the type of {d!r}")
         out[name] = v
     return kind(**out)
@@ -788,7 +794,7 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
                    ) if rank() == 0 else []
     mesh.meet(f"--data {cfg.data}")
     there = from_rank0(there)
-    captions = read_captions(root, [p for p in there if p.name == "metadata.csv"])
+    captions = read_captions(root, [p for p in there if p.name.lower() == "metadata.csv"])
     files = [p for p in there if p.suffix.lower() not in NO_VIDEOS]
     relative = lambda path: same_name(path.relative_to(root).as_posix())
     beside = {relative(p.with_suffix("")): p for p in there if p.suffix.lower() == ".txt"}
@@ -863,7 +869,8 @@ def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
                 if not (file := (row["file_name"] or "").strip()):
                     raise UserError(f"{table}: line {rows.line_num}: no file_name")
                 there = table.parent / file.replace("\\", "/")
-                name = same_name(os.path.relpath(there.absolute(), root.absolute()))
+                there = there.parent.resolve() / there.name     # a video itself may be a link
+                name = same_name(os.path.relpath(there, root.resolve()))
                 text = (row["text"] or "").strip()
                 if captions.setdefault(name, text) != text:
                     raise UserError(f"{table}: line {rows.line_num}: a second caption of {name}")
@@ -912,8 +919,8 @@ def open_video(path: Path):
     if not films:
         container.close()
         raise ValueError("a cover picture and no video" if streams else "no video stream")
-    # Some covers are not marked: take the stream with the most frames, then FFmpeg's choice.
-    stream = max(films, key=lambda s: (s.frames, s.index == best.index))
+    # FFmpeg's choice, unless that is a cover which is not marked: one frame.
+    stream = max(films, key=lambda s: (s.frames != 1, s.index == best.index))
     stream.codec_context.thread_count = 1           # frame threads would hold many decoded frames
     return container, stream
 
@@ -941,7 +948,9 @@ def probe(path: Path) -> tuple[int, float, float]:
     with container:
         hidden = lambda p: p.is_discard or (            # VP8's reference frames that are not shown
             stream.codec_context.name == "vp8" and not bytes(p)[0] & 16)
-        times = [p.pts for p in container.demux(stream) if p.size and not hidden(p)]
+        packets = (p for p in container.demux(stream) if p.size)    # nothing is shown before
+        packets = itertools.dropwhile(lambda p: not p.is_keyframe, packets)     # a key frame
+        times = [p.pts for p in packets if not hidden(p)]
         usual = float(stream.average_rate or stream.guessed_rate or 25)
         unit = float(stream.time_base or 0)
     if len(times) < 2:
@@ -1004,14 +1013,16 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
     out: list[Tensor] = []
     wanted = lambda: start + len(out) * interval
     with container:
-        count = ahead == math.inf or counted(container)
-        origin, unit = stream.start_time or 0, float(stream.time_base)
-        shape = stream.sample_aspect_ratio
+        frames, unit = decoded(container, stream), float(stream.time_base)
+        shape, first = stream.sample_aspect_ratio, next(frames, None)
+        if first is None:
+            raise ValueError("nothing can be decoded")
+        count, origin = ahead == math.inf or counted(container) or first.pts is None, first.pts
         sought = not count and start / rate > ahead
         if sought:
             container.seek(origin + int((start / rate - ahead) / unit), stream=stream)
         last, at = None, -1                                 # the frame before, and its number
-        for frame in decoded(container, stream):
+        for frame in decoded(container, stream) if sought else itertools.chain([first], frames):
             if not count and (frame.pts is None or last is not None and frame.pts <= last.pts):
                 return again(ahead=math.inf)
             # Frames count up by one, whatever small errors their times have; only a gap of two
@@ -1033,7 +1044,16 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
             if last is None or start - at > max(rate, 3):
                 raise ValueError(f"nothing can be decoded from frame {start} on")
             out.append(upright(last, size, shape))
-    return torch.stack(out + out[-1:] * (T - len(out)))
+    return torch.stack([like(x, out[0]) for x in out + out[-1:] * (T - len(out))])
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """Bring a picture to the size of another one: the size may change within a recording."""
+    if x.shape == other.shape:
+        return x
+    x = rearrange(x, "h w c -> 1 c h w").float()
+    x = F.interpolate(x, other.shape[:2], mode="bilinear", antialias=True)
+    return rearrange(x.round().byte(), "1 c h w -> h w c")
 
 
 def save_gif(path: Path, frames: list, fps: float) -> None:
@@ -1050,6 +1070,8 @@ def save_gif(path: Path, frames: list, fps: float) -> None:
 def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -> None:
     """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times."""
     path = Path(path)
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps {fps}: must be above 0")
     frames = ((clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     frames = rearrange(frames, "C T H W -> T H W C").numpy()
     if path.suffix == ".gif":
@@ -1064,7 +1086,8 @@ def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -
         frames = frames.repeat(zoom, 1).repeat(zoom, 2)
         h, w = (n - n % 2 for n in frames.shape[1:3])                       # 4:2:0: even sides
         with writing(path), av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=round(fps), options={"crf": "12"})
+            rate = Fraction(fps).limit_denominator(1001)        # 30000/1001 as it is
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
             stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
             for f in frames:
                 frame = av.VideoFrame.from_ndarray(f[:h, :w].copy(), format="rgb24")
@@ -1274,7 +1297,7 @@ def replacing(path: Path):
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # of no name's bytes
 
 
 def read_json(path: Path):
@@ -1685,7 +1708,8 @@ def encode_latents(run: Run, clips) -> None:
             logvar.append(posterior.logvar.cpu())
             captions += told
         unique = list(dict.fromkeys(captions))          # crops of one window share their caption
-        features = {f"text.{k}": v for k, v in text.encode(unique).items()}
+        with named("--text."):
+            features = {f"text.{k}": v for k, v in text.encode(unique).items()}
         save_tensors(folder / name, {
             "mean": torch.cat(mean), "logvar": torch.cat(logvar), **features,
             "caption": torch.tensor([unique.index(c) for c in captions])},
@@ -1803,9 +1827,10 @@ def couple_latents(run: Run) -> None:
         groups = sdot.caption_groups(latents.captions, latents.concepts(), cfg.sdot.cluster)
     elif rank() == 0:
         say("--coupling sdot-global ignores captions, so samples without guidance ignore them too")
-    coupling = sdot.Coupling.fit(
-        normalizer_of(run).normalize(latents.mean), groups, cfg=cfg.sdot, progress=True,
-        ranks=dist.is_initialized(), device=run.device)
+    with named(f"--coupling {cfg.coupling}: "):
+        coupling = sdot.Coupling.fit(
+            normalizer_of(run).normalize(latents.mean), groups, cfg=cfg.sdot, progress=True,
+            ranks=dist.is_initialized(), device=run.device)
     if rank() == 0:
         with writing(path):
             coupling.save(path)
@@ -1963,7 +1988,11 @@ class Loaded:
 
     def noise(self, seeds: list[int]) -> Tensor:
         """Draw x0 (B, C, T', H', W'): the same seed gives the same noise on every device."""
-        return torch.stack([torch.randn(self.latent_shape, generator=generator("sample", int(s)))
+        try:
+            seeds = [operator.index(s) for s in seeds]
+        except TypeError:
+            raise ValueError(f"seeds {seeds}: must be whole numbers") from None
+        return torch.stack([torch.randn(self.latent_shape, generator=generator("sample", s))
                             for s in seeds]).to(self.device)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -1975,7 +2004,8 @@ class Loaded:
     def schedule(self, steps: int | None = None, name: str | None = None) -> Tensor:
         """Give the solver's times (steps + 1,) from 0 to 1; by default as configured."""
         s = self.cfg.sample
-        return flow.schedule(name or s.schedule, steps or s.steps, shift=self.cfg.flow.shift)
+        steps = s.steps if steps is None else steps
+        return flow.schedule(name or s.schedule, steps, shift=self.cfg.flow.shift)
 
     @torch.no_grad()
     def generate(self, prompts: list[str], seeds: list[int] | None = None,
@@ -1988,6 +2018,8 @@ class Loaded:
         seeds = list(range(len(prompts)) if seeds is None else seeds)
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds {seeds}: must be one for each of {len(prompts)} prompts")
+        if len(P) != len(prompts):
+            raise ValueError(f"features of {len(P)} prompts: must be of these {len(prompts)}")
         v_fn = flow.guided(lambda x, t: self.dit(x, t, P, mask),
                            lambda x, t: self.dit(x, t, P0, mask0), s.guidance)
         z = flow.sample(v_fn, self.noise(seeds), self.schedule(), solver=s.solver,
@@ -2045,8 +2077,9 @@ def make_samples(run: Run) -> None:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         loaded = load_run(run.folder, run.device)
-        features = loaded.encode(prompts)                   # no encoder is loaded twice
-        with ThreadPoolExecutor(1) as pool:
+        with named("--text."):
+            features = loaded.encode(prompts)               # no encoder is loaded twice
+        with named("samples: "), ThreadPoolExecutor(1) as pool:
             written = [pool.submit(write, i, loaded.generate(
                 prompts[i : i + n], range(i, min(i + n, len(todo))),
                 {k: v[i : i + n] for k, v in features.items()}).cpu())
@@ -2720,7 +2753,8 @@ class Stderr:
     def __init__(self):
         if sys.stderr is None:              # closed, by 2>&-: else the next file gets its number
             os.dup2(os.open(os.devnull, os.O_WRONLY) if sys.stdout is None else 1, 2)
-        self.stream = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+        self.stream = sys.stderr or open(  # noqa: SIM115
+            2, "w", closefd=False, errors="backslashreplace")
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

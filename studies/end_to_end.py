@@ -196,7 +196,9 @@ def tell(rows, path):
     for key, (title, digits, _) in ROWS.items():
         found = {arm: common.mean_and_spread(of[arm], [key])[0] for arm in ARMS}
         there = f"{key}_real" in rows[0]
-        cells = [*found.values()] + common.mean_and_spread(of[EQUAL[0]], [f"{key}_real"] * there)
+        cells = [*found.values()]
+        if there:
+            cells += common.mean_and_spread(of[EQUAL[0]], [f"{key}_real"])
         print(f"| {title} | " + " | ".join(f"{a:.{digits}f}" + f" +- {b:.{digits}f}" * (b > 0)
                                            for a, b in cells) + " |" + "  |" * (not there))
     pairs = list(itertools.combinations(EQUAL, 2))

@@ -201,6 +201,13 @@ def test_generate_takes_a_seed_for_each_prompt(finished):
         assert torch.equal(loaded.generate(PROMPTS[:1], [seed]), want)
     with pytest.raises(ValueError, match="one for each of 3 prompts"):
         loaded.generate([*PROMPTS, PROMPTS[0]], [1, 2])
+    for bad in (1.5, "1", torch.tensor(1.9)):
+        with pytest.raises(ValueError, match="must be whole numbers"):
+            loaded.generate(PROMPTS[:1], [bad])
+    with pytest.raises(ValueError, match="features of 2 prompts: must be of these 1"):
+        loaded.generate(PROMPTS[:1], [1], loaded.encode(PROMPTS[:2]))
+    with pytest.raises(ValueError, match="steps 0: must be 1 or more"):
+        loaded.schedule(0)
     for bad in (PROMPTS[0], [], [3]):
         with pytest.raises(ValueError, match="must be a list of one or more texts"):
             loaded.generate(bad)
@@ -915,6 +922,10 @@ def test_without_stderr_errors_are_said_on_stdout():
     done = subprocess.run(["sh", "-c", f"exec {sys.executable} train.py --scael toy 2>&-"],
                           cwd=ROOT, capture_output=True, text=True, env=ENV)
     assert done.returncode == 2 and re.fullmatch("train.py: .*--scael.*\n", done.stdout), done
+    env = {**ENV, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(["sh", "-c", f"exec {sys.executable} train.py --scale caf\u00e9 2>&-"],
+                          cwd=ROOT, capture_output=True, env=env)
+    assert done.returncode == 2 and done.stdout.startswith(b"train.py: --scale"), done
 
 
 @pytest.mark.slow
@@ -957,6 +968,41 @@ def test_a_warning_is_a_line_of_its_own(monkeypatch, capfd):
     monkeypatch.setattr(train, "work", work)
     assert train.main([]) == 0
     assert one_line(capfd) == "train.py: words: 600 tokens cut to 512"
+
+
+DEAF = """
+import os, signal, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+import train
+train.say = lambda line: time.sleep(600)                # a pipe that is full
+train.listen()
+os.kill(os.getpid(), signal.SIGTERM)
+train.say("progress")
+"""
+
+
+def test_a_signal_ends_a_process_whose_stderr_nobody_reads():
+    done = subprocess.run([sys.executable, "-c", DEAF], cwd=ROOT, env=ENV, timeout=120)
+    assert done.returncode == 0
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xfcn"))
+    folder.mkdir()
+    report = {"tae_psnr_db": 1.0, "dit_val_loss": 1.0, "parameters": {}, "seconds": {}}
+    train.write_page(folder, report, [])
+    assert "filmstrip: r" in (folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_settings_of_another_type_are_named():
+    there = train.asdict(train.SCALES["toy"]())
+    assert train.from_dict(train.Config, json.loads(json.dumps(there))) == train.SCALES["toy"]()
+    for name, bad in (("seed", True), ("seed", 1.5), ("patch", ["1", 2, 2]), ("patch", 2),
+                      ("scale", 3)):
+        with pytest.raises(ValueError, match=f"{name} .*: not of the type of"):
+            train.from_dict(train.Config, there | {name: bad})
+    with pytest.raises(ValueError, match="unknown field lattice"):
+        train.from_dict(train.Config, there | {"lattice": 1})
 
 
 LOCALE = """

@@ -2,6 +2,7 @@
 threads that read ahead. The files are made here: frame k shows its number."""
 import gc
 import itertools
+import math
 import os
 import re
 import shutil
@@ -204,6 +205,55 @@ def test_headers_that_announce_something_else(tmp_path):
         shows(patched(path, duration, 0, value), list(range(60)), starts=(0, 23))
 
 
+@pytest.mark.parametrize("name", ["v.ts", "v.mkv", "v.flv", "v.mpg"])
+def test_nothing_is_shown_before_the_first_key_frame(tmp_path, name):
+    """A recording that begins, or was cut, between two of them."""
+    codec = "mpeg2video" if name == "v.mpg" else "libx264"
+    source = write(tmp_path / "whole.ts", 100, codec, gop=40)
+    path = tmp_path / name
+    with av.open(str(source)) as there, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(there.streams.video[0])
+        packets = list(enumerate(p for p in there.demux(video=0) if p.size))[20:]
+        first = next(k for k, packet in packets if packet.is_keyframe)
+        for _, packet in packets:
+            packet.stream = stream
+            out.mux(packet)
+    assert first > 20
+    shows(path, list(range(first, 100)))
+
+
+@pytest.mark.parametrize("codec, bf", [("libx264", 0), ("libx264", 2), ("mpeg4", 2)])
+def test_a_header_without_a_start_time(tmp_path, codec, bf):
+    """ASF files have none; the pictures of these begin after four seconds."""
+    def later(packet, k):
+        four = round(4 / packet.time_base)
+        packet.pts += four
+        packet.dts = (packet.pts if packet.dts is None else packet.dts + four)
+        return packet
+
+    source = write(tmp_path / "v.wmv", codec=codec, bf=bf)
+    for path in (source, copied(source, tmp_path / "late.wmv", later)):
+        shows(path, list(range(60)), starts=(0, 5, 40))
+
+
+@pytest.mark.parametrize("name, codec", [("v.webm", "libvpx"), ("v.ts", "libx264")])
+def test_a_picture_whose_shape_changes_on_the_way(tmp_path, name, codec):
+    """As in recordings of calls: the later frames take the shape of the window's first."""
+    parts = [write(tmp_path / f"{h}{name}", 30, codec,
+                   picture=lambda k, h=h: counter(k + 30 * (h == 96), h, 64)) for h in (64, 96)]
+    path, clock = tmp_path / name, itertools.count()
+    with av.open(str(parts[0])) as first, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(first.streams.video[0])
+        for part in parts:
+            with av.open(str(part)) as there:
+                for packet in (p for p in there.demux(video=0) if p.size):
+                    packet.pts = packet.dts = round(next(clock) / 25 / packet.time_base)
+                    packet.stream = stream
+                    out.mux(packet)
+    x = window(path, 27)
+    assert x.shape == (6, 64, 64, 3) and numbers(x) == list(range(27, 33))
+
+
 def test_a_video_that_begins_anew(tmp_path):
     """Two recordings, one behind the other: the times of the second are those of the first."""
     path = write(tmp_path / "v.ts")
@@ -361,6 +411,24 @@ def test_a_cover_picture_is_not_the_video(tmp_path, suffix, first, flagged):
     shows(path, list(range(60)), starts=(0, 30))
 
 
+def test_the_longer_of_two_streams_is_not_the_one_that_is_shown(tmp_path):
+    """The first is the default; the second has twice as many frames."""
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as out:
+        streams = [out.add_stream("libx264", rate=rate) for rate in (25, 50)]
+        for stream, side, flags in zip(streams, (64, 32), (av.stream.Disposition.default, 0)):
+            stream.height = stream.width = side
+            stream.pix_fmt, stream.disposition = "yuv420p", flags
+        for k in range(120):
+            for stream, n, side in ((streams[0], k / 2, 64), (streams[1], k, 32)):
+                if n == int(n):
+                    image = counter(int(n), side, side)
+                    out.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
+        for stream in streams:
+            out.mux(stream.encode())
+    shows(path, list(range(60)), starts=(0, 30))
+
+
 def test_frames_with_exif_data(tmp_path):
     """As cameras write them; PyAV may not know such side data, which is no reason to refuse."""
     from io import BytesIO
@@ -433,6 +501,12 @@ def test_what_is_written_is_read_again(tmp_path, suffix):
     assert numbers(window(path, 20)) == list(range(21, 27))
     with av.open(str(path)) as file:
         assert file.streams.video[0].width == 128
+    for fps in (0.4, 7.5, 30000 / 1001):
+        train.write_video(path, moving(9), fps)
+        assert train.probe(path)[1] == pytest.approx(fps, rel=0.02 if suffix == "gif" else 1e-4)
+    for fps in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"fps {fps}: must be above 0"):
+            train.write_video(path, moving(2), fps)
     with pytest.raises(ValueError, match="v.png: not .mp4 or .gif"):
         train.write_video(tmp_path / "v.png", moving(2), 8)
 
@@ -738,6 +812,14 @@ def test_a_table_in_a_subfolder(tmp_path, capfd):
         assert [row[:2] for row in folder_of(folder).videos] == [
             ["sub dir/deep/v1.mp4", "deeper"], ["v0.mp4", "grey number 0"]]
         (folder / table).unlink()
+    # By its full name, in a folder that is reached by a link; and a video that is a link itself.
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "v2.mp4").symlink_to(folder / "v0.mp4")
+    (folder / "Metadata.CSV").write_text(
+        f"file_name,text\n{folder / 'sub dir/deep/v1.mp4'},deeper\nv2.mp4,a link\n")
+    for root in (folder, tmp_path / "link"):
+        assert dict(row[:2] for row in folder_of(root).videos) == {
+            "sub dir/deep/v1.mp4": "deeper", "v0.mp4": "grey number 0", "v2.mp4": "a link"}
     assert "no such file" not in capfd.readouterr().err
 
 
