@@ -1,14 +1,15 @@
-"""Can a model that was not written for it be sampled on many ranks?
+"""Question: can a model that was not written for it be sampled on many ranks?
 
-Yes: these are the seams of sample_parallel.py, put onto diffusers' Wan in thirty lines, in fp32 or
-as `from_pretrained` loads it in bf16. The script gives a small Wan with random weights to
-ParallelSampler, and compares with an Euler loop around Wan's own forward.
+Run:    pip install diffusers && python studies/wan.py               # one rank
+        torchrun --nproc_per_node 4 studies/wan.py --cfg 2 --ulysses 2      # the same on four
+Time:   20 seconds on 2 cores
+Answer: yes. These are the seams of sample_parallel.py, put onto diffusers' Wan in thirty lines, in
+        fp32 or as `from_pretrained` loads it in bf16.
 
-    pip install diffusers && python studies/wan.py                       # one rank, 20 s
-    torchrun --nproc_per_node 4 studies/wan.py --cfg 2 --ulysses 2       # the same on four
-
-With a real checkpoint: model = wan.WanTransformer3DModel.from_pretrained(...), and as text
-model.condition_embedder.text_embedder(umt5_features), (B, L, D), once for all steps.
+The script gives a small Wan with random weights to ParallelSampler, and compares with an Euler loop
+around Wan's own forward. With a real checkpoint: model = wan.WanTransformer3DModel.from_pretrained(
+...), and as text model.condition_embedder.text_embedder(umt5_features), (B, L, D), once for all
+steps.
 """
 import argparse
 import sys
