@@ -264,12 +264,12 @@ class Layout:
     def splice(self, r):
         """Permute K, V from the order in which a warm-up's all-to-all delivers them to the cache's.
 
-        With PipeFusion x Ulysses the ranks of a group must keep the same fresh K, V [XD], so they
-        are kept after the exchange. A warm-up delivers rank after rank, u0: p0 p1 | u1: p0 p1.
-        Later an exchange delivers one patch, p0: u0 u1, which must replace its own rows. So the
-        cache is kept by patch, p0: u0 u1 | p1: u0 u1. In the wrong order a patch overwrites half of
-        itself and half of a neighbour, and the clip looks right all the same (0.4 % off on the
-        demo's model, where staleness costs 1 %)."""
+        With PipeFusion x Ulysses the ranks of a group must keep the same fresh K, V [XD], so K, V
+        are kept as they come out of the exchange. A warm-up delivers rank after rank,
+        u0: p0 p1 | u1: p0 p1. Later an exchange delivers one patch, p0: u0 u1, which must replace
+        its own rows. So the cache is kept by patch, p0: u0 u1 | p1: u0 u1. In the wrong order a
+        patch overwrites half of itself and half of a neighbour, and the clip looks right all the
+        same (0.4 % off on the demo's model, where staleness costs 1 %)."""
         patch = [torch.full((self.counts[m, r, u],), m, device=self.order.device)
                  for u in range(self.U) for m in range(self.M)]
         return torch.cat(patch).argsort(stable=True)

@@ -122,8 +122,8 @@ class TAEConfig:
         for name in ("space_stride", "time_stride"):
             strides = getattr(self, name)
             if len(strides) != len(self.mult) - 1 or any(n > 2 for n in strides):
-                raise ValueError(f"{name} {' '.join(map(str, strides))}: must be 1 or 2 each, one "
-                                 f"between each two of the {len(self.mult)} levels of mult")
+                raise ValueError(f"{name} {' '.join(map(str, strides))}: must be 1 or 2 each, and "
+                                 f"one fewer than the {len(self.mult)} levels of mult")
         if self.channels % 4:
             raise ValueError(f"channels {self.channels}: must be a multiple of 4")
         m, n, extra = self.mult, self.res_blocks, self.decoder_extra
@@ -195,7 +195,7 @@ class LossConfig:
     l2: float = 0.0             # weight of the squared error
     kl: float = 1e-6            # weight of the KL divergence, which keeps latents near N(0, I)
     opl: float = 0.0            # weight of Movie Gen's outlier penalty, as an average: 0.1 to 1
-    opl_start: int = 0          # the first step that has it (Movie Gen: the last 10K of 60K)
+    opl_start: int = 0          # its first step (Movie Gen has it in the last 10K of 60K)
     opl_r: float = 3.0          # the standard deviations from the mean that it allows
     perceptual: float = 0.0     # weight of the perceptual loss; downloads VGG16
     gan: float = 0.0            # weight of the GAN loss, times the adaptive weight: 0.05 to 0.2
@@ -328,9 +328,9 @@ CONV = {"2d": Conv2D, "2.5d": Conv25D, "3d": Conv3D}
 
 
 class FrameNorm(nn.GroupNorm):
-    """Normalise each frame by itself, in 32 groups of channels as in [LDM], in narrow layers
-    fewer. Statistics over all frames would change what the image autoencoder computes, and could
-    not be streamed."""
+    """Normalise each frame by itself, in 32 groups of channels as in [LDM], fewer unless 128
+    divides the channels. Statistics over all frames would change what the image autoencoder
+    computes, and could not be streamed."""
 
     def __init__(self, channels: int):
         super().__init__(math.gcd(32, channels // 4), channels, eps=1e-6)
@@ -825,11 +825,10 @@ class StructureBranch(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         B, n = s.shape[0], self.grid
-        u = self.convs[:-1](rearrange(s, "b c n h w -> (b n) c h w"))
+        u = self.convs(rearrange(s, "b c n h w -> (b n) c h w"))
         at = (u.shape[-1] - n) // 2                                          # 4 -> 8 -> 7: cropped
-        u = rearrange(self.convs[-1](u[..., at : at + n, at : at + n]),
-                      "(b n) c h w -> b h w n c", b=B)
-        u = F.relu(self.widen(u))                                               # (B, h, w, n_q, D)
+        u = F.relu(self.widen(rearrange(u[..., at : at + n, at : at + n],
+                                        "(b n) c h w -> b h w n c", b=B)))      # (B, h, w, n_q, D)
         u = F.relu(self.frames(rearrange(u, "b h w n d -> b h w d n")))         # (B, h, w, D, T)
         return rearrange(u, "b h w d t -> b d t h w")
 

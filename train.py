@@ -66,7 +66,7 @@ import typing
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
@@ -601,7 +601,7 @@ def from_dict(kind, value: dict):
             raise ValueError(f"unknown field {name}")
         d = default[name]
         v = from_dict(type(d), v) if is_dataclass(d) else tuple(v) if isinstance(v, list) else v
-        v = float(v) if type(d) is float and type(v) is int else v
+        v = float(v) if type(d) is float and type(v) is int and abs(v) < 2**63 else v
         plain = isinstance(d, tuple) and d and isinstance(d[0], (int, str))
         if type(v) is not type(d) or plain and any(type(x) is not type(d[0]) for x in v):
             raise ValueError(f"{name} {v!r}: not of the type of {d!r}")
@@ -762,8 +762,11 @@ class VideoFolder:
         start = rng.randint(low, max(low, high - interval * (T - 1) - 1))
         covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # its short side
         size = max(round(covering * rng.uniform(1.0, 1.5)), math.ceil(covering))
-        return (read_window(self.root / name, start, interval, T, size, rate), rate / interval,
-                caption)
+        x = read_window(self.root / name, start, interval, T, size, rate)
+        if x.shape[1] < H or x.shape[2] < W:                # its shape has changed on the way
+            grow = max(H / x.shape[1], W / x.shape[2])
+            x = resized(x, [math.ceil(n * grow) for n in x.shape[1:3]])
+        return x, rate / interval, caption
 
 
 def longest_window(cfg: Config) -> int:
@@ -857,6 +860,7 @@ def same_name(name: str) -> str:
 def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
     """Read each metadata.csv -> {file: caption}, files named from `root` on."""
     captions: dict[str, str] = {}
+    real = lru_cache(partial(os.path.realpath))         # of folders, which may be links
     for table in tables:
         rows = csv.DictReader(io.StringIO(read_text(table)), strict=True)
         try:
@@ -868,9 +872,8 @@ def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
                                     'line has; a text with a comma stands in "..."')
                 if not (file := (row["file_name"] or "").strip()):
                     raise UserError(f"{table}: line {rows.line_num}: no file_name")
-                there = table.parent / file.replace("\\", "/")
-                there = there.parent.resolve() / there.name     # a video itself may be a link
-                name = same_name(os.path.relpath(there, root.resolve()))
+                there = table.parent / file.replace("\\", "/").replace("\0", "")
+                name = same_name(os.path.relpath(f"{real(there.parent)}/{there.name}", real(root)))
                 text = (row["text"] or "").strip()
                 if captions.setdefault(name, text) != text:
                     raise UserError(f"{table}: line {rows.line_num}: a second caption of {name}")
@@ -929,12 +932,19 @@ def decoded(container, stream) -> Iterator:
     """Decode the frames of a stream in the order in which they are shown, from where it stands."""
     import av
 
-    if {k.lower(): v for k, v in stream.metadata.items()}.get("alpha_mode") != "1":
-        yield from container.decode(stream)
-        return
-    codec = av.CodecContext.create(f"libvpx{'-vp9' * (stream.codec_context.name == 'vp9')}", "r")
-    for packet in container.demux(stream):          # only libvpx sees the transparency of WebM
-        yield from codec.decode(packet if packet.size else None)
+    codec, shown = stream.codec_context, False
+    if {k.lower(): v for k, v in stream.metadata.items()}.get("alpha_mode") == "1":
+        # Only libvpx sees the transparency of WebM.
+        codec = av.CodecContext.create(f"libvpx{'-vp9' * (codec.name == 'vp9')}", "r")
+    for packet in container.demux(stream):
+        try:
+            frames = codec.decode(packet if packet.size else None)
+        except av.error.InvalidDataError:
+            if shown or packet.is_keyframe:
+                raise
+            continue                                # the file begins between two key frames
+        shown = shown or bool(frames)
+        yield from frames
 
 
 def probe(path: Path) -> tuple[int, float, float]:
@@ -942,20 +952,28 @@ def probe(path: Path) -> tuple[int, float, float]:
     decodes one frame; raises what PyAV raises if it cannot."""
     container, stream = open_video(path)
     with container:
-        w, h, (a, b, _, _) = shown_as(next(decoded(container, stream)), stream.sample_aspect_ratio)
+        first = next(decoded(container, stream), None)
+        if first is None:
+            raise ValueError("nothing can be decoded")
+        w, h, (a, b, _, _) = shown_as(first, stream.sample_aspect_ratio)
         aspect = h / w if abs(a) >= abs(b) else w / h
     container, stream = open_video(path)
     with container:
         hidden = lambda p: p.is_discard or (            # VP8's reference frames that are not shown
             stream.codec_context.name == "vp8" and not bytes(p)[0] & 16)
-        packets = (p for p in container.demux(stream) if p.size)    # nothing is shown before
-        packets = itertools.dropwhile(lambda p: not p.is_keyframe, packets)     # a key frame
-        times = [p.pts for p in packets if not hidden(p)]
+        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream)
+                   if p.size and not hidden(p)]
         usual = float(stream.average_rate or stream.guessed_rate or 25)
         unit = float(stream.time_base or 0)
+    times, count = [t for t, _ in packets], counted(container)
+    if count or first.pts is None or None in times:     # shown from the first key frame on, if any
+        times = list(itertools.dropwhile(lambda p: not p[1], packets)) or times
+        count = True
+    else:
+        times = [t for t in times if t >= first.pts]
     if len(times) < 2:
         raise ValueError("a still picture")
-    if len(times) < 3 or counted(container) or None in times:
+    if len(times) < 3 or count:
         return len(times), usual if usual < 1000 else 25.0, aspect  # 1000: a clock, no rate
     times = torch.tensor(sorted(set(times))).double() * unit
     gaps, span = times.diff(), (times[-1] - times[0]).item()
@@ -1044,16 +1062,15 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
             if last is None or start - at > max(rate, 3):
                 raise ValueError(f"nothing can be decoded from frame {start} on")
             out.append(upright(last, size, shape))
-    return torch.stack([like(x, out[0]) for x in out + out[-1:] * (T - len(out))])
+    shape = out[0].shape                            # a recording may change its shape on the way
+    out = [x if x.shape == shape else resized(x[None], shape[:2])[0] for x in out]
+    return torch.stack(out + out[-1:] * (T - len(out)))
 
 
-def like(x: Tensor, other: Tensor) -> Tensor:
-    """Bring a picture to the size of another one: the size may change within a recording."""
-    if x.shape == other.shape:
-        return x
-    x = rearrange(x, "h w c -> 1 c h w").float()
-    x = F.interpolate(x, other.shape[:2], mode="bilinear", antialias=True)
-    return rearrange(x.round().byte(), "1 c h w -> h w c")
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring pictures (T, h, w, 3) uint8 to another size."""
+    x = F.interpolate(x.movedim(3, 1).float(), list(size), mode="bilinear", antialias=True)
+    return x.round().byte().movedim(1, 3)
 
 
 def save_gif(path: Path, frames: list, fps: float) -> None:
@@ -1086,7 +1103,7 @@ def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -
         frames = frames.repeat(zoom, 1).repeat(zoom, 2)
         h, w = (n - n % 2 for n in frames.shape[1:3])                       # 4:2:0: even sides
         with writing(path), av.open(str(path), "w") as container:
-            rate = Fraction(fps).limit_denominator(1001)        # 30000/1001 as it is
+            rate = Fraction(float(fps)).limit_denominator(1001) or Fraction(1, 1001)
             stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
             stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
             for f in frames:
@@ -1297,7 +1314,7 @@ def replacing(path: Path):
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # of no name's bytes
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may be no text
 
 
 def read_json(path: Path):
@@ -1708,7 +1725,7 @@ def encode_latents(run: Run, clips) -> None:
             logvar.append(posterior.logvar.cpu())
             captions += told
         unique = list(dict.fromkeys(captions))          # crops of one window share their caption
-        with named("--text."):
+        with named("text: "):
             features = {f"text.{k}": v for k, v in text.encode(unique).items()}
         save_tensors(folder / name, {
             "mean": torch.cat(mean), "logvar": torch.cat(logvar), **features,
@@ -2019,7 +2036,7 @@ class Loaded:
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds {seeds}: must be one for each of {len(prompts)} prompts")
         if len(P) != len(prompts):
-            raise ValueError(f"features of {len(P)} prompts: must be of these {len(prompts)}")
+            raise ValueError(f"features of {len(P)} prompts: there are {len(prompts)}")
         v_fn = flow.guided(lambda x, t: self.dit(x, t, P, mask),
                            lambda x, t: self.dit(x, t, P0, mask0), s.guidance)
         z = flow.sample(v_fn, self.noise(seeds), self.schedule(), solver=s.solver,
@@ -2077,9 +2094,9 @@ def make_samples(run: Run) -> None:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         loaded = load_run(run.folder, run.device)
-        with named("--text."):
+        with named("text: "):
             features = loaded.encode(prompts)               # no encoder is loaded twice
-        with named("samples: "), ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool:
             written = [pool.submit(write, i, loaded.generate(
                 prompts[i : i + n], range(i, min(i + n, len(todo))),
                 {k: v[i : i + n] for k, v in features.items()}).cpu())

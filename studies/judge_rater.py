@@ -23,8 +23,9 @@ and a measured difference d is decided (95 %) if it is more than 1.96 standard d
     n > (P + E / K) / ((d / 1.96)^2 - T / K),   and K > T (1.96 / d)^2, or no n is enough
 
 A true difference d measures less than d half of the time; to decide it in four studies of five,
-1.96 + 0.84 takes the place of 1.96. Both are printed. Prompt i has the same noise in all trainings,
-so P is of prompts and noises; T is of trainings of the DiT on one autoencoder.
+1.96 + 0.84 takes the place of 1.96. Both are printed, for P, T and E as if they were known: who has
+to estimate T from few trainings needs more. Prompt i has the same noise in all trainings, so P is
+of prompts and noises; T is of trainings of the DiT on one autoencoder.
 
 An interval over prompts alone, as one has with one training of each arm, leaves T out. The other
 has Student's t in place of 1.96, since five pairs estimate T poorly (Satterthwaite's formula); for
@@ -111,7 +112,9 @@ def bounds_of_trainings(y):
 
 
 def prompts_needed(P, T, E, K, points=5, deviations=1.96):
-    """Compute how many prompts decide a difference with K trainings of each arm; inf: none do."""
+    """Compute how many prompts decide a difference with K trainings of each arm; inf: none do.
+
+    deviations: 1.96, or 2.8 to decide a true difference in four studies of five."""
     room = (points / 100 / deviations) ** 2 - T / K
     return math.ceil((P + E / K) / room) if room > 0 else math.inf
 
@@ -241,7 +244,7 @@ def main():
         if row["axis"] == "all" and row["name"] != "another seed":
             P, T, E = row["variances"]
             least, most = row["T"]
-            for said, z in (("measured", 1.96), ("true", 2.8)):
+            for said, z in (("as measured", 1.96), ("in truth, decided four times in five", 2.8)):
                 for how, at in (("", T), (", low end of T", least), (", high end of T", most)):
                     print(f"five points, {said}, {row['name']}{how}: " + ", ".join(
                         f"{prompts_needed(P, at, E, K, deviations=z)} prompts with {K}"

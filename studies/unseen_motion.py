@@ -14,9 +14,10 @@ are normalised by the statistics of the autoencoder's pace (so of the other pace
 variance than 1, which is a part of the cost). Measured are, for held-out clips of the DiT's pace
 and their captions:
 - reconstruction: PSNR;
-- reconstructions and samples: what the judge sees; all: colour, shape, direction and speed are
-  right. To the judge any speed above 0.8 is fast; so also the medians of physics.py: how far their
-  centres of mass are from a line at constant speed, and that speed from the one asked for;
+- reconstructions and samples: how often all is right to the judge, colour, shape, direction and
+  speed; of samples also each of them. To the judge any speed above 0.8 is fast; so also the medians
+  of physics.py: how far their centres of mass are from a line at constant speed, and that speed
+  from the one asked for;
 - energy distance to other held-out clips, of reconstructions and of samples without guidance (which
   would change the distribution): 0 for one distribution. In all pixels, where blur counts, or in
   means over 2 x 4 x 4, where only colour, layout and motion do.

@@ -7,9 +7,10 @@ Answer: yes. These are the seams of sample_parallel.py, put onto diffusers' Wan 
         fp32 or as `from_pretrained` loads it in bf16.
 
 The script gives a small Wan with random weights to ParallelSampler, and compares with an Euler loop
-around Wan's own forward. With a real checkpoint: model = wan.WanTransformer3DModel.from_pretrained(
-...), and as text model.condition_embedder.text_embedder(umt5_features), (B, L, D), once for all
-steps.
+around Wan's own forward. With a real checkpoint:
+
+    model = wan.WanTransformer3DModel.from_pretrained(...)
+    text = model.condition_embedder.text_embedder(umt5_features)        # (B, L, D), once
 """
 import argparse
 import sys

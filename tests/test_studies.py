@@ -318,10 +318,10 @@ def test_the_lead_of_an_arm_is_a_paired_t_interval():
 def test_what_generation_says_of_the_order_by_reconstruction():
     from end_to_end import EQUAL, GENERATION, ROWS, answer
     level = {arm: [1.0, 1.1, 0.9] for arm in EQUAL}
-    good = {"3d": [2.0, 2.1, 1.9]}
+    good = {"3d": [2.0, 2.1, 2.0]}
     found = dict.fromkeys(GENERATION, level) | {"psnr": level | good}
     found["shape"] = level | good
-    found["one_step"] = found["coarse_more"] = level | {"3d": [0.0, 0.1, -0.1]}
+    found["one_step"] = found["coarse_more"] = level | {"3d": [0.0, 0.1, 0.0]}
     first, second, third = answer(found)
     assert re.match("3d reconstructs better than 2.5d .*; 3d is better in: shape, "
                     f"{ROWS['coarse_more'][0]}; 2.5d in: {ROWS['one_step'][0]}; undec", first)
@@ -340,6 +340,43 @@ def test_the_figures_of_an_end_to_end_study(tmp_path, capsys):
     assert {line.count("|") for line in tables[: len(end_to_end.ROWS) + 2]} == {7}
     assert {line.count("|") for line in tables[len(end_to_end.ROWS) + 2 :]} == {5}
     assert said.count("reconstructs better than") == 3 and "**-1." in said
+
+
+def test_the_figures_of_a_study_of_unseen_motion(tmp_path, capsys):
+    import unseen_motion as study
+    keys = ["psnr", "all_again", *study.JUDGED, *study.PHYSICS, *study.ENERGIES, "coarse_real",
+            "fine_real", *(f"{key}_real" for key in (*study.JUDGED, *study.PHYSICS))]
+    rows = [{"clips": clips, "trained": trained, "curriculum": on, "seed": seed,
+             **dict.fromkeys(keys, 2.0 + (trained == "same") + 0.01 * seed)}
+            for clips in study.SPEEDS for trained in study.TRAINED for on in (False, True)
+            for seed in range(3)]
+    study.tell(rows, tmp_path / "study.png")
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {len(study.HEAD) + 1} and len(table) == 2 + 14
+    assert all(" 1.00 +- 0.00 |" in line for line in table if "same less other" in line)
+    assert (tmp_path / "study.png").exists()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_figures_of_a_study_of_physics(tmp_path, capsys, fast):
+    import physics
+
+    import train
+    cfg = train.Config(clips=train.ClipConfig())
+    real = physics.row_of(*physics.real_clips(cfg, 12, fast), fast)
+    assert real["right"] == 1 and (math.isnan(real["moves"]) if fast else real["moves"] == 1)
+    shown = ["loss", *physics.SHARES[fast and 1 :], *physics.ERRORS[: None if fast else -1]]
+    row = lambda m: dict.fromkeys(shown, 1 / m) | {"moves": min(1.0, m / 20),
+                                                   "right": min(1.0, m / 50)}
+    rows = {m: [row(m), row(m)] for m in (10, 20, 50, 100)}
+    for what in physics.SHARES[fast and 1 :]:
+        physics.conclude(rows, shown, what)
+    said = capsys.readouterr().out
+    assert ("between 20 % and 100 % of the steps: moves 1.000 and 1.000, loss -80%" in said) != fast
+    assert "between 50 % and 100 % of the steps: right 1.000 and 1.000, loss -50%" in said
+    physics.draw({"toy": rows | {"real": [real], "reconstructed": [real]}}, shown,
+                 tmp_path / "study.png")
+    assert (tmp_path / "study.png").exists()
 
 
 @pytest.mark.parametrize("scale", ["toy", "small"])
@@ -505,6 +542,8 @@ def test_an_interval_over_prompts_and_trainings():
     from versus import half_width
     n = prompts_needed(1.0, 0.0, 0.0, K=1)                      # no ties, as many wins as losses
     assert half_width(n / 2, n / 2, n) <= 5 < half_width((n - 1) / 2, (n - 1) / 2, n - 1)
+    more = prompts_needed(1.0, 0.0, 0.0, K=1, deviations=2.8)
+    assert more == pytest.approx(n * (2.8 / 1.96) ** 2, rel=2e-3)
     assert prompts_needed(0.0, 0.0, 1.0, K=3) == math.ceil(n / 3)
     least = 0.001 * (1.96 / 0.05) ** 2                          # 1.54 trainings
     assert prompts_needed(0.1, 0.001, 0.1, K=math.floor(least)) == math.inf

@@ -71,8 +71,8 @@ def test_parameters_and_rates():
 
 @pytest.mark.parametrize("cfg, change, message", [
     (TINY, {"variant": "4d"}, "variant 4d: not one of 2.5d, 3d, 2d"),
-    (TINY, {"mult": (1, 2)}, "space_stride 2 2 2: must be 1 or 2 each, one between each two of"),
-    (TINY, {"time_stride": (2, 3, 2)}, "time_stride 2 3 2: must be 1 or 2 each, one between"),
+    (TINY, {"mult": (1, 2)}, "space_stride 2 2 2: must be 1 or 2 each, and one fewer than the 2"),
+    (TINY, {"time_stride": (2, 3, 2)}, "time_stride 2 3 2: must be 1 or 2 each, and one"),
     (TINY, {"res_blocks": (1, 0, 1, 1)}, "res_blocks 1 0 1 1: must be a number for each of 4"),
     (TINY, {"res_blocks": (0, 1, 1, 1)}, "res_blocks 0 1 1 1: must be a number for each of 4"),
     (TINY, {"channels": 3}, "channels 3: must be 4 or more"),

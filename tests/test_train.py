@@ -204,7 +204,7 @@ def test_generate_takes_a_seed_for_each_prompt(finished):
     for bad in (1.5, "1", torch.tensor(1.9)):
         with pytest.raises(ValueError, match="must be whole numbers"):
             loaded.generate(PROMPTS[:1], [bad])
-    with pytest.raises(ValueError, match="features of 2 prompts: must be of these 1"):
+    with pytest.raises(ValueError, match="features of 2 prompts: there are 1"):
         loaded.generate(PROMPTS[:1], [1], loaded.encode(PROMPTS[:2]))
     with pytest.raises(ValueError, match="steps 0: must be 1 or more"):
         loaded.schedule(0)

@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -205,16 +206,19 @@ def test_headers_that_announce_something_else(tmp_path):
         shows(patched(path, duration, 0, value), list(range(60)), starts=(0, 23))
 
 
-@pytest.mark.parametrize("name", ["v.ts", "v.mkv", "v.flv", "v.mpg"])
-def test_nothing_is_shown_before_the_first_key_frame(tmp_path, name):
+@pytest.mark.parametrize("name, codec, bf", [
+    ("v.ts", "libx264", 0), ("v.mkv", "libx264", 0), ("v.flv", "libx264", 0),
+    ("v.ts", "mpeg2video", 2), ("v.mpg", "mpeg2video", 0), ("v.webm", "libvpx", 0)])
+def test_nothing_is_shown_before_the_first_key_frame(tmp_path, name, codec, bf):
     """A recording that begins, or was cut, between two of them."""
-    codec = "mpeg2video" if name == "v.mpg" else "libx264"
-    source = write(tmp_path / "whole.ts", 100, codec, gop=40)
+    source = write(tmp_path / f"whole.{'mkv' if codec == 'libvpx' else 'ts'}", 100, codec, gop=40,
+                   bf=bf)
     path = tmp_path / name
     with av.open(str(source)) as there, av.open(str(path), "w") as out:
         stream = out.add_stream_from_template(there.streams.video[0])
         packets = list(enumerate(p for p in there.demux(video=0) if p.size))[20:]
-        first = next(k for k, packet in packets if packet.is_keyframe)
+        key = next(packet.pts for _, packet in packets if packet.is_keyframe)
+        first = sum(packet.pts < key for _, packet in packets) + 20
         for _, packet in packets:
             packet.stream = stream
             out.mux(packet)
@@ -252,6 +256,23 @@ def test_a_picture_whose_shape_changes_on_the_way(tmp_path, name, codec):
                     out.mux(packet)
     x = window(path, 27)
     assert x.shape == (6, 64, 64, 3) and numbers(x) == list(range(27, 33))
+    path.with_suffix(".txt").write_text("numbers")      # a window of the later shape is enlarged
+    clips = folder_of(tmp_path, frames=4)
+    video = [row for row in clips.videos if row[0] == name][0]
+    for seed in range(4):
+        x, *_ = clips.read(video, "heldout", random.Random(seed), (4, 64, 96), 0.0)
+        assert x.shape[1] >= 64 and x.shape[2] >= 96
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.avi"])
+def test_a_file_without_marks_of_key_frames(tmp_path, name):
+    def unmarked(packet, k):
+        packet.is_keyframe = False
+        return packet
+
+    source = write(tmp_path / f"marked.{name[2:]}", codec="mpeg4")
+    path = copied(source, tmp_path / name, unmarked)
+    assert train.probe(path)[0] == 60 and numbers(window(path, 0)) == list(range(6))
 
 
 def test_a_video_that_begins_anew(tmp_path):
