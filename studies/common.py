@@ -46,11 +46,16 @@ class Parser(argparse.ArgumentParser):
         from train import load_run
         try:
             run = load_run(path)
+            needs_judge(path, run.cfg.data)
         except ValueError as error:
             self.error(str(error))
-        if run.cfg.data:
-            self.error(f"{path}: a run on videos; a study needs the judge of the toy world")
         return run
+
+
+def needs_judge(path, data):
+    """Raise ValueError for a run on videos."""
+    if data:
+        raise ValueError(f"{path}: a run on videos; a study needs the judge of the toy world")
 
 
 def positive(text):
@@ -111,8 +116,10 @@ def train_all(base, out, variants, seeds, workers, programs=None):
     if not (base / "config.json").exists():
         raise SystemExit(f"{base}: no run there; first: python train.py --scale toy "
                          f"--workdir {base}")
-    if json.loads((base / "config.json").read_text(encoding="utf-8"))["data"]:
-        raise SystemExit(f"{base}: a run on videos; a study needs the judge of the toy world")
+    try:
+        needs_judge(base, json.loads((base / "config.json").read_text(encoding="utf-8"))["data"])
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     runs = [(name, seed, out / "runs" / f"{name.replace(' ', '-')}-{seed}")
             for seed in range(seeds) for name in variants]
 
