@@ -21,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+NO_JUDGE = "a run on videos; a study needs the judge of the toy world"
 FIGURES = ("loss", "color", "shape", "direction", "text", "heldout")       # of report.json
 
 
@@ -46,16 +47,11 @@ class Parser(argparse.ArgumentParser):
         from train import load_run
         try:
             run = load_run(path)
-            needs_judge(path, run.cfg.data)
         except ValueError as error:
             self.error(str(error))
+        if run.cfg.data:
+            self.error(f"{path}: {NO_JUDGE}")
         return run
-
-
-def needs_judge(path, data):
-    """Raise ValueError for a run on videos."""
-    if data:
-        raise ValueError(f"{path}: a run on videos; a study needs the judge of the toy world")
 
 
 def positive(text):
@@ -116,10 +112,8 @@ def train_all(base, out, variants, seeds, workers, programs=None):
     if not (base / "config.json").exists():
         raise SystemExit(f"{base}: no run there; first: python train.py --scale toy "
                          f"--workdir {base}")
-    try:
-        needs_judge(base, json.loads((base / "config.json").read_text(encoding="utf-8"))["data"])
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    if json.loads((base / "config.json").read_text(encoding="utf-8"))["data"]:
+        raise SystemExit(f"{base}: {NO_JUDGE}")
     runs = [(name, seed, out / "runs" / f"{name.replace(' ', '-')}-{seed}")
             for seed in range(seeds) for name in variants]
 

@@ -169,6 +169,12 @@ def lead(a, b, better):
     return d.mean().item(), stats.t.ppf(0.975, len(d) - 1) * d.std().item() / len(d) ** 0.5
 
 
+def decided(mean, half):
+    """Tell whether an interval leaves out 0; one without a width does not, of shares that differ by
+    as much in all seeds."""
+    return abs(mean) > half > 0
+
+
 def answer(found):
     """{figure: {arm: values}} -> what reconstruction and generation say of each pair."""
     lines = []
@@ -179,10 +185,10 @@ def answer(found):
         for key in GENERATION:
             title, _, better = ROWS[key]
             ahead, within = lead(found[key][a], found[key][b], better)
-            decided = abs(ahead) > within > 0           # shares may be equal in all seeds
-            says["open" if not decided else "same" if ahead > 0 else "other"] += [title]
+            says["open" if not decided(ahead, within) else "same" if ahead > 0 else "other"] += [
+                title]
         lines.append(f"{a} reconstructs better than {b} ({abs(mean):.2f} +- {half:.2f} dB)"
-                     if abs(mean) > half else f"{a} and {b}: reconstruction undecided")
+                     if decided(mean, half) else f"{a} and {b}: reconstruction undecided")
         lines[-1] += "".join(f"; {word}: {', '.join(says[key]) or 'none'}" for key, word in (
             ("same", f"{a} is better in"), ("other", f"{b} in"), ("open", "undecided")))
     return lines
@@ -208,8 +214,7 @@ def tell(rows, path):
     for key, (title, digits, better) in ROWS.items():
         leads = [lead(values[key][a], values[key][b], better) for a, b in pairs if better]
         cells = [f"{d:+.{digits}f} +- {half:.{digits}f}" for d, half in leads]
-        cells = [f"**{cell}**" if abs(d) > half > 0 else cell
-                 for cell, (d, half) in zip(cells, leads)]
+        cells = [f"**{cell}**" if decided(*d) else cell for cell, d in zip(cells, leads)]
         print(f"| {title} | {' | '.join(cells)} |\n" * bool(cells), end="")
     print("", *answer(values), sep="\n")
 

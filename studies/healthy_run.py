@@ -49,8 +49,8 @@ def keep(out, folder, cfg, marks):
     """Keep each checkpoint that is whole and of a step in marks, {percent: step}, as a file that
     load_run reads -> {percent: file}, with the result of the run if it has ended."""
     files = {percent: out / f"at_{percent:03d}.safetensors" for percent in marks}
-    of_run = lambda file: read(file, file.stat().st_mtime_ns) == cfg
-    kept = lambda file: file.exists() and of_run(file)              # and of no other run
+    # And of no other run.
+    kept = lambda file: file.exists() and read(file, file.stat().st_mtime_ns) == cfg
     for percent, file in files.items():
         checkpoint = folder / f"dit/step_{marks[percent]:07d}"
         if (checkpoint / ".metadata").exists() and not kept(file):

@@ -213,9 +213,10 @@ def main():
         parser.error(f"--seeds {args.seeds}: must be 2 or more")
     try:
         cfg = train.read_config(train.result_of(args.run))
-        common.needs_judge(args.run, cfg.data)
     except ValueError as error:
         parser.error(str(error))
+    if cfg.data:
+        parser.error(f"{args.run}: {common.NO_JUDGE}")
     torch.set_num_threads(1)                            # two trainings at a time
     c, steps = cfg.clips, args.steps or cfg.train_dit.steps
     prompts = [p for _, p in world.test_prompts(0, args.prompts, c.things, c.frames, c.script)]

@@ -235,8 +235,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)                            # two seeds at a time
     out = args.out / ("fast" if args.fast else "plain") / ("finished" if args.finished else "")
-    shown = ["loss", *SHARES[args.fast and 1 :], "left out", *ERRORS[: None if args.fast else -1]]
-    tables = {}
+    shares, kinds = (SHARES[1:], ERRORS) if args.fast else (SHARES, ERRORS[:-1])
+    shown, tables = ["loss", *shares, "left out", *kinds], {}
     names = [base.resolve().name for base in args.runs]
     if len(set(names)) < len(names):
         parser.error(f"{' '.join(map(str, args.runs))}: two runs of one name")
@@ -256,7 +256,7 @@ def main():
             cells = ["" if math.isnan(a) else f"{a:.3f}" + f" +- {b:.3f}" * (len(of) > 1)
                      for a, b in common.mean_and_spread(of, shown)]
             print(f"| {mark}{' %' * isinstance(mark, int)} | {' | '.join(cells)} |")
-        for what in SHARES[args.fast and 1 :] if len(found) > 1 else ():
+        for what in shares if len(found) > 1 else ():
             conclude(found, shown, what)
     train.write_json(out / "study.json", tables)
     draw(tables, [key for key in shown if key != "left out"], out / "study.png")

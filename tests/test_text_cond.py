@@ -201,6 +201,7 @@ def test_the_order_of_letters_and_of_words_is_in_the_tokens(toy):
 
 def test_the_bag_of_concepts_has_no_order_and_no_count(toy):
     f = toy.encode(["a red circle and a blue square", "square and blue a circle red", "red red"])
+    assert torch.equal(f["concepts"][0], f["concepts"][1])
     x = toy.features_of("concepts", f)[0]
     assert x.shape == (3, 1, 32) and torch.allclose(x[0], x[1], atol=1e-6)
     y = toy.features_of("concepts", toy.encode(["red"]))[0]
