@@ -601,7 +601,7 @@ def from_dict(kind, value: dict):
             raise ValueError(f"unknown field {name}")
         d = default[name]
         v = from_dict(type(d), v) if is_dataclass(d) else tuple(v) if isinstance(v, list) else v
-        v = float(v) if type(d) is float and type(v) is int and abs(v) < 2**63 else v
+        v = float(v) if type(d) is float and type(v) is int else v
         plain = isinstance(d, tuple) and d and isinstance(d[0], (int, str))
         if type(v) is not type(d) or plain and any(type(x) is not type(d[0]) for x in v):
             raise ValueError(f"{name} {v!r}: not of the type of {d!r}")
@@ -625,7 +625,7 @@ def read_config(run: Path | str) -> Config:
         raise UserError(f"{run}: no run there; train first: torchrun train.py --workdir {run}")
     try:
         return from_dict(Config, json.loads(text))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: damaged ({error}); choose another --workdir") from None
 
 
@@ -947,14 +947,21 @@ def decoded(container, stream) -> Iterator:
         yield from frames
 
 
+def from_first(container, stream) -> tuple[object, Iterator]:
+    """Decode a stream from its beginning -> (its first frame, all of its frames)."""
+    frames = decoded(container, stream)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("nothing can be decoded")
+    return first, itertools.chain([first], frames)
+
+
 def probe(path: Path) -> tuple[int, float, float]:
     """Measure a video -> (frames, frames a second, height / width as shown). Reads every packet and
     decodes one frame; raises what PyAV raises if it cannot."""
     container, stream = open_video(path)
     with container:
-        first = next(decoded(container, stream), None)
-        if first is None:
-            raise ValueError("nothing can be decoded")
+        first, _ = from_first(container, stream)
         w, h, (a, b, _, _) = shown_as(first, stream.sample_aspect_ratio)
         aspect = h / w if abs(a) >= abs(b) else w / h
     container, stream = open_video(path)
@@ -965,17 +972,16 @@ def probe(path: Path) -> tuple[int, float, float]:
                    if p.size and not hidden(p)]
         usual = float(stream.average_rate or stream.guessed_rate or 25)
         unit = float(stream.time_base or 0)
-    times, count = [t for t, _ in packets], counted(container)
-    if count or first.pts is None or None in times:     # shown from the first key frame on, if any
-        times = list(itertools.dropwhile(lambda p: not p[1], packets)) or times
-        count = True
+    count = counted(container) or first.pts is None or any(t is None for t, _ in packets)
+    if count:                           # what is shown begins with a key frame, if any is marked
+        packets = list(itertools.dropwhile(lambda p: not p[1], packets)) or packets
     else:
-        times = [t for t in times if t >= first.pts]
-    if len(times) < 2:
+        packets = [p for p in packets if p[0] >= first.pts]
+    if len(packets) < 2:
         raise ValueError("a still picture")
-    if len(times) < 3 or count:
-        return len(times), usual if usual < 1000 else 25.0, aspect  # 1000: a clock, no rate
-    times = torch.tensor(sorted(set(times))).double() * unit
+    if len(packets) < 3 or count:
+        return len(packets), usual if usual < 1000 else 25.0, aspect    # 1000: a clock, no rate
+    times = torch.tensor(sorted({t for t, _ in packets})).double() * unit
     gaps, span = times.diff(), (times[-1] - times[0]).item()
     mean, median = gaps.mean().item(), gaps.median().item()
     gap = mean if mean < 2 * median else median                     # not steady: the usual gap
@@ -1031,16 +1037,15 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
     out: list[Tensor] = []
     wanted = lambda: start + len(out) * interval
     with container:
-        frames, unit = decoded(container, stream), float(stream.time_base)
-        shape, first = stream.sample_aspect_ratio, next(frames, None)
-        if first is None:
-            raise ValueError("nothing can be decoded")
-        count, origin = ahead == math.inf or counted(container) or first.pts is None, first.pts
+        first, frames = from_first(container, stream)
+        origin, unit = first.pts, float(stream.time_base)
+        shape = stream.sample_aspect_ratio
+        count = ahead == math.inf or counted(container) or origin is None
         sought = not count and start / rate > ahead
         if sought:
             container.seek(origin + int((start / rate - ahead) / unit), stream=stream)
         last, at = None, -1                                 # the frame before, and its number
-        for frame in decoded(container, stream) if sought else itertools.chain([first], frames):
+        for frame in decoded(container, stream) if sought else frames:
             if not count and (frame.pts is None or last is not None and frame.pts <= last.pts):
                 return again(ahead=math.inf)
             # Frames count up by one, whatever small errors their times have; only a gap of two
