@@ -23,16 +23,16 @@ Contract
     t     (B,) fp32 in [0, 1]: 0 is noise, 1 is data (multiplied by 1000 inside)
     text  (B, L, D_text); mask (B, L) bool, True = attend, at least one True a row; None = all
     ->    v, of the shape and dtype of x
-`forward` calls patchify, positions, condition, embed, blocks, head and unpatchify, all public, and
-does nothing else. Only `block.attend` mixes video tokens; everything else acts on each token alone
-and may be called on a slice of the token axis (but for `in_context`). So a sampler can spread this
-model over many ranks without a change to this file.
+`forward` casts x and text to the precision of the weights, and calls patchify, positions,
+condition, embed, blocks, head and unpatchify, all public. Only `block.attend` mixes video tokens;
+everything else acts on each token alone and may be called on a slice of the token axis (but for
+`in_context`). So a sampler can spread this model over many ranks without a change to this file.
 
     python dit.py             # zero output at first, overfits one clip; out/dit/gates.png      25 s
 
 Differences from the paper
     - All blocks share one adaLN, and each adds a table of its own, as in PixArt. That the paper
-      does so is inferred from the names of its sizes: the 1B, 5B and 30B models have 0.93, 4.92 and
+      does so is inferred from the names of its sizes: with it, 1B, 5B and 30B have 0.93, 4.92 and
       29.3 B parameters. One Linear for each block, as in DiT (`adaln="per_block"`), would give
       1.3, 6.7 and 40 B.
     - RMSNorm has no weight, unlike LLaMa3's: the modulation, or the next Linear, does its work.
@@ -41,9 +41,9 @@ Differences from the paper
     - "Positions at the input of every layer" is read as: added to the residual stream itself.
     - `qk_norm` and the three other ways for t to enter (section 6) were not found in the paper.
 
-Letters: B batch, C latent channels, T H W latent frames, height and width, p q r a patch's share of
-them, N video tokens, Cpqr numbers in a token (C p q r), D width, L text tokens, h d heads and their
-width; t flow time.
+Letters: B batch, C latent channels, T H W latent frames, height and width, p q r the size of a
+patch, N video tokens, Cpqr numbers in a token (C p q r), D width, L text tokens, h d heads and
+their width; t flow time.
 """
 import argparse
 import math
@@ -153,7 +153,7 @@ class DiTConfig:
         return self.text_dim or self.dim
 
 
-# Stream(): 256 frames at 768 px, through a TAE of 8x8x8: 32 x 96 x 96, and 32 x 48 x 48 = 73,728
+# Stream(): 256 frames at 768 px, with a TAE of 8x8x8: latent 32 x 96 x 96, 32 x 48 x 48 = 73,728
 # tokens. At this length, attention takes 1.7 times as many FLOPs as all Linears of the 30B model.
 PRESETS = {
     "toy":   DiTConfig((Stream(8, (1, 2, 2), (4, 8, 8)),), 160, 4, 4),      # 64 tokens

@@ -82,8 +82,8 @@ def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = Non
     x0 and t are drawn where they are not given. For a coupling, pass the pairs: `minibatch_pairing`
     permutes the noise of a batch, so that each x1 keeps its caption; in the semi-discrete coupling
     each noise chooses its x1, before the batch is built.
-    A network that returns 0 has loss 1 + E x1^2 (diffusion: 1): expect 2 for normalised latents at
-    step 0.
+    A network that returns 0 has loss 1 + E x1^2: expect 2 for normalised latents at step 0
+    (diffusion: 1).
     """
     cfg = cfg or FlowConfig()
     if x0 is None:
@@ -118,7 +118,8 @@ def euler(f, x, t, h):
 @torch.no_grad()
 def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", trajectory: bool = False,
            cfg: "FlowConfig | None" = None) -> Tensor:
-    """Follow dx/dt = v_fn(x, t) through the times ts (n + 1,): x0 (B, ...) noise -> x1, fp32.
+    """Follow dx/dt = v_fn(x, t) through the times ts (n + 1,): x0 (B, ...) noise -> x1, fp32 (fp64
+    if x0 is).
 
     solver: euler (Movie Gen's choice) | midpoint | heun | rk4, or dopri5, adaptive between the
     times. trajectory=True returns all states, (n + 1, B, ...). cfg: needed for a diffusion model,
@@ -134,9 +135,10 @@ def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", trajectory:
     f = lambda x, t: v_fn(x, torch.full((len(x),), t, device=x.device, dtype=dtype)).to(dtype)
     x, times = x0.to(dtype), ts.tolist()
     path = [x]
-    for t, end in zip(times[:-1], times[1:]):
+    for t, end in zip(times, times[1:]):
         x = step(f, x, t, end - t)
-        path = [*path, x] if trajectory else path
+        if trajectory:
+            path.append(x)
     return torch.stack(path) if trajectory else x
 
 
@@ -307,8 +309,8 @@ SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dopr
 
 
 # ---- 6. The clocks of other code bases -----------------------------------------------------------
-# In half of them time runs backwards. With a wrong sign or a wrong clock, a model still trains, and
-# then samples garbage.
+# In half of these time runs backwards. With a wrong sign or a wrong clock, a model still trains,
+# and then samples garbage. f is a model of theirs.
 #   | code base                                   | noise at | target       | our v(x, t) is      |
 #   | Movie Gen, SiT, flow_matching, TorchCFM, RF | t = 0    | data - noise | f(x, t)             |
 #   | Mochi (is fed 1 - its sigma)                | t = 0    | data - noise | f(x, t)             |

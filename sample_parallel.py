@@ -7,7 +7,7 @@
         |  .- ring 0 -. .- ring 1 -.  |--->|  .- ring 0 -. .- ring 1 -.  |   guided, Euler step of
         |  | u 0  u 1 | | u 0  u 1 |  |    |  | u 0  u 1 | | u 0  u 1 |  |   patch, back to pp 0
         '-----------------------------'    '-----------------------------'
-      CFG-parallel   prompt and null text on two groups; one all-gather of v a step [XD]
+      CFG-parallel   prompt, null text on two groups; all-gather of v each step or patch [XD]
       PipeFusion     blocks on stages, patches flow through; K, V of later patches are stale [PF]
       Ring           tokens on ranks; K and V travel round the ring [RA]
       Ulysses        tokens on ranks; inside attention, heads on ranks [UL]
@@ -28,8 +28,8 @@ Contract.  ParallelSampler(model, mesh).sample(x0, text, mask, null, null_mask, 
     attend -> x1 like x0, on every rank. x0 and text are broadcast from rank 0, so a different seed
     on another rank cannot turn the clip into noise.
     model: any with these methods (its seams); those on tokens must accept slices of the token axis
-        patchify(x) -> (B,N,P)      positions(x.shape) -> (N,D)      condition(t (B,)) -> c
-        embed(tokens) -> h (B,n,D)  blocks[i](h, pos, c, text, mask) -> h      head(h, c) -> (B,n,P)
+        patchify(x) -> (B,N,P)      positions(x.shape) -> (N,D)      condition(t (b,)) -> c
+        embed(tokens) -> h (b,n,D)  blocks[i](h, pos, c, text, mask) -> h      head(h, c) -> (B,n,P)
         blocks[i].attend(q, k, v), its self-attention, each (B, heads, n, head_dim): replaceable
         unpatchify(tokens, x.shape) -> x        optional: token_mask(x.shape) -> (N,P) bool or None
 
@@ -40,7 +40,7 @@ Run.   python sample_parallel.py       # every mode on a tiny model, and a time 
 Which mode.  CFG-parallel first, it is nearly free. Then Ulysses inside a node with fast links,
 PipeFusion across slow ones (its traffic does not grow with depth, and a rank needs only its own
 blocks), Ring where Ulysses runs out of heads. Bytes that one rank sends in a step of the 30b model
-(73,728 tokens, batch 1, bf16, 8 ranks; CFG: 2), by `traffic`: Ring 76 GB while it computes, Ulysses
+(73,728 tokens, b = 1, bf16, 8 ranks; CFG: 2), by `traffic`: Ring 76 GB while it computes, Ulysses
 19 GB, half of it while it computes, PipeFusion 1.8 GB while it computes (what goes from stage to
 stage is fp32), CFG-parallel 0.02 GB. Ring inside PipeFusion sends its K, V cache round once for
 each patch: M times Ring's traffic in a block, M / pp times for a rank.
@@ -48,7 +48,7 @@ each patch: M times Ring's traffic in a block, M / pp times for a rank.
 Differences from the paper.
     - PipeFusion for video. xDiT has it for image models only; a fork (pds-amd/xDiT) adds Wan 2.2,
       Raylight Wan 2.1. It is proposed for Wan 2.2 in vLLM-Omni (pull requests 4302, 6098) and for
-      Wan 2.1 in ChituDiffusion (3), which reports bands, changed shapes and no consistent speed-up.
+      Wan 2.1 in ChituDiffusion (3), which reports banding, warped objects, no consistent speed-up.
       Patches are bands of frames here by default (--patch-axis), bands of rows in xDiT.
     - Uneven shares everywhere (tokens, heads, patches, blocks), and no padding, since padding would
       be attended to. xDiT and Wan require divisibility, diffusers by default.
@@ -57,9 +57,9 @@ Differences from the paper.
     - Euler only: with two evaluations a step, "the previous step's K, V" would be half a step old.
     - No tensor parallelism (PipeFusion divides the weights), no data parallelism.
 
-Letters.  B samples, b entries of a batch (2B with guidance in one process); N video tokens, n those
+Letters.  B samples, b entries of a batch (2B with guidance, B with cfg 2); N video tokens, n those
 of a rank or a patch; P numbers in a token; D width; M patches; S steps; W warm-up steps; U, R
-Ulysses and Ring degrees; L text tokens (in `traffic`: blocks); t flow time.
+Ulysses and Ring degrees; L text tokens (in `traffic` and `_steps`: blocks); t flow time.
 """
 import argparse
 import itertools
@@ -108,11 +108,10 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
     if mode in ("pipefusion", "distrifusion") and warmup < 1:
         raise ValueError(f"warmup {warmup}: patches need the K, V of at least one whole step")
     ts = (torch.linspace(0, 1, steps + 1) if ts is None else ts).to(x0.device)          # (S + 1,)
-    M = 1 if mode == "exact" else patches
     text, mask = both_branches(len(x0), text, mask, null, null_mask)               # (b, L, D_text)
     b, dtype = len(text), next(model.parameters()).dtype
     order = token_order(model, x0.shape, patch_axis, x0.device)                         # (N,)
-    x = model.patchify(x0.float())[:, order].clone()               # (B, N, P): the state of the ODE
+    x = model.patchify(x0.float())[:, order]                       # (B, N, P): the state of the ODE
     pos, real = model.positions(x0.shape)[order], data_columns(model, x0.shape, order)
     everything = slice(None)
     old, new = {}, {}                        # block -> its K, V of the last step, and of this step
@@ -130,10 +129,10 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
         seen[..., part, :] = new[block][..., part, :]
         return attention(q, *seen)
 
-    with swapped_attention({block: partial(attend, i) for i, block in enumerate(model.blocks)}):
+    with swapped_attention({block: partial(attend, block) for block in model.blocks}):
         for i in range(len(ts) - 1):
             c, whole = model.condition(ts[i].expand(b)), mode == "exact" or i < warmup
-            for part in [everything] if whole else spans(split(x.shape[1], M)):
+            for part in [everything] if whole else spans(split(x.shape[1], patches)):
                 h = model.embed(torch.cat([x[:, part]] * (b // len(x))).to(dtype))      # (b, n, D)
                 for block in model.blocks:
                     h = block(h, pos[part], c, text, mask)
@@ -173,7 +172,7 @@ def data_columns(model, shape, rows):
     """Mark with 1 the columns of these tokens that hold data: (n, P) or (n, 1). If several latents
     are laid flat, a token also has columns of the others, and there x must stay zero."""
     mask = model.token_mask(shape) if hasattr(model, "token_mask") else None
-    return (torch.ones_like(model.positions(shape)[:, :1]) if mask is None else mask)[rows].float()
+    return torch.ones(len(rows), 1, device=rows.device) if mask is None else mask[rows].float()
 
 
 @contextmanager
@@ -264,8 +263,8 @@ class Layout:
     def splice(self, r):
         """Permute K, V from the order in which a warm-up's all-to-all delivers them to the cache's.
 
-        With PipeFusion x Ulysses the ranks of a group must keep the same fresh K, V [XD], so K, V
-        are kept as they come out of the exchange. A warm-up delivers rank after rank,
+        With PipeFusion x Ulysses a rank needs the K, V of all tokens [XD], so it keeps them as they
+        come out of the exchange. A warm-up delivers rank after rank,
         u0: p0 p1 | u1: p0 p1. Later an exchange delivers one patch, p0: u0 u1, which must replace
         its own rows. So the cache is kept by patch, p0: u0 u1 | p1: u0 u1. In the wrong order a
         patch overwrites half of itself and half of a neighbour, and the clip looks right all the
@@ -277,7 +276,7 @@ class Layout:
 
 # ---- 3. Ranks, and what they send ----------------------------------------------------------------
 # Outermost to innermost, as in [XD]. Ulysses communicates in every layer, so its ranks are
-# neighbours, on the fastest links. CFG (once a step) and PipeFusion (once a patch) may cross nodes.
+# neighbours, on the fastest links. CFG and PipeFusion (once a step or patch) may cross nodes.
 AXES = ("cfg", "pp", "ring", "ulysses")
 
 
@@ -303,7 +302,7 @@ def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, gu
             (patches < 0, f"patches {patches}: must be 1 or more, or 0 for as many as stages"),
             (pp == 1 and patches, f"patches {patches}: needs pp 2 or more (they fill a pipeline)"),
             (0 < patches < pp, f"patches {patches}: fewer than the pp {pp} stages, some idle"),
-            (pp > 1 and steps and warmup > steps, f"warmup {warmup}: more than the {steps} steps"),
+            (steps and warmup > steps, f"warmup {warmup}: more than the {steps} steps"),
             (depth and pp > depth, f"pp {pp}: more stages than the model's {depth} blocks"),
             (heads and ulysses > heads,
              f"ulysses {ulysses}: more ranks than the model's {heads} attention heads")):
@@ -339,7 +338,7 @@ SENT = Counter()        # bytes that this rank has sent, by purpose: `traffic` p
 
 
 def exchange(parts, shapes, axis, what):
-    """Exchange tensors of any sizes: parts[u] goes to member u, one of shapes[u] comes from it.
+    """Exchange tensors of any sizes: parts[u] goes to member u, shapes[u] is what comes back.
 
     The call returns at once, and the first use of a result waits. So exchanges that are started
     together overlap with each other and with compute. The gradient is the exchange back."""
@@ -367,8 +366,8 @@ class Ulysses:
     tokens), a second one turns the output back.
 
     core: the attention inside, over the tokens of all U members: plain, Ring or StaleKV. tokens:
-    how many each member has, a list that the schedule may refill between calls. Neither tokens nor
-    heads need to divide. Q, K and V travel in one message. The result is that of one process up to
+    how many each member has, a list that the schedule may refill between calls. U need not divide
+    tokens or heads. Q, K and V travel in one message. The result is that of one process up to
     rounding: a matrix product of fewer rows may sum in another order."""
 
     def __init__(self, axis, core=attention, tokens=None):
@@ -540,7 +539,7 @@ class Share:
         self.rows = self.layout.rows(s.ring.index, s.ulysses.index)             # (n,)
         self.pos = positions[self.rows]                                         # (n, D)
         self.real = data_columns(self.model, x0.shape, self.rows)               # (n, P) or (n, 1)
-        self.x = self.model.patchify(x0)[:, self.rows].clone()                  # (B, n, P) fp32
+        self.x = self.model.patchify(x0)[:, self.rows]                          # (B, n, P) fp32
         self.text, self.mask = both_branches(len(x0), text, mask, null, null_mask)
         if s.cfg.size == 2:
             self.text = self.text.chunk(2)[s.cfg.index]                         # (b, L, D_text)
@@ -719,7 +718,7 @@ class ParallelSampler:
         v = guide(v, guidance) if share.guided else v                           # (B, n, P)
         share.x[:, part] += (share.ts[i + 1] - share.ts[i]) * v * share.real[part]      # Euler
         if outbox and i < self.steps - 1:
-            outbox.send(share.x[:, part])       # a view: it changes only when stage 0 has it
+            outbox.send(share.x[:, part])       # perhaps a view: kept until stage 0 has it
 
     def _attend(self, layout, tokens, at):
         """Nest a block's attention: Ulysses( StaleKV( Ring or plain ) ), less what has degree 1."""
@@ -803,7 +802,7 @@ class Halo(TorchFunctionMode):
         reach = dilation[-2] * (weight.shape[-2] - 1)
         if stride[-2] != 1 or p and 2 * p != reach or not p and x.shape[-2] <= reach:
             self.refuse(func)                                       # it changes the number of rows
-        # Without padding it is a convolution over time, which tae.py calls with (B, C, T, H W).
+        # Without padding it is 1x1, or over time: tae.py calls that with (B, C, T, H W).
         return func(self.extend(x, p) if p else x, weight, bias, stride, padding, dilation, groups)
 
     def extend(self, x, p):
@@ -890,7 +889,7 @@ def halo_decode(decode, z):
 
 
 # ---- 8. What is sent -----------------------------------------------------------------------------
-def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None, cfg=1, pp=1,
+def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_bytes=None, cfg=1, pp=1,
             ring=1, ulysses=1):
     """Compute the bytes that one rank sends in S steps, by purpose, for equal shares. The numbers
     of one step (our count; [XD] gives orders):
@@ -902,17 +901,18 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None
         latent    B n P                    the last stage to the first, fp32, after all but the last
                                            step
     In a pipeline the last stage sends cfg and latent, all others hidden. size: bytes of a number in
-    q, k, v; hidden_size: between blocks, where that differs (autocast).
+    q, k, v; hidden_bytes: between blocks, where that differs (autocast).
 
     Where compute hides all messages, a pipeline is S / (W + ((S - W) M + pp - 1) / (M pp)) times as
-    fast as one rank (our count); the other modes divide evenly."""
+    fast as one rank (our count); the others as many times as
+    they have ranks."""
     b, n, layers = B * branches / cfg, N / (ring * ulysses), math.ceil(L / pp)
     rounds = W + (S - W) * M if pp > 1 else S
     sent = {
         "ulysses": 4 * b * n * D * (ulysses - 1) / ulysses * layers * size * S,
         "ring": 2 * b * n * D * (ring - 1) * layers * size * rounds,
         "cfg": B * n * P * 4 * S if cfg == 2 else 0,
-        "hidden": b * n * D * (hidden_size or size) * S if pp > 1 else 0,
+        "hidden": b * n * D * (hidden_bytes or size) * S if pp > 1 else 0,
         "latent": B * n * P * 4 * (S - 1) if pp > 1 else 0,
     }
     return {k: v for k, v in sent.items() if v}
@@ -922,8 +922,8 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_size=None
 def rounding(model, steps):
     """Bound how far rounding may move a clip, relative to its largest value: 2^-24 in fp32 (2^-8 in
     bf16) for each of about 6 matrix products in a block and step, all errors adding up; at
-    most 3 %. Measured errors are a tenth of it; a wrong algorithm is off by 1e-3 or more (the demo
-    shows one)."""
+    most 3 %. Measured errors are a tenth of it. In fp32 a wrong algorithm stands out, at 1e-3 or
+    more (the demo shows one); in bf16 it may not."""
     unit = torch.finfo(next(model.parameters()).dtype).eps / 2
     return min(6 * len(model.blocks) * steps * unit, 0.03)
 
@@ -998,7 +998,7 @@ def verdict(ok, text):
 
 def launch(fn, world, *args):
     """Run fn(*args) on `world` forked ranks, joined by gloo over a file -> their results. The first
-    error ends all, and is raised here. Forking takes 0.1 s (torchrun takes 8)."""
+    error ends all, and is raised here. Forking takes 0.1 s."""
     import torch._dynamo  # noqa: F401  (else each rank's first exchange imports it, in 1 s)
     with tempfile.TemporaryDirectory() as folder:
         start_processes(_rank, (fn, args, world, folder), world, start_method="fork")
@@ -1219,8 +1219,8 @@ def demo(out="out/sample_parallel"):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 def fail(message):
-    """Print one line and exit with status 2. torchrun ends all ranks of a node at the first exit.
-    So the others wait, and a mistake that is made on all of them is told once."""
+    """Print one line and exit with status 2. torchrun ends all ranks of a node at the first exit:
+    so ranks above 0 wait, and a mistake that all ranks make is told once."""
     if rank := int(os.environ.get("RANK", 0)):
         time.sleep(2)
         message = f"rank {rank}: {message}"
@@ -1318,7 +1318,7 @@ def sample_run(args):
     prompts, world = prompts_of(args), int(os.environ.get("WORLD_SIZE", 1))
     degrees = {axis: getattr(args, axis) for axis in AXES}
     if args.mode == "every":
-        degrees["ring"] = world
+        degrees["ring"] = world            # any mesh that fits: `check_every` makes the real ones
     fits = partial(check_degrees, world, **degrees, patches=args.patches, warmup=args.warmup)
     fits(steps=args.steps)
     try:
@@ -1399,8 +1399,8 @@ def sample_prompts(args, train, prompts, degrees, ts, guidance):
         if rank == 0:
             out = Path(args.out)
             path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{j}")
-            T, H, W = run.cfg.clips.shape                       # without the padding of whole bands
-            clip = clip[:, :, :T, :H, :W]
+            T, H, W = run.cfg.clips.shape
+            clip = clip[:, :, :T, :H, :W]                   # without the rows that encode padded
             train.write_video(path, clip[0].float().cpu(), run.fps_of(prompt))
             print(f"{path}: {prompt}   ({row['seconds']:.1f} s)", flush=True)
         if whole is not None:
@@ -1438,7 +1438,7 @@ def main(argv=None):
     if sys.stderr is None:          # closed, as by 2>&-: else the next file opened gets its number
         os.dup2(1 if sys.stdout else os.open(os.devnull, os.O_WRONLY), 2)
         sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):      # a prompt may have letters that a terminal has not
+    if hasattr(sys.stdout, "reconfigure"):      # a prompt may have letters that the terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse(argv)
     try:

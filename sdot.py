@@ -260,13 +260,14 @@ def solve(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = 
     """Solve one problem by stochastic ascent of the dual, as [AF] does, with another step and stop.
 
     targets (N, ...), mass (N,) or uniform. `key` gives each problem noise of its own. ranks: share
-    each step's noise among the ranks of torch.distributed, if it is 512 or more. The weights are
-    the same bits on any number of ranks, and when a solve is repeated, because noise is keyed and
-    counts are integers (with a temperature: up to rounding). on_step(samples, h) sees each iterate.
+    each step's noise among the ranks of torch.distributed, if a step draws 512 or more. The weights
+    are the same bits on any number of ranks, and when a solve is repeated, because noise is keyed
+    and counts are integers (with a temperature: up to rounding). on_step(samples, h) sees each
+    iterate.
     """
     cfg = cfg or SDOTConfig()
     problem = Problem(targets, mass, cfg, key, ranks, on_step)
-    if problem.Y.shape[1] == 0:                          # one target: all noise is in its cell
+    if problem.Y.shape[1] == 0:                          # one target, or identical ones
         return Solution(torch.zeros_like(problem.b))
     if cfg.solver == "pot":
         return solve_with_pot(problem)
@@ -306,8 +307,8 @@ class Problem:
         # size if there are 64 steps or more, so batches are as large as that allows.
         self.batch = max(32, min(max(2 * BLOCK, N // 4), int(self.needed / 64)))
         # chi_square has standard deviation sqrt(2 N) / noises. We measure until this is a quarter
-        # of target^2, but with a quarter of the noise that solving takes at most: small groups are
-        # measured more roughly, and errors are averaged over groups.
+        # of target^2, but draw at most needed / 4 noises for it: small groups are measured more
+        # roughly, and errors are averaged over groups.
         self.test_noises = int(min(4 * math.sqrt(2 * N) / cfg.target ** 2, self.needed / 4)) + 2
         self.world, self.rank = 1, 0
         if ranks and self.batch >= 2 * BLOCK:            # each rank solves smaller ones whole
@@ -369,7 +370,7 @@ def averaged_sgd(p: Problem) -> Solution:
     cfg, test_at = p.cfg, 1.3 * p.needed
     for step in itertools.count(1):
         # A cell that is 1000 times too large at the start would push its h down by 500 tau in one
-        # step, and need many to come back. So errors larger than counting noise are clipped.
+        # step, and take many to bring it back. So errors larger than counting noise are clipped.
         error = torch.minimum(p.errors(), 2 + 6 / (p.batch * p.b).sqrt())
         p.move((cfg.lr or 0.5) * step ** (-2 / 3) * error, 2 / (step + 1))
         if p.samples >= min(test_at, p.budget):
@@ -468,7 +469,7 @@ def split_evenly(ends: Tensor, u: float) -> Tensor:
 
 def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: float = 0.5) -> Tensor:
     """Change as few entries of index (n,) as possible, and cheaply, so that cell j holds b_j n of
-    the n noises, rounded up or down; averaged over u uniform in (0, 1), exactly b_j n.
+    the n noises, rounded up or down; where masses differ, the average over u in (0, 1) is b_j n.
 
     With K noises for each clip some cells hold more than their share, even if all are perfect: 37 %
     of the noises are surplus for K = 1, 13 % for K = 10. POT's exact solver moves those nearest to
@@ -505,9 +506,7 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: floa
                        numItermax=10_000_000, log=True)
     if log["warning"]:
         raise RuntimeError(f"rebalance: {log['warning']}")
-    out = index.clone()
-    out[move] = short[torch.from_numpy(plan).argmax(1).to(short.device)]
-    return out
+    return index.index_copy(0, move, short[torch.from_numpy(plan).argmax(1).to(short.device)])
 
 
 # ---- 7. The coupling of a data set ---------------------------------------------------------------
@@ -535,8 +534,9 @@ class Coupling:
             device=None, **flags) -> "Coupling":
         """Solve every group: latents (M, ...), groups (M,) ids or None for one, mass (M,) or equal.
 
-        ranks: share groups of about 300 clips or more among the ranks of torch.distributed. device:
-        where to solve, if not where the latents are. flags: fields of the config.
+        ranks: share the noise of groups of about 300 clips or more among those of
+        torch.distributed. device: where to solve, if not where the latents are. flags: fields of
+        the config.
         """
         cfg, M = replace(cfg or SDOTConfig(), **flags), len(latents)
         if M == 0:
@@ -609,7 +609,7 @@ class Coupling:
         """Pair a whole epoch before training [AF stage 2] -> (keys, rows), both (repeat M,) int64.
 
         For loaders that read clips in an order of their own. Each clip comes exactly `repeat` times
-        (with unequal masses in proportion, averaged over epochs), rebalanced inside its group.
+        (where masses differ, in proportion and averaged over epochs), rebalanced inside its group.
         `noise(keys)` draws the noise of pairs again. Pairs are sorted by group: shuffle them.
         """
         keys, rows, used = [], [], epoch << 32                     # no two epochs share a key
@@ -646,7 +646,7 @@ class Coupling:
             lines.append(f"WARNING: the mass error missed its target of {self.cfg.target}: some "
                          f"clips are drawn too rarely (of identical ones, all but one); {what}")
         if found["expected"] < 0.02:
-            why = ("nearly every group is a single clip" if 2 * len(sizes) > M else
+            why = ("most groups have fewer than three clips" if 2 * len(sizes) > M else
                    "the gain falls as m(N) / sqrt(d)")
             lines.append(f"WARNING: little to gain here: {why}. `independent` will do as well")
         return "\n".join(lines)

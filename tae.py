@@ -20,9 +20,9 @@ Contract
     encode(x)        x (B,3,T,H,W) float in [-1,1], any T >= 1 (an image is T = 1), any H and W
                      -> Posterior over z; z (B,C,T',H',W'), T' = ceil(T / time factor). VidTwin
                      takes one size, and its z is flat, (B,n): two latents, which `split` separates
-    decode(z, T)     z -> (B,3,T,H,W); surplus frames of the last latent frame are dropped
-                     Both take stream=True: the same result up to rounding, one frame at a time, so
-                     memory grows with the latent frames only. (VidTwin ignores it.)
+    decode(z, T, size)  z -> (B,3,T,H,W); surplus frames, padded rows and columns are dropped
+    encode, decode   take stream=True: the same result up to rounding, one frame at a time, so that
+                     activations grow with the latent frames only. (VidTwin ignores it.)
     normalize(z)     brings each channel to mean 0 and std 1, by what `latent_stats` found
 
 Run.   python tae.py          # image training, inflation, video training, long clip, a figure: 40 s
@@ -37,9 +37,9 @@ Differences from the papers
   as [LDM]'s code does; beside an average, 0.1 to 1 does the same.
   Norms see one frame at a time. The 1x1 convolution beside a ResBlock has no temporal one. Where
   two tiles share n frames, frame k has the weight (k + 1/2) / n in the later one.
-  The toy preset compresses 4x4x4, not 8x8x8, and folds 4x4 pixels into channels first, because
-  convolutions at full resolution are what costs time on a CPU. It is trained on the squared error,
-  which reached a given PSNR sooner than L1 did.
+  Toy and small compress 4x4x4 and 2x8x8, not 8x8x8, and fold 4x4 pixels into channels first,
+  because convolutions at full resolution are what costs time on a CPU. They are trained on the
+  squared error, which reached a given PSNR sooner than L1 did.
   VidTwin: no dropout in the Q-Former and no learned scale of the loss; in evaluation the mean is
   decoded, as in the paper but not in its code. A block adds its temporal branch without a gate;
   their code multiplies it by the gate of the spatial branch. Rows and columns of the dynamics
@@ -244,8 +244,8 @@ def fold(x: Tensor) -> Tensor:
 class Conv2D(nn.Conv2d):
     """Convolve each frame of (F, C, H, W) by itself, kernel 3 or 1, as in an image autoencoder."""
 
-    def __init__(self, cin: int, cout: int, kernel: int = 3, space_stride: int = 1,
-                 time_stride: int = 1):
+    def __init__(self, cin: int, cout: int, space_stride: int = 1, time_stride: int = 1,
+                 kernel: int = 3):
         super().__init__(cin, cout, kernel, space_stride,
                          padding=kernel // 2 if space_stride == 1 else 0)
 
@@ -283,9 +283,8 @@ class Conv25D(Conv2D):
     """Convolve in space, then along time [MG]: 9 + 3 multiply-adds for each pair of channels, where
     a joint kernel takes 27."""
 
-    def __init__(self, cin: int, cout: int, kernel: int = 3, space_stride: int = 1,
-                 time_stride: int = 1):
-        super().__init__(cin, cout, kernel, space_stride)
+    def __init__(self, cin: int, cout: int, space_stride: int = 1, time_stride: int = 1):
+        super().__init__(cin, cout, space_stride)
         self.temporal = TemporalConv(cout, time_stride)
 
     def forward(self, x: Tensor, T: int) -> Tensor:
@@ -295,11 +294,10 @@ class Conv25D(Conv2D):
 class Conv3D(nn.Module):
     """Convolve folded frames in time and space at once, kernel 3x3x3, replicate padding in time."""
 
-    def __init__(self, cin: int, cout: int, kernel: int = 3, space_stride: int = 1,
-                 time_stride: int = 1):
+    def __init__(self, cin: int, cout: int, space_stride: int = 1, time_stride: int = 1):
         super().__init__()
-        like = nn.Conv2d(cin, cout, kernel)                     # torch's initialisation of 2D
-        self.stride, self.kernel = (time_stride, space_stride, space_stride), kernel
+        like = nn.Conv2d(cin, cout, 3)                          # torch's initialisation of 2D
+        self.stride = (time_stride, space_stride, space_stride)
         self.weight = nn.Parameter(centre_slice(like.weight.data))
         self.bias = nn.Parameter(like.bias.data)
 
@@ -311,7 +309,7 @@ class Conv3D(nn.Module):
 
 def conv3d_between(conv: Conv3D, x: Tensor) -> Tensor:
     """Apply a Conv3D to (B, C, T, H, W) -> T - 2 frames: no padding in time."""
-    pad = conv.kernel // 2
+    pad = 1
     if conv.stride[1] == 2:
         x, pad = F.pad(x, (0, 1, 0, 1)), 0
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, pad, pad))
@@ -350,7 +348,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = NormSiLU(cin), CONV[variant](cin, cout)
         self.norm2, self.conv2 = NormSiLU(cout), CONV[variant](cout, cout)
-        self.skip = Conv2D(cin, cout, 1) if cin != cout else nn.Identity()
+        self.skip = Conv2D(cin, cout, kernel=1) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         h = self.conv1(self.norm1(x), T)
@@ -422,11 +420,11 @@ class Resample(nn.Module):
         self.up, self.space_stride = up, space_stride
         self.time_stride = 1 if variant == "2d" else time_stride
         strides = (1, 1) if up else (space_stride, self.time_stride)
-        self.conv = CONV[variant](channels, channels, 3, *strides) if space_stride == 2 else None
+        self.conv = CONV[variant](channels, channels, *strides) if space_stride == 2 else None
         if space_stride == 1 and self.time_stride == 2:
             self.conv = TemporalConv(channels, strides[1])
             if variant == "3d":
-                self.conv = Conv3D(channels, channels, 3, *strides)
+                self.conv = Conv3D(channels, channels, *strides)
                 nn.init.dirac_(self.conv.weight)
                 nn.init.zeros_(self.conv.bias)
 
@@ -536,8 +534,8 @@ class Posterior:
 
 
 class Autoencoder(nn.Module):
-    """Hold what all autoencoders share. Each defines `encode`, `decode` and `parts`; VidTwin, whose
-    latent has two parts, also `split` and `expand`."""
+    """Hold what all autoencoders share. Each defines `encode`, `decode`, `parts` and
+    `last_weight`; VidTwin, whose latent has two parts, also `split` and `expand`."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -609,7 +607,7 @@ class TAE(Autoencoder):
     def encode(self, x: Tensor, stream: bool = False) -> Posterior:
         """(B,3,T,H,W) in [-1,1] -> Posterior over (B,C,T',H',W'). H and W that the spatial factor
         does not divide are padded by repeating the last row and column; `decode(..., size=(H, W))`
-        crops them back. stream: one frame at a time (section 8). ValueError if x is no clip."""
+        crops them back. stream: one frame at a time (section 8). ValueError if x is not a clip."""
         check_clip(x)
         H, W, f = *x.shape[-2:], self.cfg.space_factor
         if H % f or W % f:
@@ -653,8 +651,8 @@ def inflate(image_tae: TAE, variant: str = "2.5d") -> TAE:
 
 # ---- 6. VidTwin ----------------------------------------------------------------------------------
 # Two latents [VT]. Structure z_S keeps the grid of places, but sees time only through n_q learned
-# queries: content and its global movement. Dynamics z_D keeps every frame, but only the means over
-# rows and columns: fine detail and fast movement.
+# queries: content and its global movement. Dynamics z_D keeps every frame, but only the mean of
+# each row and of each column: fine detail and fast movement.
 #
 #   z = E(x)             --> Q-Former over time, n_q queries for T frames --> convs --> z_S
 #   (B,D,T,h,w)                                                      (B,d_S,n_q,h',w')
@@ -752,7 +750,7 @@ class QFormer(nn.Module):
         self.layers = nn.ModuleList()
         for i in range(cfg.query_layers):
             layer = {"self": TokenAttention(w, cfg.query_heads), "norm1": nn.LayerNorm(w)}
-            if i % 2 == 0:          # no MLP before keys and values: as in their code
+            if i % 2 == 0:          # without the paper's MLP on z, as in their code
                 layer |= {"q": nn.Linear(w, w), "kv": nn.Linear(cfg.width, 2 * w),
                           "out": nn.Linear(w, w), "norm2": nn.LayerNorm(w)}
             layer |= {"mlp": nn.Sequential(nn.Linear(w, cfg.query_ffn), nn.GELU(),
@@ -1068,7 +1066,7 @@ def is_image_step(step: int) -> bool:
 
 
 # ---- 8. Long clips in bounded memory -------------------------------------------------------------
-# For 256 frames of 768 x 768, a single activation of the first level takes 36 GiB in bf16.
+# For 256 frames of 768 x 768, one tensor of the first level takes 36 GiB in bf16.
 #
 # Tiles [MG]: time is cut into tiles of 32 frames, without overlap in the encoder, with 16 frames of
 # overlap in the decoder, blended linearly. A tile does not see its neighbours, so the result is not

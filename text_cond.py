@@ -125,7 +125,7 @@ class TextConfig:
 PRESETS = {
     "toy":   TextConfig("toy", 160, layers=0),
     "small": TextConfig("toy", 256, layers=1),  # one: to bind each object's words to one another
-    "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # many captions, much memory
+    "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # "disk" would load it for each call
     "5b":    TextConfig("pretrained", 3072, offload="cpu"),
     "30b":   TextConfig("pretrained", 6144, offload="cpu"),
 }
@@ -142,7 +142,7 @@ QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|”([^”
 def clean(prompt):
     """Normalise a prompt to NFC, so that é is the same whether typed as one character or as two.
 
-    ValueError for a lone surrogate (half of a broken emoji), and for a NUL (`words_of`)."""
+    ValueError for a lone surrogate (half of a broken emoji), and for a NUL, `words_of`'s mark."""
     if not isinstance(prompt, str) or re.search("[\0\ud800-\udfff]", prompt):
         raise ValueError(f"prompt {prompt!r:.60}: not text, or it has a NUL or a lone surrogate")
     return unicodedata.normalize("NFC", prompt)
@@ -193,7 +193,7 @@ def toy_ids(name, text):
 
 
 def truncate(ids, limit, name, text):
-    """Cut ids to `limit`, keep the last (the end token), and warn."""
+    """Cut ids to `limit`, keep the last (of a sequence: its end), and warn."""
     if len(ids) <= limit:
         return ids
     warnings.warn(f"{name}: {len(ids)} tokens cut to {limit}: {text[:40]!r}...", stacklevel=2)
@@ -530,7 +530,7 @@ def load_encoder(name, source, limit, dtype):
 def add_long_positions(clip, limit, keep=20):
     """Append to the 77 positions of a CLIP text encoder a second table of `limit` rows.
 
-    Of the 77, it copies the first 20 and stretches the others, to which captions in CLIP's training
+    Of the 77, it copies the first 20 and stretches the others, which captions in CLIP's training
     rarely reached [LC]. Prompts of up to 77 tokens use the first table and are encoded exactly as
     MetaCLIP was trained to; only longer ones use the second."""
     inner = getattr(clip, "text_model", clip)           # transformers 5.0 has one more level

@@ -3,20 +3,21 @@
     stage     reads                   leaves in the run folder
     tae       clips                   tae/: tae.safetensors, the autoencoder with latent statistics
                                       (image.safetensors, the same before inflation to video)
-    latents   clips, captions         latents/: mean and logvar of each clip, text features
-    coupling  latents                 coupling.pt: which noise meets which clip (only sdot)
-    dit       latents, coupling       model.safetensors: autoencoder, text, DiT, config
-    sample    model                   samples/: a clip for each prompt
+    latents   tae, clips, captions    latents/: mean and logvar of each clip, text features
+    coupling  tae, latents            coupling.pt: which noise meets which clip (only sdot)
+    dit       tae, latents, coupling  model.safetensors: autoencoder, text, DiT, config
+    sample    model (--data: latents) samples/: a clip for each prompt
     report    everything above        report.json, index.html and its pictures: samples.gif,
                                       curves.png, reconstructions/
 
 Besides: config.json, every setting; log.jsonl, one JSON object a line (time, stage, step, then
 loss, lr and grad_norm, or an event); judge.json, how far the toy world's judge can be trusted;
-videos.json, the videos of --data; tae/image/step_*, tae/video/step_* and dit/step_*, the last two
+videos.json, the videos of --data; tae/image/step_*, tae/video/step_* and dit/step_*, up to two
 checkpoints of each training.
 
-This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, and the toy world of
-world.py), and adds what they do not have: videos, ranks, checkpoints, the loop, the command line.
+This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, the toy world of
+world.py, and sample_parallel.py for --sp), and adds what they do not have: videos, ranks,
+checkpoints, the loop, the command line.
 It begins with the loop, `optimize`, which trains both models. `Checkpoints` (section 5) writes and
 reads the step_* folders. `dit_batches` (section 6) makes what a step of the DiT trains on, noise,
 latents and text; `TextToVideo.forward` makes the loss out of it. --dp, --replicate and --sp act in
@@ -28,7 +29,7 @@ Run.   torchrun train.py --scale toy                    # all stages; no downloa
        torchrun --nproc_per_node 2 train.py --scale toy --dp 2            # parameters sharded
        torchrun train.py --init runs/mine --data DIR --workdir runs/more  # from another's weights
        python train.py --scale 30b --plan --gpus 6144 --sp 12   # its memory and time, without a GPU
-       python train.py --help                           # every field of every config is a flag
+       python train.py --help                           # every setting is a flag
 
 Started again, a run continues: finished stages are skipped (the report is made again), an
 unfinished one resumes at its last checkpoint. What training draws is derived from (seed, stage,
@@ -38,7 +39,7 @@ execute code when it is read: tensors are safetensors or read with weights_only=
 of contents of a checkpoint, which is a pickle, may name only the classes of such a table.
 
 Letters: B batch, T frames, H W height and width, M clips in the data set, P text embedding, L text
-tokens, N video tokens, n those of one rank, t flow time; hp the settings of a training.
+tokens, N video tokens, t flow time; hp the settings of a training.
 """
 
 import argparse
@@ -114,9 +115,9 @@ def optimize(run: "Run", stage: str, model: nn.Module, hp: "TrainConfig", steps:
              batch: Callable[[int], list[tuple]], workers: int = 0) -> dict[str, Tensor]:
     """Train a model from `place` for `steps` -> its averaged weights, whole, on rank 0.
 
-    batch(step) returns the arguments of model.forward, whose result is the loss: one tuple for each
-    part of this rank's clips. It is a pure function of the step, so resuming is starting the
-    loop at another number. Checkpoints are written to the run's folder `stage`/step_*.
+    batch(step) returns a tuple of model.forward's arguments for each part of this rank's clips;
+    forward returns the loss. It is a pure function of the step, so resuming is starting the loop at
+    another number. Checkpoints are written to the run's folder `stage`/step_*.
 
     A step whose loss or gradient is not finite changes nothing; three in a row are a UserError."""
     weights = dict(model.named_parameters())
@@ -136,8 +137,8 @@ def optimize(run: "Run", stage: str, model: nn.Module, hp: "TrainConfig", steps:
         loss = forward_backward(net, parts, hp.precision == "bf16")
         norm = nn.utils.clip_grad_norm_(weights.values(), hp.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # A checkpoint may still be written during this forward and backward pass. It must be on the
-        # disk before the weights change, so that a kill never loses more than `every` steps.
+        # The last checkpoint may still be on its way to the disk. It must be there before the
+        # weights change, so that a kill never loses more than `every` steps.
         checkpoints.wait()
 
         # All ranks agree on the loss, and whether any of them was asked to stop.
@@ -256,7 +257,7 @@ def listen() -> None:
         if TRAINING.is_set():
             STOP.set()
             heard = time.monotonic()
-            while time.monotonic() < heard + 3:     # torchrun passes on what a terminal sent to all
+            while time.monotonic() < heard + 3:     # Ctrl-C comes twice, from torchrun, too
                 name = signal.Signals(signal.sigwait(SIGNALS)).name
         status = 0 if world_size() == 1 and not STOP.is_set() else 1
         threading.Timer(2, os._exit, [status]).start()      # if nobody reads what is said
@@ -419,7 +420,7 @@ class SampleConfig:
     solver: Literal[tuple(flow.SOLVERS)] = "euler"  # of the ODE
     guidance: float = 3.0  # scale of classifier-free guidance; 1: none
     batch: int = 32  # clips at a time
-    prompts: int = 160  # like training's; toy world: 3/10 more held out, 4/10 more with words
+    prompts: int = 160  # prompts like training's; toy world: and 3/10 held out, 4/10 with words
 
     def __post_init__(self):
         within(self, 1, 1e6, "steps", "batch", "prompts")
@@ -427,10 +428,10 @@ class SampleConfig:
 
 @dataclass
 class Config:
-    """Everything that decides the result of a run: config.json is this, and nothing else."""
+    """The settings of a run, as config.json holds them."""
 
     scale: Literal["toy", "small", "1b", "5b", "30b"] = "toy"  # preset of all sizes
-    data: str = ""  # folder of captioned videos; empty: the toy world
+    data: str = ""  # folder of captioned videos; without it: the toy world
     base: str = ""  # run to take the autoencoder from, and latents of the same clips and text
     init: str = ""  # run whose autoencoder and weights are taken over; stretches position tables
     seed: int = 0  # of everything random
@@ -472,8 +473,8 @@ class Config:
 # Fields that follow from others, and so have no flags.
 DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
            "vidtwin.size"}
-# Fields that change how a run is computed, not its result: a resumed run may change them. (Only
-# with --train_dit.align does accumulate matter: it compares the clips of one part on one rank.)
+# Fields that change how a run is computed, not its result: a resumed run may change them.
+# (accumulate matters with --train_dit.align, which compares the clips of one part on one rank.)
 HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
        "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload"}
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
@@ -550,7 +551,7 @@ SCALES: dict[str, Callable[[], Config]] = {
 
 
 def parts_of(cfg: Config, shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
-    """Give the latents of a clip of T x H x W frames: one (C, T', H', W'), or VidTwin's two."""
+    """Give the shapes of a clip's latents: one (C, T', H', W'), or VidTwin's two."""
     with torch.device("meta"):
         return autoencoder.autoencoder(cfg.autoencoder_config).parts(*shape)
 
@@ -626,7 +627,7 @@ def read_config(run: Path | str) -> Config:
     try:
         return from_dict(Config, json.loads(text))
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path}: damaged ({error}); choose another --workdir") from None
+        raise UserError(f"{path}: damaged ({error}); choose another folder") from None
 
 
 def result_of(run: Path) -> Path:
@@ -641,7 +642,8 @@ def result_of(run: Path) -> Path:
 
 # ---- 3. Clips: the toy world, and folders of videos ----------------------------------------------
 # Clip i of a split is a pure function of (seed, split, i), so any rank or thread can make it.
-# Splits: `tae` (the autoencoder's training), `train` (its last steps), `dit`, `heldout`.
+# Splits: `tae` (the autoencoder's training), `train` (its last steps, and the statistics of its
+# latents), `dit`, `heldout`.
 
 
 def read_ahead(fn: Callable, items: Iterable, workers: int = 0) -> Iterator:
@@ -678,7 +680,8 @@ class ToyClips:
              ) -> tuple[Tensor, str]:
         """Draw a clip (3, T, H, W) in [-1, 1], or a window of a longer one, and its caption.
         Splits: `tae` (done is the share of the training that is past: the motion curriculum);
-        `train`; `dit`, the same with another share of signs; `heldout`."""
+        `train`; `dit`, the same with another share of signs; `heldout`, other clips of the same
+        combinations."""
         c, hp, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
         rng = random.Random(f"{'train' if split == 'dit' else split}/{self.cfg.seed}/{i}")
         length = max(c.frames, hp.window, T)
@@ -688,7 +691,7 @@ class ToyClips:
                                    cap=world.cap_of(c.things))
         fast = split == "tae" and hp.motion > 1
         interval = world.motion_interval(rng, done, hp.motion) if fast else 1.0
-        side, start = max(H, W), rng.randint(0, max(0, length - T))
+        side, start = max(H, W), rng.randint(0, length - T)
         (x,) = world.render([scene], T, side, interval=interval, start=start)
         top, left = (side - H) // 2, (side - W) // 2                # the middle of a larger square
         return x[:, :, top : top + H, left : left + W], world.caption(scene)
@@ -700,11 +703,11 @@ NO_VIDEOS = {".txt", ".csv", ".json", ".jsonl", ".md", ".srt", ".vtt", ".py", ".
 
 class VideoFolder:
     """Clips of captioned videos (`find_videos`). A clip is a random window: T frames at a random
-    start and frame interval, shrunk so that the short side is 1 to 1.5 times the size of a clip,
+    start and frame interval, scaled so that the short side is 1 to 1.5 times the size of a clip,
     and cropped at random. The last fifth of each video, one clip at least, is held out of training,
     if a clip is left to train on.
 
-    Frames are decoded when they are needed, one at a time, and shrunk at once: memory does not grow
+    Frames are decoded when they are needed, one at a time, and scaled at once: memory does not grow
     with the number, the length or the resolution of the videos.
     """
 
@@ -735,8 +738,8 @@ class VideoFolder:
 
     def window(self, split: str, w: int, shape: tuple[int, int, int], done: float
                ) -> tuple[Tensor, float, str]:
-        """Window w: (T, h, w, 3) uint8, frame rate, caption. A video that cannot be read any more
-        is named once, and the next one takes its place."""
+        """Read window number w -> (T, height, width, 3) uint8, frame rate, caption. A video that
+        cannot be read any more is named once, and the next one takes its place."""
         for k in range(len(self.videos)):
             video = self.videos[(w + k) % len(self.videos)]
             try:
@@ -1010,7 +1013,7 @@ def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
 
 
 def upright(frame, short_side: int, pixel_aspect) -> Tensor:
-    """Make the picture that a player shows: (h, w, 3) uint8, short side shrunk to short_side."""
+    """Make the picture that a player shows: (h, w, 3) uint8, short side scaled to short_side."""
     w, h, (a, b, c, d) = shown_as(frame, pixel_aspect)
     scale = short_side / min(w, h)
     w, h = max(short_side, round(w * scale)), max(short_side, round(h * scale))
@@ -1039,7 +1042,7 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
     with container:
         first, frames = from_first(container, stream)
         origin, unit = first.pts, float(stream.time_base)
-        shape = stream.sample_aspect_ratio
+        pixel_aspect = stream.sample_aspect_ratio
         count = ahead == math.inf or counted(container) or origin is None
         sought = not count and start / rate > ahead
         if sought:
@@ -1055,9 +1058,9 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
             if sought and last is None and at > start:      # a seek goes by the order of decoding
                 return again(ahead=2 * ahead + 1)
             while len(out) < T and wanted() < at:
-                out.append(upright(last or frame, size, shape))
+                out.append(upright(last or frame, size, pixel_aspect))
             if len(out) < T and wanted() == at:
-                out.append(upright(frame, size, shape))
+                out.append(upright(frame, size, pixel_aspect))
             last = frame
             if len(out) == T:
                 break
@@ -1066,7 +1069,7 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
                 return again(ahead=2 * ahead + 1)
             if last is None or start - at > max(rate, 3):
                 raise ValueError(f"nothing can be decoded from frame {start} on")
-            out.append(upright(last, size, shape))
+            out.append(upright(last, size, pixel_aspect))
     shape = out[0].shape                            # a recording may change its shape on the way
     out = [x if x.shape == shape else resized(x[None], shape[:2])[0] for x in out]
     return torch.stack(out + out[-1:] * (T - len(out)))
@@ -1185,13 +1188,14 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
     if dist.is_initialized():
         mesh.meeting, mesh.files = (dist.new_group(backend="gloo", timeout=limit)
                                     for _ in range(2))
-        ranks = init_device_mesh(device, (replicate, dp * sp), mesh_dim_names=("replicate", "dp"))
+        ranks = init_device_mesh(device, (replicate, dp * sp),
+                                 mesh_dim_names=("replicate", "shard"))
         groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
-        for m, name in ((ranks, "replicate"), (ranks, "dp"), (groups, "sp")):
+        for m, name in ((ranks, "replicate"), (ranks, "shard"), (groups, "sp")):
             # Else they have torch's: 10 minutes with NCCL, 30 with gloo.
             dist.distributed_c10d._set_pg_timeout(limit, m.get_group(name))
         if dp * sp > 1:
-            mesh.fsdp = ranks if replicate > 1 else ranks["dp"]
+            mesh.fsdp = ranks if replicate > 1 else ranks["shard"]
         if sp > 1:
             group = groups.get_group("sp")
             mesh.tokens = sample_parallel.Axis(sp, dist.get_rank(group), group)
@@ -1203,7 +1207,7 @@ def dp_of(ranks: int, dp: int, sp: int, replicate: int) -> int:
     for flag, n in (("--sp", sp), ("--replicate", replicate)):
         if n < 1 or ranks % n:
             raise UserError(f"{flag} {n}: does not divide the {ranks} ranks")
-    dp = dp or ranks // (sp * replicate)
+    dp = dp or max(1, ranks // (sp * replicate))
     if replicate * dp * sp != ranks:
         raise UserError(f"--replicate {replicate} --dp {dp} --sp {sp}: {replicate * dp * sp} ranks "
                         f"in all, but there are {ranks}")
@@ -1213,12 +1217,12 @@ def dp_of(ranks: int, dp: int, sp: int, replicate: int) -> int:
 def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", fresh: bool = True
           ) -> nn.Module:
     """Build a model on this rank's device, whole or sharded as the mesh says. Sharded by FSDP2,
-    each block of the DiT by itself; its products may be in bf16, its gradients are summed in fp32.
+    each block of the DiT by itself; products may be in bf16, gradients are summed in fp32.
 
     Rank 0 initialises the whole model in its host's memory and sends each rank its shards, so the
-    model starts the same on any number of ranks, and no device ever holds all of it. `build` is
-    also called on device "meta", where it has no weights to load. With fresh False a checkpoint
-    will fill the model."""
+    model starts the same on any number of ranks, and no device ever holds all of it. `build` also
+    runs on device "meta", where it must not load weights. With fresh False a checkpoint will fill
+    the model."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     torch.manual_seed(run.cfg.seed + 1)
     if run.mesh.fsdp is None:
@@ -1255,8 +1259,8 @@ def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
 
     dit.patchify = lambda x: mine(patchify(x))
     dit.positions = lambda shape: mine(positions(shape))
-    # Each sp rank computes the whole loss, and FSDP averages gradients over the ranks: so `gather`
-    # sums, over the sp ranks, the gradients of one rank's tokens.
+    # All sp ranks compute the same loss; `gather` sums its gradient sp times, which FSDP's average
+    # over the ranks divides by sp again.
     dit.unpatchify = lambda tokens, shape: unpatchify(
         sample_parallel.gather(tokens, list(sizes), 1, axis), shape)
     for block in dit.blocks:
@@ -1457,8 +1461,7 @@ class Checkpoints:
         return sorted((p.parent for p in self.folder.glob("step_*/.metadata")), reverse=True)
 
     def save(self, step: int) -> None:
-        """Begin to write; UserError if the one before could not be written."""
-        self.wait()
+        """Begin to write; the caller has waited for the one before."""
         path = self.folder / f"step_{step:07d}"
         if rank() == 0:
             shutil.rmtree(path, ignore_errors=True)                 # a damaged one of this step
@@ -1567,7 +1570,7 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """Sum the seconds of each stage, over all starts: the time between one row and the next."""
         out: dict[str, float] = {}
-        for a, b in zip(rows := self.rows(), rows[1:]):
+        for a, b in itertools.pairwise(self.rows()):
             if b.get("event") != "start":           # not the time between two starts
                 stage = b["stage"].split("/")[0]
                 out[stage] = out.get(stage, 0.0) + b["time"] - a["time"]
@@ -1742,7 +1745,7 @@ def encode_latents(run: Run, clips) -> None:
         for name in shards:
             with opened(folder / name) as f:
                 rows.append([name, *f.get_slice("mean").get_shape()])
-        if complete:                                    # perhaps other numbers: solve it again
+        if complete:                                    # the latents may differ now
             (run.folder / "coupling.pt").unlink(missing_ok=True)
         write_json(folder / "index.json", rows)
     run.mesh.meet(f"{folder}/index.json")
@@ -1793,7 +1796,7 @@ class Latents:
                                                                    True) for k in keys}
 
     def buckets(self) -> list[tuple[torch.Size, range]]:
-        """List (shape of a latent, clips in a row that have it); a shape may come twice."""
+        """List (shape of a latent, range of clips that have it); a shape may come twice."""
         out: list[tuple[torch.Size, range]] = []
         for shape, a, b in zip(self.shapes, self.starts.tolist(), self.starts[1:].tolist()):
             if out and out[-1][0] == shape:
@@ -1922,7 +1925,7 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
 
     def batch(step: int) -> list[tuple]:
         g = generator(cfg.seed, "dit", step)
-        # All clips of a step have one shape, drawn in proportion to the number of its clips.
+        # All clips of a step have one shape, which is drawn as often as clips have it.
         at = int(torch.randint(len(latents), (), generator=g))
         shape, clips = next(b for b in buckets if at in b[1])
         t = flow.sample_t(hp.batch, cfg.flow, g)[mine]
@@ -1963,8 +1966,7 @@ def start_from(file: Path, cfg: Config) -> dict[str, Tensor]:
     state = {k: v for k, v in load_tensors(file).items() if not k.startswith("tae.")}
     with torch.device("meta"):
         grown = backbone.DiT(read_config(file).dit)
-    grown.load_state_dict({k: v for k, v in only(state, "dit.").items() if k.startswith("tables.")},
-                          strict=False, assign=True)
+    grown.tables.load_state_dict(only(state, "dit.tables."), strict=False, assign=True)
     grown.expand_positions(*(s.size for s in cfg.dit.streams))
     return state | {f"dit.tables.{k}": v for k, v in grown.tables.state_dict().items()}
 
@@ -2066,8 +2068,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu",
     if device.type != "meta":
         for part, prefix in ((model, ""), (tae, "tae.")):
             names = {prefix + k for k in part.state_dict()}
-            part.load_state_dict({k.removeprefix(prefix): v
-                                  for k, v in load_tensors(file, names).items()}, assign=True)
+            part.load_state_dict(only(load_tensors(file, names), prefix), assign=True)
     for part in (model, tae):
         part.to(device).eval().requires_grad_(False)
     return Loaded(cfg, tae, model.text, model.dit, device)
@@ -2147,8 +2148,7 @@ def make_report(run: Run, clips) -> dict:
     report["machine"] = {"threads": torch.get_num_threads(), "device": str(run.device),
                          "ranks": world_size(), "torch": torch.__version__}
     draw_curves(folder / "curves.png", run.losses())
-    shown = [i for kind in KINDS for i, r in enumerate(rows) if r["kind"] == kind]
-    shown = shown[:: max(1, len(rows) // 24)][:24]
+    shown = range(len(rows))[:: max(1, len(rows) // 24)][:24]
     contact_sheet(folder / "samples.gif", [clip(i) for i in shown],
                   [rows[i]["prompt"] for i in shown], cfg.clips.fps)
     write_page(folder, report, rows)
@@ -2188,15 +2188,17 @@ def validation_loss(loaded: Loaded, z: Tensor, captions: list[str]) -> float:
 
 def judged(rows: list[dict], clip: Callable[[int], Tensor], seed: int) -> dict:
     """Add the judge's verdict to each row -> prompt_accuracy, and gap.random, the same with prompts
-    shuffled among the clips: a judge has to be seen to fail."""
+    shuffled among the clips: a judge that never fails proves nothing. Kinds without a row are left
+    out."""
     for i, row in enumerate(rows):
         row["verdict"] = world.judge(clip(i), row["prompt"])
     by = lambda kind: [r["verdict"] for r in rows if r["kind"] == kind]
     figures = world.accuracy(by("trained"))
-    figures["heldout"] = sum(v["color"] and v["shape"] and v["direction"]
-                             for v in by("heldout")) / max(1, len(by("heldout")))
-    for kind in ("words", "words_heldout"):
-        figures[kind] = world.accuracy(by(kind)).get("text", 0.0)
+    if held := by("heldout"):
+        figures["heldout"] = sum(v["color"] and v["shape"] and v["direction"]
+                                 for v in held) / len(held)
+    figures |= {kind: world.accuracy(by(kind))["text"] for kind in ("words", "words_heldout")
+                if by(kind)}
     trained = [i for i, r in enumerate(rows) if r["kind"] == "trained"]
     order = trained.copy()
     random.Random(f"shuffle/{seed}").shuffle(order)
@@ -2227,8 +2229,7 @@ def draw_curves(path: Path, losses: dict[str, dict[int, float]]) -> None:
         figure.savefig(path, dpi=110)
 
 
-def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int, columns: int = 6
-                  ) -> None:
+def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int) -> None:
     """Write one animated GIF of many clips, with their prompts under them."""
     import textwrap
 
@@ -2237,7 +2238,7 @@ def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int, 
 
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"),
                               11)
-    side, gap, below = 128, 8, 44
+    side, gap, below, columns = 128, 8, 44, 6
     across, down = side + gap, side + below + gap
     places = [(gap + i % columns * across, gap + i // columns * down) for i in range(len(clips))]
     empty = Image.new("RGB", (columns * across + gap, places[-1][1] + down), "white")
@@ -2245,10 +2246,10 @@ def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int, 
         ImageDraw.Draw(empty).multiline_text(
             (x, y + side + 2), "\n".join(textwrap.wrap(title, 22)[:3]), "black", font, spacing=1)
     sheets = []
-    for t in range(clips[0].shape[1]):
+    for k in range(clips[0].shape[1]):
         sheet = empty.copy()
         for place, clip in zip(places, clips):
-            frame = ((clip[:, t].clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+            frame = ((clip[:, k].clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST),
                         place)
         sheets.append(sheet.quantize(255, dither=Image.Dither.NONE))
@@ -2287,6 +2288,9 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
 
 
 SHOWN = {"color": "colour", "text": "letters", "tae": "autoencoder", "dit": "DiT"}
+KINDS_IN_WORDS = {"heldout": "all right on combinations never trained on",
+                  "words": "words of two and three letters read",
+                  "words_heldout": "words never trained on, read"}
 
 
 def in_words(report: dict) -> list[str]:
@@ -2294,11 +2298,9 @@ def in_words(report: dict) -> list[str]:
     percent = lambda d: ", ".join(f"{SHOWN.get(k, k)} {100 * v:.0f} %" for k, v in d.items())
     lines = []
     if seen := dict(report.get("prompt_accuracy", {})):
-        held, *words = (seen.pop(k) for k in ("heldout", "words", "words_heldout"))
+        rest = {title: seen.pop(k) for k, title in KINDS_IN_WORDS.items() if k in seen}
         lines = [f"Prompts followed: {percent(seen)}",
-                 f"all right on combinations never trained on: {100 * held:.0f} %",
-                 f"words of two and three letters read: {100 * words[0]:.0f} %; words never "
-                 f"trained on: {100 * words[1]:.0f} %",
+                 *(f"{title}: {100 * v:.0f} %" for title, v in rest.items()),
                  "the same clips against the prompts of others: "
                  + percent(report["gap"]["random"])]
     if "judge" in report:
@@ -2326,14 +2328,14 @@ figcaption { font-size: 11px; line-height: 1.3 }
 
 # ---- 8. The plan ---------------------------------------------------------------------------------
 # What the dit stage costs on GPUs that need not be there. Activations and FLOPs are those of a step
-# of the real model on tensors that have a size and no content; the rest is counted.
+# of the real model with two blocks and with three, on tensors that have a size and no content, and
+# so of any depth; the rest is counted.
 
 
-def tokens_of(cfg: Config, latent: torch.Size | tuple[int, ...]) -> int:
-    """Count N, the video tokens of a clip with this latent; VidTwin's clips have one shape."""
-    if len(cfg.dit.streams) > 1:
-        return sum(math.prod(s.size) // math.prod(s.patch) for s in cfg.dit.streams)
-    return math.prod(latent[1:]) // math.prod(cfg.dit.streams[0].patch)
+def tokens_of(cfg: Config, shape: tuple[int, int, int]) -> int:
+    """Count N, the video tokens of a clip of T x H x W frames."""
+    return sum(math.prod(size) // math.prod(stream.patch)
+               for stream, (_, *size) in zip(cfg.dit.streams, parts_of(cfg, shape)))
 
 
 def text_tokens(cfg: Config) -> int:
@@ -2406,8 +2408,8 @@ def plan(cfg: Config, c: "Command") -> dict[str, dict[str, float]]:
         model = TextToVideo(cfg)
     params, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.dit.blocks[0]))
     rest = params - dit.depth * block
-    N = max(tokens_of(cfg, parts_of(cfg, shape)[0]) for shape in cfg.clips.shapes)
-    S = c.gpus // c.replicate                   # ranks that share one of the models
+    N = max(tokens_of(cfg, shape) for shape in cfg.clips.shapes)
+    S = c.gpus // c.replicate                   # ranks of one copy
     bf16, e = hp.precision == "bf16", 2 if hp.precision == "bf16" else 4
     n, b = -(-N // c.sp), -(-hp.batch * c.sp // (c.gpus * hp.accumulate))
     held = 2 if c.reshard else dit.depth        # whole blocks: one at work, one on its way
@@ -2438,12 +2440,10 @@ def print_plan(cfg: Config, c: "Command") -> None:
     print(f"a step: {step['flops']:.4g} FLOP, {step['seconds']:.3g} s at {100 * c.utilisation:g} % "
           f"of {c.peak:g} TFLOP/s\n{hp.steps:,} steps: {step['days']:.3g} days")
     for wrong, line in (
-            (total > 1e9 * c.memory, f"{total / 1e9:.3g} GB > {c.memory:g} GB; less is taken with "
+            (total > 1e9 * c.memory, f"{total / 1e9:.3g} GB > {c.memory:g} GB; use less with "
              "--dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, --gpus"),
             (hp.batch % shares, f"--batch {hp.batch} is no multiple of {shares}: --gpus / --sp x "
-             "--train_dit.accumulate"),
-            (c.sp > min(cfg.dit.heads, step["N"]), f"--sp {c.sp} is more than the {cfg.dit.heads} "
-             f"attention heads, or the {step['N']} tokens")):
+             "--train_dit.accumulate")):
         if wrong:
             print(f"does not fit: {line}")
 
@@ -2457,8 +2457,8 @@ class Command:
 
     workdir: str = ""  # run folder (default: runs/SCALE)
     stage: Literal[(*STAGES, "all")] = "all"  # run up to and including this stage
-    device: Literal["", "cpu", "cuda"] = ""  # default: cuda if there is one
-    dp: int = 0  # ranks that share out parameters and clips (default: all that are left)
+    device: Literal["", "cpu", "cuda"] = ""  # without it: cuda if there is one
+    dp: int = 0  # ranks that share out parameters and clips; 0: all that are left
     sp: int = 1  # ranks that share the tokens of a clip, in the dit stage
     replicate: int = 0  # copies of the model; 0: for toy and small as many as fit, else one
     reshard: bool = True  # free a block's parameters after its forward pass
@@ -2540,7 +2540,8 @@ def make_parser() -> argparse.ArgumentParser:
     not understand is a UserError."""
     parser = argparse.ArgumentParser(
         prog="train.py", usage="train.py [--flag value ...]", allow_abbrev=False,
-        description="Train a text-to-video system and sample from it; started again, continue.")
+        description="Train a text-to-video system and sample from it. Started again, a run "
+        "continues. The defaults are those of --scale toy.")
 
     def error(message: str):
         if message.startswith("argument "):
@@ -2573,8 +2574,7 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
     if not cfg:
         cfg = SCALES[given.get("scale", "toy")]()
         if cfg.scale == "small" and (command.plan or device_of(command).type == "cuda"):
-            for stage in ("train_tae", "train_dit"):
-                setattr(cfg, stage, replace(getattr(cfg, stage), precision="bf16"))
+            cfg.train_tae.precision = cfg.train_dit.precision = "bf16"
     had_data = bool(cfg.data)
     for name, section in list(vars(cfg).items()):
         if is_dataclass(section):
@@ -2591,28 +2591,29 @@ def taken_over(given: dict) -> Config | None:
     not far enough, and for a flag that would change what is taken over."""
     if "base" in given and "init" in given:
         raise UserError("--base, --init: one or the other")
-    for how in given.keys() & {"base", "init"}:
-        other = given[how]
-        with named(f"--{how} "):
-            cfg = replace(read_config(other), base="", init="")
-        if given.get("scale", cfg.scale) != cfg.scale:
-            raise UserError(f"--scale {given['scale']}: {other} is a run of --scale {cfg.scale}")
-        fixed = ("tae.", "vidtwin.", "loss.", "train_tae.", "variant",
-                 *(("text.", "dit.", "patch") if how == "init" else ()),
-                 *(("clips.size", "clips.frames") if cfg.variant == "vidtwin" else ()))
-        for name in given.keys() - HOW - {"text.without"}:
-            if name.startswith(fixed):
-                value = given[name]
-                words = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UserError(f"--{name} {words}: --{how} {other} has settled it")
-        with named(f"--{how} "):
-            if how == "init":
-                result_of(Path(other))
-            elif not (Path(other) / "tae/tae.safetensors").exists():
-                raise UserError(f"{other}: no run with an autoencoder there; train first: "
-                                f"torchrun train.py --workdir {other}")
-        return cfg
-    return None
+    how = "base" if "base" in given else "init"
+    if how not in given:
+        return None
+    other = given[how]
+    with named(f"--{how} "):
+        cfg = replace(read_config(other), base="", init="")
+    if given.get("scale", cfg.scale) != cfg.scale:
+        raise UserError(f"--scale {given['scale']}: {other} is a run of --scale {cfg.scale}")
+    fixed = ("tae.", "vidtwin.", "loss.", "train_tae.", "variant",
+             *(("text.", "dit.", "patch") if how == "init" else ()),
+             *(("clips.size", "clips.frames") if cfg.variant == "vidtwin" else ()))
+    for name in given.keys() - HOW - {"text.without"}:
+        if name.startswith(fixed):
+            value = given[name]
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"--{name} {words}: --{how} {other} has settled it")
+    with named(f"--{how} "):
+        if how == "init":
+            result_of(Path(other))
+        elif not (Path(other) / "tae/tae.safetensors").exists():
+            raise UserError(f"{other}: no run with an autoencoder there; train first: "
+                            f"torchrun train.py --workdir {other}")
+    return cfg
 
 
 def flat(config: dict, prefix: str = "") -> dict[str, object]:
@@ -2667,9 +2668,20 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
     return run
 
 
+def check_sp(cfg: Config, sp: int) -> None:
+    """Raise UserError if heads or tokens cannot be shared out to sp ranks."""
+    fewest = min(tokens_of(cfg, shape) for shape in cfg.clips.shapes)
+    for what, most in (("attention heads", cfg.dit.heads), ("tokens in the smallest clip", fewest)):
+        if sp > most:
+            raise UserError(f"--sp {sp}: more ranks than {what}, {most}")
+    if sp > 1 and cfg.dit.conditioning == "in_context":
+        raise UserError(f"--sp {sp}: not with --dit.conditioning in_context, whose time token is "
+                        "no video token")
+
+
 def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str) -> None:
-    """Raise UserError if heads or tokens cannot be shared out, or the clips of the stages that are
-    still to come, up to `last`."""
+    """Raise UserError if the clips of the stages that are still to come, up to `last`, cannot be
+    shared out."""
     parts, todo = cfg.train_dit.accumulate, []
     if last not in STAGES[:3] and not (folder / "model.safetensors").exists():
         todo.append(("--batch", cfg.train_dit.batch, mesh.data[1] * parts))
@@ -2681,13 +2693,6 @@ def check_shares(cfg: Config, mesh: Mesh, folder: Path, last: str) -> None:
         if n % of:
             raise UserError(f"{flag} {n}: not a multiple of {of}, the ranks that share it" + (
                 f" x --train_dit.accumulate {parts}" if flag == "--batch" and parts > 1 else ""))
-    fewest = min(tokens_of(cfg, parts_of(cfg, shape)[0]) for shape in cfg.clips.shapes)
-    for what, most in (("attention heads", cfg.dit.heads), ("tokens in the smallest clip", fewest)):
-        if mesh.sp > most:
-            raise UserError(f"--sp {mesh.sp}: more ranks than {what}, {most}")
-    if mesh.sp > 1 and cfg.dit.conditioning == "in_context":
-        raise UserError(f"--sp {mesh.sp}: not with --dit.conditioning in_context, whose time token "
-                        "is no video token")
 
 
 def device_of(command: Command) -> torch.device:
@@ -2717,12 +2722,12 @@ def start_ranks(command: Command) -> torch.device:
 
 
 def copies(cfg: Config, command: Command, ranks: int) -> int:
-    """Give --replicate, or if that is 0: one copy per sp ranks for toy and small, which sends
+    """Give --replicate, or if that is 0: as many copies as fit for toy and small, which sends
     least, and one sharded copy for larger scales."""
     if command.replicate:
         return command.replicate
-    small = cfg.scale in ("toy", "small") and not command.dp and ranks % command.sp == 0
-    return ranks // command.sp if small else 1
+    each = command.sp * max(1, command.dp)
+    return ranks // each if cfg.scale in ("toy", "small") and ranks % each == 0 else 1
 
 
 def known_videos(cfg: Config, folder: Path, mesh: Mesh) -> list[list]:
@@ -2737,11 +2742,13 @@ def work(cfg: Config, command: Command) -> None:
     if command.plan:
         command.replicate = copies(cfg, command, command.gpus)
         dp_of(command.gpus, command.dp, command.sp, command.replicate)
+        check_sp(cfg, command.sp)
         print_plan(cfg, command)
         return
     device, folder = start_ranks(command), Path(command.workdir or f"runs/{cfg.scale}")
     mesh = make_mesh(command.dp, command.sp, copies(cfg, command, world_size()), command.reshard,
                      device.type, command.timeout)
+    check_sp(cfg, mesh.sp)
     check_shares(cfg, mesh, folder, command.stage)
     if cfg.text.mode == "pretrained" and rank() == 0:
         with named("--text."):              # now, and not when captions or prompts are encoded
@@ -2815,7 +2822,7 @@ def main(argv: list[str] | None = None) -> int:
             if not re.search("out of memory|DefaultCPUAllocator|calculation overflowed",
                              str(error)):
                 raise
-            say(f"train.py: {reason(error)}. Less is taken with --train_dit.accumulate, "
+            say(f"train.py: {reason(error)}. Use less with --train_dit.accumulate, "
                 "--dit.checkpointing true, in the tae stage --tae.checkpointing true; see --plan")
             return 2
         finally:

@@ -7,9 +7,9 @@
                       '-----> caption --> "a red circle moving left" --> parse --> facts asked for
 
 A text-to-video model learns from captioned clips, and what matters in the end is whether a new clip
-shows what its prompt asks for. Here both are exact. A World is a list of facts, which draw the clip
-and write the caption; `judge` measures the facts again from pixels. So prompt following is a
-number, on a laptop, in milliseconds per clip.
+shows what its prompt asks for. Here both are exact. A World is a list of facts: from them the clip
+is drawn and the caption written; `judge` measures the facts again from pixels. So prompt following
+is a number, on a laptop, in milliseconds per clip.
 
 What is in it. One or more objects, each with a colour and a direction, move at constant velocity in
 front of a dark background: circles, squares and triangles, slow or fast, and signs with a word.
@@ -109,7 +109,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class World:
-    """What a clip shows: objects, the last one in front, before a grey background."""
+    """What a clip shows: objects, the last one in front, in front of a grey background."""
 
     things: tuple[Thing, ...]
     background: float = 0.0  # grey level in [0, 1]
@@ -263,7 +263,7 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
 # draw and in which direction it moves, but barely where to put it. For the same reason objects that
 # share a picture pass, in mid-clip, through points of a coarse grid.
 
-LONGEST = 20  # frames in which objects, at their speeds, find room: later they would bounce
+LONGEST = 16  # frames in which every object, at its speed, has room: later some would bounce
 WANDER = {"sign": 1 / 32, "shape": 3 / 32}      # how far from the centre a single object may pass
 GRID = 1 / 8                                    # between places of objects that share a picture
 
@@ -305,7 +305,7 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     signs: the share of signs. 70 % of them show one letter, the others words, each length equally
     often; with a `cap`, the height of their capitals, all lengths are equally frequent. Objects
     that find no room beside one another (two triangles seldom do) are drawn anew after 20 attempts,
-    which favours signs a little: of two objects 0.42 for 0.4, of three 0.6.
+    which favours signs: 0.42 of two objects for 0.4, 0.6 of three.
     heldout: False as in training, True for what is held out, None for both. ValueError for more
     frames than LONGEST, as objects would bounce and belie their captions, unless `overlap`."""
     if frames > LONGEST and not overlap:
@@ -386,7 +386,7 @@ def caption(world: World) -> str:
 
 
 def longest_caption(things: int, script: str) -> str:
-    """Write a caption of as many tokens as any has: most words, all different, longest signs."""
+    """Write a caption with the most tokens possible: most words, all different, longest signs."""
     words = sorted(sum(SCRIPTS[script], ()), key=len, reverse=True)
     ways = ("down right", "up left")                                    # without a common word
     return caption(World(tuple(Thing(color, "sign", ways[i % 2], "slow", word)
@@ -402,7 +402,7 @@ GRAMMAR = re.compile(
 
 def parse(prompt: str) -> list[dict[str, str]]:
     """Read what a prompt asks for, one dict for each object; [] if it is not of the grammar, or
-    if two objects have one colour, by which the judge tells them apart."""
+    if two objects have the same colour, by which the judge tells them apart."""
     parts = [GRAMMAR.fullmatch(p) for p in " ".join(prompt.split()).split(" and ")]
     if not all(parts) or len({m["color"] for m in parts}) < len(parts):
         return []
@@ -415,9 +415,9 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
     """Draw (kind, prompt) to judge a model by, the same for the same seed.
 
     n of kind `trained` (3/5 shapes, 2/5 one-letter signs); 3n/10 `heldout`, shapes in held-out
-    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects each
-    is a sign with probability 2/5, and prompts that need signs have at least one. Their words may
-    have any length, but in `words` at least one has several letters."""
+    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects,
+    prompts that need signs have at least one: each object is one with probability 2/5. Their words
+    may have any length, but in `words` at least one has several letters."""
     rng = random.Random(f"prompts/{seed}")
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
     out: list[tuple[str, str]] = []

@@ -126,7 +126,7 @@ def measure(folder):
     run, report = train.load_run(folder), train.read_json(folder / "report.json")
     row = {"psnr": report["tae_psnr_db"], "loss": report["dit_val_loss"],
            "values": math.prod(run.latent_shape),
-           "tokens": train.tokens_of(run.cfg, train.parts_of(run.cfg, run.cfg.clips.shape)[0]),
+           "tokens": train.tokens_of(run.cfg, run.cfg.clips.shape),
            **report["prompt_accuracy"], **{f"{k}_real": v for k, v in report["judge"].items()}}
     paces = pace(train.Run(folder, None).rows())
     for part in ("tae", "dit"):

@@ -119,8 +119,8 @@ OTHERS = [      # where the other of two flags is named
     ("--clips.size 16 32", "unrecognized arguments: 32"), ("toy", "unrecognized arguments: toy"),
     ("--tae vidtwin --coupling independent --clips.images 0.1", "--variant vidtwin: its clips "),
     ("--clips.size 16 --loss.gan 0.1", "--clips.size 16: the discriminator of --loss.gan needs 24"),
-    ("--clips.frames 24", "24: at most 20 frames in the toy world; longer clips need --data"),
-    ("--train_tae.window 32", "32: at most 20 frames in the toy world; longer clips need --data"),
+    ("--clips.frames 24", "24: at most 16 frames in the toy world; longer clips need --data"),
+    ("--train_tae.window 32", "32: at most 16 frames in the toy world; longer clips need --data"),
 ]
 
 
@@ -253,6 +253,7 @@ RANKS = [       # with so many ranks
     (4, "--sp 3", "--sp 3: does not divide the 4 ranks"),
     (4, "--replicate 3", "--replicate 3: does not divide the 4 ranks"),
     (4, "--dp 3", "--dp 3"), (4, "--sp 2 --replicate 2 --dp 2", "8 ranks in all, but there are 4"),
+    (4, "--sp 4 --replicate 2", "--dp 1 --sp 4: 8 ranks in all, but there are 4"),
     (16, "--sp 16 --train_tae.batch 16", "--sp 16: more ranks than attention heads, 4"),
     (2, "--sp 2 --dit.conditioning in_context", "--sp 2: not with --dit.conditioning in_context"),
 ]

@@ -76,7 +76,7 @@ def test_memory_is_that_of_a_real_step(flags):
                                    ("--coupling", "independent", "--clips.others", "16x32x64")])
 def test_flops_are_those_that_torch_counts(flags):
     cfg, _ = parsed(*flags)
-    N = max(train.tokens_of(cfg, train.parts_of(cfg, shape)[0]) for shape in cfg.clips.shapes)
+    N = max(train.tokens_of(cfg, shape) for shape in cfg.clips.shapes)
     L, latent = 9, train.parts_of(cfg, max(cfg.clips.shapes))[0]
     text = torch.randn(2, L, cfg.dit.dim, requires_grad=True)       # of trained projections
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -115,7 +115,7 @@ def test_a_rank_of_many_holds_its_share(monkeypatch):
     pytest.param("--scale small --gpus 1", 0.006, "", marks=pytest.mark.slow),
     pytest.param("--scale 1b --gpus 8", 0.94, "", marks=pytest.mark.slow),
     pytest.param("--scale 5b --gpus 64", 4.9, "", marks=pytest.mark.slow),
-    pytest.param("--scale 5b --gpus 8", 4.9, "GB > 80 GB; less is taken", marks=pytest.mark.slow),
+    pytest.param("--scale 5b --gpus 8", 4.9, "GB > 80 GB; use less", marks=pytest.mark.slow),
 ])
 def test_a_plan_for_every_scale(capsys, flags, billions, says):
     assert train.main([*flags.split(), "--plan"]) == 0
@@ -126,14 +126,30 @@ def test_a_plan_for_every_scale(capsys, flags, billions, says):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--memory 0.1", "GB > 0.1 GB"), ("--batch 63", "--batch 63 is no multiple of 8"),
-    ("--sp 16 --gpus 16", "--sp 16 is more than the 4 attention heads")])
+    ("--memory 0.1", "GB > 0.1 GB"), ("--batch 63", "--batch 63 is no multiple of 8")])
 def test_what_does_not_fit_is_said(monkeypatch, capsys, flags, says):
     monkeypatch.setattr(train, "activation_bytes", lambda *_: 10**8)
     monkeypatch.setattr(train, "step_flops", lambda *_: 10**9)
     assert train.main([*flags.split(), "--plan"]) == 0
     lines = [x for x in capsys.readouterr().out.splitlines() if "does not fit" in x]
     assert len(lines) == 1 and says in lines[0]
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--sp 16 --gpus 16", "--sp 16: more ranks than attention heads, 4"),
+    ("--sp 2 --gpus 2 --coupling independent --clips.others 4x8x8",
+     "--sp 2: more ranks than tokens in the smallest clip, 1"),
+    ("--sp 2 --gpus 2 --dit.conditioning in_context", "--sp 2: not with --dit.conditioning")])
+def test_a_plan_refuses_what_a_run_refuses(capsys, flags, says):
+    assert train.main([*flags.split(), "--plan"]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, gpus, copies", [
+    ("", 4, 4), ("--sp 2", 4, 2), ("--dp 2", 4, 2), ("--dp 2 --sp 2", 8, 2), ("--dp 3", 4, 1),
+    ("--replicate 1", 4, 1), ("--scale 1b", 4, 1)])
+def test_a_small_scale_has_as_many_copies_as_fit(flags, gpus, copies):
+    assert parsed(*flags.split(), gpus=gpus)[1].replicate == copies
 
 
 @pytest.mark.parametrize("scale", ["toy", "small"])

@@ -439,7 +439,7 @@ def test_traffic_by_hand():
     assert per(ulysses=8) == pytest.approx(19.0, abs=0.05)
     assert per(ring=8) == pytest.approx(76.1, abs=0.05)
     assert per(pp=8, M=8) == pytest.approx(0.906, abs=0.01)
-    assert per(pp=8, M=8, hidden_size=4) == pytest.approx(1.81, abs=0.01)       # under autocast
+    assert per(pp=8, M=8, hidden_bytes=4) == pytest.approx(1.81, abs=0.01)       # under autocast
     assert per(cfg=2) == pytest.approx(0.019, abs=0.001)
 
 
@@ -619,6 +619,7 @@ def test_halo_attention_that_one_rank_cannot_tell():
     (1, dict(patches=2), "patches 2: needs pp"),
     (2, dict(pp=2, warmup=0), "warmup 0"),
     (2, dict(pp=2, warmup=9, steps=8), "warmup 9: more than the 8 steps"),
+    (2, dict(ring=2, warmup=3, steps=2), "warmup 3: more than the 2 steps"),    # --mode every
     (8, dict(pp=8, depth=6), "pp 8: more stages than the model's 6 blocks"),
     (8, dict(ulysses=8, heads=6), "ulysses 8: more ranks than the model's 6"),
     (1, dict(ring=0), "ring 0"),

@@ -383,7 +383,7 @@ def test_expected_gain_is_about_what_is_gained(M, G, d):
 
 def test_report_warns_when_there_is_nothing_to_gain():
     few = Coupling.fit(normal(40, 64), torch.arange(40))
-    assert "single clip. `independent`" in few.report() and few.found["expected"] == 0
+    assert "fewer than three clips. `independent`" in few.report() and few.found["expected"] == 0
     assert "sqrt(d)" in Coupling.fit(normal(4, 9000)).report()
     assert "WARNING" not in grouped()[2].report()
     missed = grouped(budget=0.02, solver="sgd", lr=5.0)[2].report()

@@ -147,6 +147,17 @@ def test_a_run_leaves_what_it_promises(finished):
     assert report["judge"]
 
 
+def test_a_report_of_few_prompts_says_nothing_of_what_was_not_measured():
+    prompts = train.world.test_prompts(0, 3)
+    rows = [{"kind": kind, "prompt": prompt} for kind, prompt in prompts]
+    assert {row["kind"] for row in rows} == {"trained"}
+    figures = train.judged(rows, lambda i: torch.zeros(3, 8, 32, 32), 0)
+    assert figures["prompt_accuracy"].keys() <= {"color", "shape", "direction", "speed", "text"}
+    lines = train.in_words(figures | {"tae_psnr_db": 25.0, "dit_val_loss": 0.4, "parameters": {},
+                                      "seconds": {}})
+    assert "Prompts followed" in lines[0] and not any("never trained on" in x for x in lines)
+
+
 def test_the_page_opens_with_samples_and_verdicts(finished):
     page = (finished / "index.html").read_text(encoding="utf-8")
     rows = json.loads((finished / "samples/index.json").read_text())
@@ -594,7 +605,7 @@ def test_what_is_removed_or_cut_is_made_again(copy, finished, capfd):
     ("model.safetensors", "sample", "model.safetensors: damaged or missing .*; remove it"),
     ("tae/tae.safetensors", "latents", "tae.safetensors: damaged or missing .*; remove it"),
     ("coupling.pt", "dit", "coupling.pt: .*; remove it"),
-    ("config.json", "dit", "config.json: damaged .*; choose another --workdir"),
+    ("config.json", "dit", "config.json: damaged .*; choose another folder"),
     ("latents/index.json", "dit", "index.json: damaged .*; remove it and start")])
 def test_a_damaged_file_is_one_line(copy, capfd, name, stage, line):
     (copy / name).write_bytes((copy / name).read_bytes()[:99])
@@ -696,9 +707,9 @@ def test_a_run_never_writes_latents_of_another(finished, tmp_path, capfd):
 def test_longer_clips_of_other_shapes_do_not_bounce():
     """Objects are placed for as many frames as are drawn: they move in a straight line to the end,
     as their captions say."""
-    cfg = train.parse("--coupling independent --clips.frames 8 --clips.others 20x32x32".split())[0]
+    cfg = train.parse("--coupling independent --clips.frames 8 --clips.others 16x32x32".split())[0]
     clips = train.ToyClips(cfg)
-    ends = [clips.clip("dit", i, (20, 32, 32)) for i in range(40)]
+    ends = [clips.clip("dit", i, (16, 32, 32)) for i in range(40)]
     right = [train.world.judge(x[:, 12:], caption)["direction"] for x, caption in ends]
     assert sum(right) >= 38
 
@@ -850,7 +861,7 @@ def test_memory_and_gpus_that_are_too_few_are_one_line(tmp_path, monkeypatch, ca
                         (lambda *_: torch.empty(10**12, 10**12), "overflow")):
         monkeypatch.setattr(train, "work", fails)
         assert train.main(["--workdir", str(tmp_path / "x")]) == 2
-        assert re.search(f"{line}.* Less is taken with --train_dit.acc", one_line(capfd))
+        assert re.search(f"{line}.* Use less with --train_dit.acc", one_line(capfd))
     monkeypatch.setattr(train, "work", lambda *_: len(0))           # ours, with its traceback
     with pytest.raises(TypeError):
         train.main(["--workdir", str(tmp_path / "x")])

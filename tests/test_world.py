@@ -271,12 +271,24 @@ def test_an_image_is_judged_without_its_motion():
     assert seen["color"] and seen["shape"] and not seen["direction"]
 
 
+@pytest.mark.parametrize("things", [1, 2])
+def test_no_object_leaves_the_picture_or_bounces(things):
+    rng = random.Random(0)
+    for _ in range(600 // things**2):
+        w = world.sample_world(rng, things, heldout=None, frames=world.LONGEST,
+                               cap=world.cap_of(things))
+        for thing in w.things:
+            for p, v, size in zip((thing.x, thing.y), world.velocity(thing), world.extent(thing)):
+                ends = p, p + v * (world.LONGEST - 1)
+                assert size / 2 <= min(ends) + 1e-9 and max(ends) <= 1 - size / 2 + 1e-9, thing
+
+
 def test_the_judge_agrees_with_clips_of_any_length():
     for frames in (2, 3, 8, world.LONGEST):
         right = world.check_judge(0, 60, frames=frames)
         assert right["speed"] > 0.95 and right["direction"] > 0.9, frames
-    with pytest.raises(ValueError, match="frames 21: at most 20"):
-        world.sample_world(random.Random(0), frames=21)
+    with pytest.raises(ValueError, match="frames 17: at most 16"):
+        world.sample_world(random.Random(0), frames=17)
     assert world.sample_world(random.Random(0), frames=64, overlap=True).things
     with pytest.raises(ValueError, match="things 4: at most 3 have room"):
         world.sample_world(random.Random(0), things=4)
