@@ -11,7 +11,6 @@ import torch
 from einops import rearrange
 
 import text_cond
-import train
 
 
 def tokens(prompt):
@@ -70,7 +69,7 @@ def main():
     parser = common.Parser(__doc__, "attention", of_run=True)
     parser.add_argument("prompt", nargs="?", default='a red sign saying "A" moving left')
     args = parser.parse_args()
-    run = train.load_run(args.run)
+    run = parser.loaded(args.run, of_videos=True)
     cfg = run.cfg
     if (cfg.text.mode != "toy" or cfg.text.without or len(cfg.dit.streams) > 1
             or cfg.dit.conditioning not in ("adaln_zero", "adaln")):

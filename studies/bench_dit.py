@@ -15,17 +15,15 @@ has fewer matrices in a block. In Latte not every token sees every other one: ha
 attend over space and half over time, the latter without text.
 """
 
-import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
+import common
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import dit
 import text_cond
 
@@ -133,9 +131,10 @@ def gflop(forward, grid):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = common.Parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(GRIDS), choices=list(GRIDS))
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (at 512 tokens: four times)")
+    parser.add_argument("--repeats", type=common.whole, default=5,
+                        help="rounds (at 512 tokens: four times as many)")
     args = parser.parse_args()
     text_cond.make_torchvision_importable()
     rows = []

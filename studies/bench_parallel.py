@@ -11,12 +11,11 @@ link is two network namespaces joined by a veth pair with a token bucket (tbf); 
 possible the script says so and goes on without. Model: that of a run (a folder as argument), else
 one with D 192, 6 heads, 8 layers, 784 tokens and random weights; --clips at a time (1). Guided, 8
 Euler steps, fp32. `ideal`: a link that takes no time; a pipeline still has to be filled. `two
-copies`: two processes on the two cores that have nothing to do with each other, each with all of
-the work, times two: where that is below 2 the cores share something, and no mode can be expected to
-reach its ideal. Also measures `ParallelSampler` on one rank over a loop written by hand.
+copies`: the work a second of two independent processes over that of one; below 2, the cores share
+something, and no mode can be expected to reach its ideal. Also measures `ParallelSampler` on one
+rank over a loop written by hand.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -28,10 +27,10 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import common
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import dit
 import sample_parallel as sp
 import train
@@ -200,10 +199,10 @@ def draw(found, ideals, path):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = common.Parser(__doc__)
     parser.add_argument("run", nargs="?", default="", help="a finished run")
-    parser.add_argument("--clips", type=int, default=1, help="at a time")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clips", type=common.whole, default=1, help="at a time")
+    parser.add_argument("--rounds", type=common.whole, default=5)
     parser.add_argument("--links", nargs="+", default=["none"], metavar="RATE",
                         help="none, or a rate that tc knows: 1gbit, 100mbit")
     parser.add_argument("--rank", nargs=3, metavar=("RANK", "ADDRESS", "PORT"), help="internal")

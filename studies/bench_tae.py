@@ -12,7 +12,6 @@ the median of `--repeats`. Peak memory: the largest resident set less what the i
 weights, activations and the two clips.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -22,9 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+import common
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import tae
 import text_cond
 
@@ -72,9 +71,9 @@ def memory(name: str, frames: int) -> float:
 @torch.no_grad()
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--frames", type=int, nargs="+", default=[17, 33])
-    parser.add_argument("--repeats", type=int, default=2)
+    parser = common.Parser(__doc__)
+    parser.add_argument("--frames", type=common.whole, nargs="+", default=[17, 33])
+    parser.add_argument("--repeats", type=common.whole, default=2)
     parser.add_argument("--skip-memory", action="store_true", help="seconds alone")
     parser.add_argument("--memory", nargs=2, metavar=("NAME", "FRAMES"), help="of one, and stop")
     args = parser.parse_args()

@@ -15,7 +15,6 @@ half the batch: what the machine lets two ranks reach. Medians over the rounds. 
 numbers: what they are does not change the time.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -27,10 +26,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import common
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 
 STEPS = {"toy": (3, 24, 12), "small": (3, 24, 12)}  # to warm up, in all, until the checkpoint
@@ -146,10 +145,10 @@ def start(scale, batch, ranks, replicate=1, parts=1):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = common.Parser(__doc__)
+    parser.add_argument("--rounds", type=common.whole, default=5)
     parser.add_argument("--scales", nargs="+", default=list(STEPS), choices=list(STEPS))
-    parser.add_argument("--batch", type=int, help="in place of the preset's")
+    parser.add_argument("--batch", type=common.whole, help="in place of the preset's")
     parser.add_argument("--measure", choices=list(STEPS), help="internal")
     parser.add_argument("--replicate", type=int, default=1, help="internal")
     parser.add_argument("--parts", type=int, default=1, help="internal")

@@ -26,14 +26,16 @@ FIGURES = ("loss", "color", "shape", "direction", "text", "heldout")       # of 
 
 
 class Parser(argparse.ArgumentParser):
-    """Describe a study by its docstring; a wrong argument is one line and exit status 2. of_run:
-    it takes a run of the toy world. seeds: how often it repeats its variants, if it does."""
+    """Describe a study by its docstring; a wrong argument is one line and exit status 2. out: the
+    name of its folder, if it may lie elsewhere. of_run: it takes a run of the toy world. seeds: how
+    often it repeats its variants, if it does."""
 
-    def __init__(self, doc, out, of_run=False, seeds=0):
+    def __init__(self, doc, out=None, of_run=False, seeds=0):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
-        self.add_argument("--out", type=Path, default=Path("out/studies") / out,
-                          help="folder of the results (default: %(default)s)")
+        if out:
+            self.add_argument("--out", type=Path, default=Path("out/studies") / out,
+                              help="folder of the results (default: %(default)s)")
         if of_run:
             self.add_argument("run", type=Path, help="a finished run of the toy world")
         if seeds:
@@ -42,14 +44,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def loaded(self, path):
-        """Load a finished run of the toy world, for its judge."""
+    def loaded(self, path, device="cpu", of_videos=False):
+        """Load a finished run; of the toy world, for its judge, unless of_videos."""
         from train import load_run
         try:
-            run = load_run(path)
+            run = load_run(path, device)
         except ValueError as error:
             self.error(str(error))
-        if run.cfg.data:
+        if run.cfg.data and not of_videos:
             self.error(f"{path}: {NO_JUDGE}")
         return run
 
@@ -88,15 +90,20 @@ def train(folder, flags, done="report.json", program=ROOT / "train.py", threads=
     """Run train.py with these flags until folder/done exists; what it says is kept in folder.txt.
 
     flags: {"dit.conditioning": "in_context"}; a tuple is several words. The study ends with
-    train.py's own line where a run fails, and says so where a signal stopped one."""
+    train.py's own line where a run fails, and says so where a signal stopped one. They are kept in
+    folder.flags: a run with other ones is not taken for this one."""
     folder = Path(folder)
-    if (folder / done).exists():
-        return
     words = [w for name, value in flags.items()
              for w in (f"--{name}", *(value if isinstance(value, tuple) else (value,)))]
+    asked, kept = " ".join(map(str, words)), folder.with_name(folder.name + ".flags")
+    if kept.exists() and (before := kept.read_text(encoding="utf-8")) != asked:
+        raise SystemExit(f"{folder}: made with other flags, {before}; choose another --out")
+    if (folder / done).exists():
+        return
     command = [sys.executable, program, "--workdir", folder, *words]
     said = folder.with_name(folder.name + ".txt")
     said.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(asked, encoding="utf-8")
     with open(said, "w", encoding="utf-8") as log:
         code = subprocess.run(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
@@ -109,11 +116,14 @@ def train(folder, flags, done="report.json", program=ROOT / "train.py", threads=
 def train_all(base, out, variants, seeds, workers, programs=None):
     """Train every variant with every seed, `workers` at a time -> [(variant, seed, folder)]."""
     from tqdm import tqdm
-    if not (base / "config.json").exists():
-        raise SystemExit(f"{base}: no run there; first: python train.py --scale toy "
-                         f"--workdir {base}")
-    if json.loads((base / "config.json").read_text(encoding="utf-8"))["data"]:
-        raise SystemExit(f"{base}: {NO_JUDGE}")
+    config, wrong = base / "config.json", ""
+    if not config.exists():
+        wrong = f"no run there; first: python train.py --scale toy --workdir {base}"
+    elif json.loads(config.read_text(encoding="utf-8"))["data"]:
+        wrong = NO_JUDGE
+    if wrong:
+        print(f"{base}: {wrong}", file=sys.stderr)
+        raise SystemExit(2)
     runs = [(name, seed, out / "runs" / f"{name.replace(' ', '-')}-{seed}")
             for seed in range(seeds) for name in variants]
 

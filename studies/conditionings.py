@@ -17,7 +17,6 @@ from dataclasses import replace
 import common
 import torch
 
-import train
 from dit import CONDITIONINGS, DiT
 
 BATCH = 64                                              # clips in a step
@@ -58,7 +57,8 @@ def main():
     parser = common.Parser(__doc__, "conditionings", of_run=True, seeds=3)
     parser.add_argument("--seconds", type=common.positive, default=220.0, help="CPU, each run")
     args = parser.parse_args()
-    cfg, plan = train.load_run(args.run, "meta").cfg.dit, args.out / "seconds.json"
+    cfg = parser.loaded(args.run, "meta").cfg.dit
+    plan = args.out / f"seconds-{args.run.resolve().name}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     if not plan.exists():                               # measured once, kept for a restart
         plan.write_text(json.dumps(seconds_per_step(cfg)))

@@ -224,7 +224,8 @@ def main():
              "diffusion": {"train_dit.steps": steps, "flow.objective": "diffusion",
                            "flow.shift": 1.0}}
     jobs = [(arm, seed) for arm in ("flow", "diffusion", "half") for seed in range(args.seeds)]
-    one = lambda job: verdicts(args.run, args.out / "runs" / f"{job[0]}-{steps}-{job[1]}", prompts,
+    runs = args.out / "runs" / args.run.resolve().name
+    one = lambda job: verdicts(args.run, runs / f"{job[0]}-{steps}-{job[1]}", prompts,
                                {"seed": job[1], **flags[job[0]]})
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(jobs, tqdm(pool.map(one, jobs), desc="study", unit="training",

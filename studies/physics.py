@@ -15,7 +15,7 @@ far from that are the samples, the real clips, and what the autoencoder makes of
     area       distance of the area from its mean over the clip, RMS, relative to that mean
     speed      of the line, less the speed that the caption says, in pixels a frame
     direction  of the line, against the direction that the caption says, in degrees
-    bounce     --fast: speed after the bounce against the speed before it, relative; 1 for no bounce
+    bounce     --fast: the share of its speed that a bounce changes; 1 if there is no bounce
 
 "right" is the share of clips in which all is seen that the caption says, "moves" that in which
 direction and speed are. Motion is learnt first: where "moves" no longer rises, a stretch of the

@@ -47,11 +47,13 @@ def tree_of(commit, out):
     commit = git("rev-parse", "--short=7", "--verify", f"{commit}^{{commit}}")
     tree = out / f"tree-{commit}"
     if not tree.exists():
-        tree.mkdir(parents=True)
+        part = tree.with_name(tree.name + ".part")             # a kill may leave a part of it
+        part.mkdir(parents=True, exist_ok=True)
         archive = out / f"{commit}.tar"
         git("archive", "-o", archive.resolve(), commit)
-        shutil.unpack_archive(archive, tree)
+        shutil.unpack_archive(archive, part)
         archive.unlink()
+        part.rename(tree)
     return tree
 
 
@@ -60,7 +62,7 @@ def measured(tree, name, seed, out, ranks=1):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     folder = (out / f"{name}-{seed}").resolve()
     result = folder.with_name(folder.name + ".json")
-    if not result.exists():
+    if not result.exists() or name.endswith("-dirty"):      # which may be another tree now
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         print(f"{folder.name}: running; what it says is in {folder}.txt", flush=True)

@@ -56,7 +56,7 @@ def cost_of_a_wrong_word(run, length, n):
 
 
 def main():
-    parser = common.Parser(__doc__, "spelling")
+    parser = common.Parser(__doc__)
     parser.add_argument("models", type=common.Path, nargs="+", metavar="MODEL", help="a run's "
                         "folder, or a copy of its model.safetensors")
     parser.add_argument("--clips", type=common.whole, default=16, help="of each length")

@@ -8,7 +8,7 @@ Answer: not run yet
 Clips of eight frames show one shape, which moves by half a pixel a frame (slow) or by two (fast)
 and never meets an edge, so that the judge reads both alike. The toy's autoencoder trains on crowds
 of six shapes, then on clips, all of one pace. With the curriculum the crowds begin slow and become
-up to as fast as the fast ones, whatever the pace; the clips at the end have the one pace again. On
+as fast as the fast clips, whatever the pace; the clips at the end have the one pace again. On
 each of these four autoencoders one DiT trains on slow clips and one on fast ones, on latents that
 are normalised by the statistics of the autoencoder's pace (so of the other pace they have another
 variance than 1, which is a part of the cost). Measured are, for held-out clips of the DiT's pace
@@ -193,7 +193,8 @@ def main():
 
     def one(run):
         seed, pace, motion = run
-        folder = args.out / f"{args.tae_steps}-{args.dit_steps}/{pace}-{motion}-{seed}"
+        of = f"{args.tae_steps}-{args.dit_steps}-{args.clips}"
+        folder = args.out / of / f"{pace}-{motion}-{seed}"
         common.train(folder, {
             "pace": pace, "train_tae.motion": motion, "seed": seed, "coupling": "independent",
             "clips.frames": 8, "clips.count": args.clips, "train_tae.steps": args.tae_steps,

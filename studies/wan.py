@@ -12,18 +12,15 @@ around Wan's own forward. With a real checkpoint:
     model = wan.WanTransformer3DModel.from_pretrained(...)
     text = model.condition_embedder.text_embedder(umt5_features)        # (B, L, D), once
 """
-import argparse
-import sys
-from pathlib import Path
+import os
 
+import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from sample_parallel import ParallelSampler, make_mesh
+from sample_parallel import ParallelSampler, check_degrees, make_mesh
 from text_cond import make_torchvision_importable
 
 make_torchvision_importable()
@@ -74,10 +71,14 @@ def seams(model):
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = common.Parser(__doc__)
     for name in ("cfg", "pp", "ring", "ulysses"):
-        parser.add_argument(f"--{name}", type=int, default=1)
+        parser.add_argument(f"--{name}", type=common.whole, default=1)
     degrees = vars(parser.parse_args())
+    try:
+        check_degrees(int(os.environ.get("WORLD_SIZE", 1)), **degrees)
+    except ValueError as error:
+        parser.error(str(error))
     if any(n > 1 for n in degrees.values()):
         dist.init_process_group("gloo")
     torch.manual_seed(0)

@@ -251,12 +251,6 @@ def test_the_timestep_embedding_turns_a_thousand_t_cosines_first():
     assert F.cosine_similarity(found[1], found[2], dim=0) < 0.6      # 0.9997 without the thousand
 
 
-def test_without_cross_attention_output_the_model_still_reads_the_text_after_training():
-    model = make(awake=True)
-    x, t, text, mask = batch(model)
-    assert (model(x, t, text, mask) - model(x, t, text + 1, mask)).abs().max() > 1e-3
-
-
 # ---- text ----
 
 def test_padding_of_the_text_is_never_seen():
@@ -609,12 +603,6 @@ def test_a_demo_that_has_not_learnt_fails(tmp_path):
     assert done.returncode == 1 and "FAIL one clip learnt" in done.stdout
     assert "PASS largest output at initialisation: 0 vs 0" in done.stdout
     assert (tmp_path / "out/dit/gates.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_the_demo_passes(tmp_path):
-    done = run(tmp_path)
-    assert done.returncode == 0 and done.stdout.count("PASS") == 4, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("args", [["--steps", "0"], ["--steps", "x"], ["--stepz", "1"], ["extra"]])

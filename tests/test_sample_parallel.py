@@ -880,16 +880,6 @@ def test_a_failing_claim_is_exit_status_1(monkeypatch):
     assert sp.main([]) == 1
 
 
-@pytest.mark.slow
-def test_copied_alone_it_demonstrates_itself(tmp_path):
-    shutil.copy(ROOT / "sample_parallel.py", tmp_path)
-    done = subprocess.run([sys.executable, "sample_parallel.py"], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "PYTHONPATH": ""})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAIL" not in done.stdout and done.stdout.count("PASS") == 6
-    assert (tmp_path / "out/sample_parallel/timeline.png").stat().st_size > 10_000
-
-
 def random_run(folder):
     """A finished run of train.py with random weights, in the folder."""
     import json

@@ -344,10 +344,6 @@ def test_another_configuration_is_refused_and_named(copy, capfd):
     line = one_line(capfd)
     assert "seed: 0 there, 7 here" in line and "train_dit.lr: 0.0014 there, 0.5 here" in line
     assert "accumulate" not in line and (copy / "config.json").read_bytes() == before
-    (copy.parent / "other").mkdir()
-    (copy.parent / "other/thesis.txt").write_text("mine")
-    assert run(copy.parent / "other") == 2 and "not empty" in one_line(capfd)
-    assert [p.name for p in (copy.parent / "other").iterdir()] == ["thesis.txt"]
 
 
 HOLD = """

@@ -40,11 +40,12 @@ def network():
     """The two namespaces and the link between them."""
     if not shutil.which("ip"):
         pytest.skip("no network namespaces here: no command ip")
+    unlink()
+    done = subprocess.run(["ip", "netns", "add", SPACES[0]], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
     try:
-        try:
-            link("none")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+        link("none")
         yield
     finally:
         unlink()
