@@ -353,7 +353,7 @@ class DiT(nn.Module):
     conditionings have blocks of their own (section 6)."""
 
     def __new__(cls, cfg=None):                                 # copy.deepcopy gives no cfg
-        return super().__new__(FlatDiT if cfg and len(cfg.streams) > 1 else cls)
+        return super().__new__(FlatDiT if cls is DiT and cfg and len(cfg.streams) > 1 else cls)
 
     def __init__(self, cfg):
         super().__init__()
@@ -451,7 +451,7 @@ class DiT(nn.Module):
             for i, table in enumerate(tables):
                 new = F.interpolate(table.T[None], size=s.size[i] // s.patch[i], mode="linear",
                                     align_corners=False)[0].T                       # (n, D)
-                tables[i] = nn.Parameter(new.contiguous())
+                tables[i] = nn.Parameter(new.contiguous(), table.requires_grad)
         self.cfg = replace(self.cfg, streams=streams)
 
 
@@ -489,7 +489,7 @@ class LearnedNorm(Block):
     vectors, shared = 4, False
 
     def modulation(self, c):
-        shift1, scale1, shift2, scale2 = self.table[None].split(1, dim=1)           # (1, 1, D) each
+        shift1, scale1, shift2, scale2 = fp32(self.table)[None].split(1, dim=1)     # (1, 1, D) each
         return shift1, scale1, 1, shift2, scale2, 1
 
 
@@ -520,7 +520,7 @@ class LearnedHead(nn.Module):
         self.out = Linear32(cfg.dim, width)
 
     def forward(self, h, c):
-        shift, scale = self.table                                                   # (D,) each
+        shift, scale = fp32(self.table)                                             # (D,) each
         return self.out(rms_norm(h) * (1 + scale) + shift)
 
 

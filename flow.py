@@ -298,7 +298,7 @@ def dopri5(f, x, t, h, rtol=1e-5, atol=1e-5):
         err = h * sum(e * ki for e, ki in zip(DP_E, k) if e)
         err = (err / (atol + rtol * torch.maximum(x.abs(), y.abs()))).square().mean().sqrt().item()
         if not math.isfinite(err):
-            raise ValueError(f"v_fn returned NaN or infinity near t = {t:.4f}")
+            raise ValueError(f"v_fn returned NaN or infinity near t = {abs(t):.4f}")
         if err <= 1 or h < 1e-6:
             x, t, k1 = y, t + h, k[-1]           # the last stage is the next step's first
         h *= min(5.0, max(0.2, 0.9 * max(err, 1e-9) ** -0.2))
@@ -345,7 +345,7 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
         n = len(rows)
         # |x - y|^2 without the terms of x or y alone, which no pairing changes
         a, b = (x[rows.to(x.device)].reshape(n, -1) for x in (x0, x1))
-        cost = -(b.double() @ a.double().T).cpu().numpy()
+        cost = -(b.double() @ a.double().T).detach().cpu().numpy()
         plan, log = ot.emd([1 / n] * n, [1 / n] * n, cost - cost.min(),
                            numItermax=10_000_000, log=True)
         if log["warning"]:              # the default numItermax is too small from n = 2048 on
@@ -391,7 +391,7 @@ def validation_loss(v_fn: VFn, x1: Tensor, cfg: FlowConfig | None = None, times:
     g = torch.Generator().manual_seed(seed)
     per_time = []
     for i in range(times):
-        x0 = torch.randn(x1.shape, generator=g).to(x1.device)
+        x0 = torch.randn(x1.shape, generator=g, device="cpu").to(x1.device)
         t = torch.full((len(x1),), (i + 0.5) / times, device=x1.device)
         per_time.append(loss(v_fn, x1, x0, t, cfg))
     per_time = torch.stack(per_time).cpu()
@@ -449,7 +449,7 @@ class MLP(torch.nn.Module):
         self.net = torch.nn.Sequential(*hidden, torch.nn.Linear(width, 2))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        waves = t[:, None] * math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])            # (B, 4)
+        waves = t[:, None] * math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0], device=t.device)  # (B, 4)
         return self.net(torch.cat([x, waves.sin(), waves.cos()], 1))
 
 

@@ -617,7 +617,7 @@ class ParallelSampler:
     def _from_rank0(self, x):
         if x is None or self.world == 1:
             return x
-        sent = x.to(torch.uint8) if x.dtype == torch.bool else x.clone().contiguous()
+        sent = (x.to(torch.uint8) if x.dtype == torch.bool else x.clone()).contiguous()
         dist.broadcast(sent, 0)
         return sent.to(x.dtype)
 
@@ -861,6 +861,14 @@ class Halo(TorchFunctionMode):
             sizes = [n // self.rows[self.axis.index] * r for r in self.rows]
             k, v = gather(torch.stack((k, v)), sizes, 3, self.axis, "halo")
         return func(q, k, v, *args, **kwargs)
+
+
+def can_be_split(shape, world):
+    """Tell whether `halo_decode` can share one latent of this shape among so many ranks: a band of
+    rows for each, not VidTwin's flat latent, and numbers by which `over_space` can tell pixels from
+    frames (8 ranks cannot share small's 8 x 8 x 8)."""
+    return (len(shape) == 4 and shape[2] >= world
+            and any(shape[1] % (n * shape[3]) for n in split(shape[2], world)))
 
 
 @torch.no_grad()
@@ -1352,10 +1360,10 @@ def check_run(args, train, prompts, world, fits):
         raise ValueError(f"--workdir {args.workdir}: trained by diffusion, not a flow to follow")
     ts = run.schedule(args.steps or config.steps, args.schedule)
     fits(steps=len(ts) - 1, depth=len(run.dit.blocks), heads=run.dit.cfg.heads)
-    bands = len(shape) == 4 and shape[2] >= world           # (C, T, H, W), not VidTwin's flat ones
+    bands = can_be_split(shape, world)
     if args.decode == "halo" and not bands:
-        raise ValueError(f"--decode halo: latents {shape} have no band of rows for each of {world} "
-                         "ranks, use --decode one")
+        raise ValueError(f"--decode halo: latents {shape} cannot be cut into bands of rows for "
+                         f"{world} ranks, use --decode one")
     if args.decode == "auto":
         args.decode = "halo" if bands and world > 1 else "one"
     if int(os.environ.get("RANK", 0)) == 0:

@@ -84,7 +84,7 @@ def smallest(Y: Tensor, steps: int = 200, batch: int = 1024) -> Tensor:
     sigma = (Y - Y.mean(0)).norm(dim=1)                          # (N,) std of the score <x, y_j>
     h = average = -3 * sigma                 # the best of some 500 scores is about 3 sigma
     for step in range(1, steps + 1):
-        cell = (torch.randn(batch, Y.shape[1]) @ Y.T + h).argmax(1)        # (batch,) draw noise,
+        cell = (torch.randn(batch, Y.shape[1]).to(Y) @ Y.T + h).argmax(1)  # (batch,) draw noise,
         p = torch.bincount(cell, minlength=len(Y)) / batch                 # (N,) count its cells,
         h = h - sigma / 4 * step ** (-2 / 3) * (len(Y) * p - 1)            # lower h of full cells
         average = torch.lerp(average, h, 2 / (step + 1))                   # Polyak: noise cancels
@@ -141,7 +141,7 @@ def keyed_noise(key: tuple[int, ...], rows: int, dim: int, device=None) -> Tenso
         seed = (seed * 0x9E3779B1 + k * 0x85EBCA6B + 0x27220A95) & 0xFFFFFFFF
         seed ^= seed >> 15
     g = torch.Generator(device or "cpu").manual_seed(seed)
-    return torch.randn(rows, dim, generator=g, device=device, dtype=torch.float32)
+    return torch.randn(rows, dim, generator=g, device=g.device, dtype=torch.float32)
 
 
 def assign(x: Tensor, Y: Tensor, h: Tensor, memory: int = 64) -> Tensor:
@@ -153,7 +153,8 @@ def assign(x: Tensor, Y: Tensor, h: Tensor, memory: int = 64) -> Tensor:
     columns = max(1, memory * 2 ** 18 // max(1, len(x)))
     best = index = None
     for j in range(0, len(Y), columns):
-        score, i = torch.addmm(h[j:j + columns], x, Y[j:j + columns].T).max(1)             # (B,)
+        with torch.autocast(x.device.type, enabled=False):          # in bf16 near scores are equal
+            score, i = torch.addmm(h[j:j + columns], x, Y[j:j + columns].T).max(1)         # (B,)
         if best is None:
             best, index = score, i
         else:
@@ -297,7 +298,7 @@ class Problem:
         if Y.shape[1] == 0:
             return
         sigma, (m, q) = score_std(Y, b), expected_max(N)
-        self.tau = sigma.clamp_min(1e-3 * sigma.mean()) / m
+        self.tau = (sigma.clamp_min(1e-3 * sigma.mean()) / m).clamp_min(1e-30)      # above 0
         # The start of section 4, with unequal masses to first order.
         self.h = self.average = self.centred(-q * sigma + self.tau * (N * b).log())
         self.step, self.samples = 0, 0
@@ -600,7 +601,8 @@ class Coupling:
         return self.order[at].to(x0.device)
 
     def draw_group(self, B: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw (B,) int64 group ids by frequency. The noise must be drawn independently of them."""
+        """Draw (B,) int64 group ids by frequency, with a generator of the CPU. The noise must be
+        drawn independently of them."""
         u = torch.rand(B, generator=generator, dtype=torch.float64)
         row = torch.searchsorted(self.mass.cumsum(0), u).clamp_max(len(self.mass) - 1)
         return self.groups[row]
@@ -682,7 +684,7 @@ def fingerprint(latents: Tensor) -> str:
     """Hash the numbers of (M, ...) latents, to recognise them when a coupling is loaded."""
     digest = hashlib.sha256(str(len(latents)).encode())
     for z in latents.split(4096):
-        digest.update(z.float().cpu().contiguous().numpy())
+        digest.update(z.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 

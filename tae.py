@@ -577,9 +577,11 @@ class Autoencoder(nn.Module):
 
 
 def check_clip(x: Tensor) -> None:
-    """Raise ValueError unless x is (B, 3, T, H, W)."""
+    """Raise ValueError unless x is a float (B, 3, T, H, W)."""
     if x.ndim != 5 or x.shape[1] != 3 or not x.numel():
         raise ValueError(f"clip of shape {tuple(x.shape)}: expected (B, 3, T, H, W)")
+    if not x.is_floating_point():
+        raise ValueError(f"clip of {x.dtype}: expected floats in [-1, 1]")
 
 
 class TAE(Autoencoder):
@@ -609,6 +611,7 @@ class TAE(Autoencoder):
         does not divide are padded by repeating the last row and column; `decode(..., size=(H, W))`
         crops them back. stream: one frame at a time (section 8). ValueError if x is not a clip."""
         check_clip(x)
+        x = x.to(self.last_weight.dtype)
         H, W, f = *x.shape[-2:], self.cfg.space_factor
         if H % f or W % f:
             x = F.pad(x, (0, -W % f, 0, -H % f, 0, 0), mode="replicate")
@@ -642,7 +645,7 @@ def inflate(image_tae: TAE, variant: str = "2.5d") -> TAE:
     """
     if image_tae.cfg.variant != "2d":
         raise ValueError(f"inflate: variant {image_tae.cfg.variant}: only 2d can be inflated")
-    video = TAE(replace(image_tae.cfg, variant=variant)).to(image_tae.lat_mean.device)
+    video = TAE(replace(image_tae.cfg, variant=variant)).to(image_tae.lat_mean)  # dtype, device
     state = video.state_dict()
     for name, w in image_tae.state_dict().items():
         state[name].copy_(centre_slice(w) if w.ndim < state[name].ndim else w)
@@ -906,6 +909,7 @@ class VidTwin(Autoencoder):
         one size, so memory is bounded anyway. ValueError for another T, H or W."""
         check_clip(x)
         self.parts(*x.shape[2:])
+        x = x.to(self.last_weight.dtype)
         p = self.cfg.patch
         h = self.embed(rearrange(x, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p))
         z = rearrange(self.encoder(h), "b t (h w) d -> b d t h w", h=self.cfg.grid)
@@ -981,6 +985,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*modules, nn.Conv2d(width, 1, 4, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.layers[0].weight.dtype)           # of clips or of reconstructions in fp32
         return self.layers(rearrange(x, "b c t h w -> (b t) c h w"))
 
 
@@ -1005,7 +1010,7 @@ def vgg_perceptual() -> Callable[[Tensor, Tensor], Tensor]:
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         both = rearrange(torch.cat([x, y]), "b c t h w -> (b t) c h w") / 2 + 0.5
-        h, total = (both - mean.to(x)) / std.to(x), 0.0
+        h, total = (both.float() - mean.to(x.device)) / std.to(x.device), 0.0
         net.to(x.device)
         for stage in stages:
             h = stage(h)
@@ -1204,10 +1209,12 @@ def decode_stream(decoder: Decoder, z: Tensor, num_frames: int | None = None) ->
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Measure the peak signal-to-noise ratio in dB of clips (B, 3, T, H, W) in [-1, 1] -> (B,), the
     mean over frames. Identical frames count as 80 dB."""
+    x, y = (v if v.dtype == torch.float64 else v.float() for v in (x, y))
     d = (x.clamp(-1, 1) - y.clamp(-1, 1)) / 2                       # of values in [0, 1]
     return (-10 * d.square().mean((1, 3, 4)).clamp_min(1e-8).log10()).mean(1)
 
 
+@torch.no_grad()
 def latent_stats(tae: Autoencoder, posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
     """Measure mean (C,) and std (C,) of each channel of posterior samples, summed in float64.
 

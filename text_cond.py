@@ -419,7 +419,7 @@ class TextConditioner(nn.Module):
         return P.expand(B, -1, -1), torch.ones(B, 3, dtype=torch.bool, device=P.device)
 
     def drop_mask(self, B, p, generator=None, independent=False):
-        """Draw for each sample which encoders it trains without -> (B, 3) bool.
+        """Draw for each sample which encoders it trains without -> (B, 3) bool, on the CPU.
 
         By default all three with probability p. Independent: each with p^(1/3), so that all three
         still drop with probability p, and the backbone learns to do with one or two."""

@@ -1427,7 +1427,7 @@ class SummedWriter(dcp.FileSystemWriter):
 
     def sum(self, pattern: str) -> None:
         for path in Path(self.path).glob(pattern):
-            path.with_name(path.name + ".crc32").write_text(crc32(path))
+            write_text(path.with_name(path.name + ".crc32"), crc32(path))
 
 
 def crc32(path: Path) -> str:
@@ -1440,6 +1440,11 @@ def crc32(path: Path) -> str:
 
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # DCP, on one rank
+
+
+def step_of(path: Path) -> int:
+    """Give the steps that were made before the checkpoint step_N."""
+    return int(path.name.removeprefix("step_"))
 
 
 class Checkpoints:
@@ -1458,7 +1463,8 @@ class Checkpoints:
 
     def whole(self) -> list[Path]:
         """List the checkpoints that are there, newest first."""
-        return sorted((p.parent for p in self.folder.glob("step_*/.metadata")), reverse=True)
+        return sorted((p.parent for p in self.folder.glob("step_*/.metadata")), key=step_of,
+                      reverse=True)
 
     def save(self, step: int) -> None:
         """Begin to write; the caller has waited for the one before."""
@@ -1495,7 +1501,7 @@ class Checkpoints:
                 self.check(path)
                 dcp.load(self.state, storage_reader=SafeReader(path),
                          no_dist=not dist.is_initialized())
-                return int(path.name.removeprefix("step_"))
+                return step_of(path)
             except (CheckpointException, ValueError, OSError) as error:
                 self.damaged.add(path)
                 if rank() == 0:
@@ -1702,16 +1708,17 @@ def encode_latents(run: Run, clips) -> None:
     part of the text encoders makes of that. Shards that exist are kept; a damaged one is named and
     encoded again. With --base the folder is a link to that run's, if `same_latents`."""
     cfg, folder = run.cfg, run.folder / "latents"
-    if cfg.base and not run.has("latents/index.json") and same_latents(cfg):
+    if cfg.base and same_latents(cfg) and (
+            from_rank0(folder.is_symlink()) or not run.has("latents/index.json")):
         if rank() == 0:
             there = Path(cfg.base).resolve() / "latents"
             if not (there / "index.json").exists():
                 raise UserError(f"{there}: no latents there; first continue that run with --stage "
                                 "latents, by the command that began it")
-            with writing(folder):
-                folder.symlink_to(there)
+            with writing(folder):                   # anew, since both may have been moved or copied
+                folder.unlink(missing_ok=True)
+                folder.symlink_to(os.path.relpath(there, run.folder.resolve()))
         run.mesh.meet(f"{folder}")
-    if cfg.base and folder.resolve() == (Path(cfg.base) / "latents").resolve():     # not ours
         mine = Latents(folder).names[rank() :: world_size()]
         if bad := sum(everyone([name for name in mine if not readable(folder / name)]), []):
             raise UserError(f"{folder.resolve()}: damaged or missing: {some_of(bad)}; first "
@@ -1722,7 +1729,8 @@ def encode_latents(run: Run, clips) -> None:
     if complete and not any(everyone(bool(todo))):
         return
     if todo:
-        tae, text = load_tae(run), text_cond.TextConditioner(cfg.text).to(run.device)
+        with named("text: "):
+            tae, text = load_tae(run), text_cond.TextConditioner(cfg.text).to(run.device)
     for name in tqdm(todo, "latents", unit="shard", disable=rank() != 0):
         if complete:
             say(f"{folder / name}: damaged or missing, encoded again")
@@ -2404,7 +2412,7 @@ def plan(cfg: Config, c: "Command") -> dict[str, dict[str, float]]:
     """Count what the dit stage costs on c.gpus GPUs, for the largest clips -> {"memory": bytes of
     the fullest rank, "step": sizes, FLOPs and seconds}."""
     hp, dit, L = cfg.train_dit, cfg.dit, text_tokens(cfg)
-    with torch.device("meta"):
+    with named("--text."), torch.device("meta"):
         model = TextToVideo(cfg)
     params, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.dit.blocks[0]))
     rest = params - dit.depth * block
@@ -2597,6 +2605,7 @@ def taken_over(given: dict) -> Config | None:
     other = given[how]
     with named(f"--{how} "):
         cfg = replace(read_config(other), base="", init="")
+        cfg.dit = replace(cfg.dit, text_dim=0)          # `finish` sets it again, for another dim
     if given.get("scale", cfg.scale) != cfg.scale:
         raise UserError(f"--scale {given['scale']}: {other} is a run of --scale {cfg.scale}")
     fixed = ("tae.", "vidtwin.", "loss.", "train_tae.", "variant",
@@ -2637,7 +2646,8 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
                      if v != there[k] and k not in HOW | DERIVED | moved]:
             raise UserError(f"--workdir {folder}: holds a run of another configuration "
                             f"({'; '.join(other)}); choose another --workdir")
-    elif folder.exists() and {p.name for p in folder.iterdir()} - {"lock", "seen"}:
+    elif folder.exists() and {p.name for p in folder.iterdir()} - {
+            "lock", "seen", "config.json.part"}:             # a kill may have left these
         raise UserError(f"--workdir {folder}: not empty, and not a run of train.py; choose another "
                         "--workdir")
     run.mesh.meet(f"{folder}")

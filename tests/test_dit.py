@@ -304,6 +304,13 @@ def test_unpatchify_undoes_patchify(streams):
     assert torch.equal(model.unpatchify(model.patchify(x), x.shape), x)
 
 
+def test_a_model_of_ones_own_with_several_streams():
+    class Mine(dit.FlatDiT):
+        pass
+    assert type(Mine(replace(SMALL, streams=VIDTWIN))) is Mine
+    assert type(DiT(replace(SMALL, streams=VIDTWIN))) is dit.FlatDiT
+
+
 def test_streams_own_their_columns_and_share_nothing():
     model = make(replace(SMALL, streams=VIDTWIN), awake=True)
     x, t, text, mask = batch(model)
@@ -366,6 +373,9 @@ def test_expand_positions_interpolates_and_keeps_what_was_learnt():
     with torch.no_grad():
         model.tables[0][1].copy_(line)
     before = model.tables[0][0].clone()
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen.expand_positions((8, 16, 24))
+    assert not any(w.requires_grad for w in frozen.parameters())
     model.expand_positions((8, 16, 24))
     assert [len(x) for x in model.tables[0]] == [8, 8, 12]
     assert model.cfg.streams[0].size == (8, 16, 24)

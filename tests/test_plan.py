@@ -139,8 +139,10 @@ def test_what_does_not_fit_is_said(monkeypatch, capsys, flags, says):
     ("--sp 16 --gpus 16", "--sp 16: more ranks than attention heads, 4"),
     ("--sp 2 --gpus 2 --coupling independent --clips.others 4x8x8",
      "--sp 2: more ranks than tokens in the smallest clip, 1"),
-    ("--sp 2 --gpus 2 --dit.conditioning in_context", "--sp 2: not with --dit.conditioning")])
-def test_a_plan_refuses_what_a_run_refuses(capsys, flags, says):
+    ("--sp 2 --gpus 2 --dit.conditioning in_context", "--sp 2: not with --dit.conditioning"),
+    ("--scale 1b --text.words /no/such/folder", "--text.words /no/such/folder: no such folder")])
+def test_a_plan_refuses_what_a_run_refuses(monkeypatch, capsys, flags, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert train.main([*flags.split(), "--plan"]) == 2
     assert says in capsys.readouterr().err
 

@@ -592,6 +592,31 @@ def test_halo_refuses_what_it_cannot_split():
         assert said.keys() == cases.keys() and all("use " in s for s in said.values())
 
 
+@pytest.mark.parametrize("shape, world, can", [
+    ((8, 4, 8, 8), 8, True), ((16, 8, 8, 8), 4, True), ((16, 8, 8, 8), 8, False),
+    ((4, 6, 5, 2), 2, True), ((4, 6, 5, 2), 6, False), ((2048,), 2, False), ((2048,), 1, False),
+    ((16, 32, 96, 96), 8, True)])
+def test_which_latents_a_halo_can_share(shape, world, can):
+    assert sp.can_be_split(shape, world) == can
+
+
+@pytest.mark.parametrize("T", [6, 8])
+def test_a_halo_can_share_what_it_says(T):
+    """Latents of T x 2 x 4: 8 frames are a multiple of the pixels of a band, 6 are not."""
+    import tae
+    torch.manual_seed(0)
+    model = tae.TAE(tae.PRESETS["toy"]).eval()
+    z = torch.randn(1, 8, T, 2, 4)
+
+    def rank():
+        try:
+            return sp.halo_decode(model.decode, z) is not None or dist.get_rank() > 0
+        except ValueError as error:
+            return str(error)
+    said, can = launch(rank, 2), sp.can_be_split(z.shape[1:], 2)
+    assert can == (T == 6) and all((s is True) == can for s in said), said
+
+
 def test_halo_attention_that_one_rank_cannot_tell():
     """6 frames, bands of 3 and 2 rows of 2 columns: rank 0's 6 sequences of 6 tokens may be either,
     rank 1's can only be one of the two."""

@@ -657,3 +657,16 @@ def test_bad_arguments_give_one_line_and_status_2(args, monkeypatch, capsys):
         sdot.main()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and len(err.strip().splitlines()) == 1 and args[0] in err
+
+
+def test_autocast_changes_no_cell():
+    x, Y, h = normal(200, 64), normal(300, 64), normal(300, 1)[:, 0]
+    want = sdot.assign(x, Y, h)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sdot.assign(x, Y, h), want)
+
+
+def test_identical_targets_in_few_dimensions_have_finite_weights():
+    for temperature in (0.0, 0.5):
+        h = sdot.solve(torch.ones(5, 8), cfg=SDOTConfig(temperature=temperature, budget=0.1)).h
+        assert h.isfinite().all()

@@ -289,7 +289,8 @@ def test_kl_and_psnr_and_stats_against_closed_forms():
     assert tae.Posterior(torch.zeros(1, 1), torch.zeros(1, 1)).kl() == 0
     x = torch.zeros(1, 3, 4, 8, 8)
     assert tae.psnr(x, x + 0.2).item() == pytest.approx(20.0, abs=1e-3)   # error 0.1 of a range 1
-    assert tae.psnr(x, x).item() == pytest.approx(80.0)
+    assert all(tae.psnr(x.to(d), x.to(d)).item() == pytest.approx(80.0)
+               for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
     model = TAE(TINY)
     shape = (4, 4, 2, 6, 6)
     posteriors = [tae.Posterior(3 + 2 * torch.randn(shape), torch.full(shape, -1.0))
@@ -297,6 +298,8 @@ def test_kl_and_psnr_and_stats_against_closed_forms():
     model.lat_mean[:], model.lat_std[:] = tae.latent_stats(model, posteriors)
     g = torch.Generator().manual_seed(0)
     z = model.normalize(torch.cat([p.sample(g) for p in posteriors]))
+    seen = tae.latent_stats(model, (model.encode(torch.randn(1, 3, 8, 32, 32)) for _ in range(2)))
+    assert not any(v.requires_grad for v in seen)               # else all clips stay in memory
     assert z.mean((0, 2, 3, 4)).abs().max() < 0.03
     assert (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.03
     assert torch.allclose(model.denormalize(model.normalize(z)), z, atol=1e-5)
@@ -717,3 +720,21 @@ def test_outlier_penalty_as_a_finetuning_phase_removes_dots():
         result[opl] = train(copy.deepcopy(start), planted, opl, 150)
     assert result[0.0][0] > 1.05 and result[0.5][0] < 1.02
     assert result[0.5][1] > result[0.0][1] - 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype):
+    """Weights decide: clips are cast to them, an inflated model has those of its image model, and
+    the discriminator, in its own precision, takes what either makes."""
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 8, 32, 32) * 2 - 1
+    video = inflate(TAE(replace(PRESETS["toy"], channels=16, variant="2d")).to(dtype))
+    assert {w.dtype for w in video.parameters()} == {dtype}
+    assert torch.equal(video.encode(x).mean, video.encode(x.to(dtype)).mean)
+    twin = VidTwin(replace(VIDTWIN_PRESETS["toy"], frames=8)).to(dtype)
+    assert twin.encode(x).mean.isfinite().all()
+    losses = LossConfig(gan=0.1)
+    for objective in (tae.Objective(video, losses), tae.Objective(video, losses).to(dtype)):
+        objective(x.to(dtype)).backward()
+    with pytest.raises(ValueError, match="clip of torch.uint8: expected floats"):
+        video.encode((x + 1).byte())

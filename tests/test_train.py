@@ -700,6 +700,55 @@ def test_a_run_never_writes_latents_of_another(finished, tmp_path, capfd):
     assert latents(base, finished, 1) == 0 and files() == before
 
 
+def test_a_run_and_its_base_can_be_moved_and_copied(finished, tmp_path, monkeypatch):
+    """The link to the latents of --base is relative; one to another place is made anew, so a copy
+    does not write where the original is."""
+    (tmp_path / "a").mkdir()
+    shutil.copytree(finished, tmp_path / "a/toy")
+    latents = lambda: main(Path("run"), "--base", "toy", "--stage", "latents")
+    monkeypatch.chdir(tmp_path / "a")
+    assert latents() == 0
+    link = tmp_path / "a/run/latents"
+    assert not Path(os.readlink(link)).is_absolute()
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
+    link.unlink()
+    link.symlink_to(tmp_path / "a/toy/latents")     # as an earlier version made it
+    (tmp_path / "a").rename(tmp_path / "c")
+    for here in ("b", "c"):
+        monkeypatch.chdir(tmp_path / here)
+        assert latents() == 0
+        assert Path("run/latents").resolve() == tmp_path / here / "toy/latents"
+
+
+@pytest.mark.parametrize("there", ["", "cross_attention"])
+def test_another_width_on_a_base(finished, tmp_path, there):
+    base = tmp_path / "base"
+    shutil.copytree(finished, base)
+    cfg = json.loads((base / "config.json").read_text())
+    cfg["dit"]["conditioning"] = there or cfg["dit"]["conditioning"]
+    (base / "config.json").write_text(json.dumps(cfg))
+    cfg, _ = train.parse(["--base", str(base), "--dit.dim", "96",
+                          *(() if there else ("--dit.conditioning", "cross_attention"))])
+    assert cfg.dit.text_width == cfg.dit.dim == 96
+
+
+def test_a_kill_while_the_first_config_is_written(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("lock", "config.json.part"):
+        (tmp_path / "run" / name).touch()
+    cfg = train.parse([])[0]
+    train.open_run(cfg, tmp_path / "run")
+    assert train.read_config(tmp_path / "run") == cfg
+
+
+def test_the_newest_checkpoint_has_the_largest_number(tmp_path):
+    for step in (9_999_800, 10_000_000, 200):
+        (tmp_path / f"step_{step:07d}").mkdir()
+        (tmp_path / f"step_{step:07d}/.metadata").touch()
+    whole = train.Checkpoints(tmp_path, {}, train.Mesh()).whole()
+    assert [train.step_of(path) for path in whole] == [10_000_000, 9_999_800, 200]
+
+
 def test_longer_clips_of_other_shapes_do_not_bounce():
     """Objects are placed for as many frames as are drawn: they move in a straight line to the end,
     as their captions say."""
