@@ -867,8 +867,8 @@ def can_be_split(shape, world):
     """Tell whether `halo_decode` can share one latent of this shape among so many ranks: a band of
     rows for each, not VidTwin's flat latent, and numbers by which `over_space` can tell pixels from
     frames (8 ranks cannot share small's 8 x 8 x 8)."""
-    return (len(shape) == 4 and shape[2] >= world
-            and any(shape[1] % (n * shape[3]) for n in split(shape[2], world)))
+    return len(shape) == 4 and (world == 1 or shape[2] >= world and any(
+        shape[1] % (n * shape[3]) for n in split(shape[2], world)))
 
 
 @torch.no_grad()
@@ -912,8 +912,7 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_bytes=Non
     q, k, v; hidden_bytes: between blocks, where that differs (autocast).
 
     Where compute hides all messages, a pipeline is S / (W + ((S - W) M + pp - 1) / (M pp)) times as
-    fast as one rank (our count); the others as many times as
-    they have ranks."""
+    fast as one rank (our count); the others as many times as they have ranks."""
     b, n, layers = B * branches / cfg, N / (ring * ulysses), math.ceil(L / pp)
     rounds = W + (S - W) * M if pp > 1 else S
     sent = {

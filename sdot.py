@@ -371,7 +371,7 @@ def averaged_sgd(p: Problem) -> Solution:
     cfg, test_at = p.cfg, 1.3 * p.needed
     for step in itertools.count(1):
         # A cell that is 1000 times too large at the start would push its h down by 500 tau in one
-        # step, and take many to bring it back. So errors larger than counting noise are clipped.
+        # step, and only many more would bring it back. So errors above counting noise are clipped.
         error = torch.minimum(p.errors(), 2 + 6 / (p.batch * p.b).sqrt())
         p.move((cfg.lr or 0.5) * step ** (-2 / 3) * error, 2 / (step + 1))
         if p.samples >= min(test_at, p.budget):
@@ -535,7 +535,7 @@ class Coupling:
             device=None, **flags) -> "Coupling":
         """Solve every group: latents (M, ...), groups (M,) ids or None for one, mass (M,) or equal.
 
-        ranks: share the noise of groups of about 300 clips or more among those of
+        ranks: share the noise of groups of about 300 clips or more among the ranks of
         torch.distributed. device: where to solve, if not where the latents are. flags: fields of
         the config.
         """

@@ -12,17 +12,16 @@
 
 Besides: config.json, every setting; log.jsonl, one JSON object a line (time, stage, step, then
 loss, lr and grad_norm, or an event); judge.json, how far the toy world's judge can be trusted;
-videos.json, the videos of --data; tae/image/step_*, tae/video/step_* and dit/step_*, up to two
-checkpoints of each training.
+videos.json, the videos of --data; tae/image/step_*, tae/video/step_* and dit/step_*, the last
+checkpoints of each training, two at most.
 
 This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, the toy world of
 world.py, and sample_parallel.py for --sp), and adds what they do not have: videos, ranks,
-checkpoints, the loop, the command line.
-It begins with the loop, `optimize`, which trains both models. `Checkpoints` (section 5) writes and
-reads the step_* folders. `dit_batches` (section 6) makes what a step of the DiT trains on, noise,
-latents and text; `TextToVideo.forward` makes the loss out of it. --dp, --replicate and --sp act in
-`data_parallel`, and in `Mesh`, `place` and `split_tokens` of section 4. `work` (section 9) goes
-through the stages.
+checkpoints, the loop, the command line. It begins with the loop, `optimize`, which trains both
+models. `Checkpoints` (section 5) writes and reads the step_* folders. `dit_batches` (section 6)
+makes what a step of the DiT trains on, noise, latents and text; `TextToVideo.forward` makes the
+loss out of it. --dp, --replicate and --sp act in `data_parallel`, and in `Mesh`, `place` and
+`split_tokens` of section 4. `work` (section 9) goes through the stages.
 
 Run.   torchrun train.py --scale toy                    # all stages; no download, no GPU, no data
        torchrun train.py --scale toy --data DIR --workdir runs/mine       # captioned videos
@@ -257,7 +256,7 @@ def listen() -> None:
         if TRAINING.is_set():
             STOP.set()
             heard = time.monotonic()
-            while time.monotonic() < heard + 3:     # Ctrl-C comes twice, from torchrun, too
+            while time.monotonic() < heard + 3:     # Ctrl-C comes again, from torchrun
                 name = signal.Signals(signal.sigwait(SIGNALS)).name
         status = 0 if world_size() == 1 and not STOP.is_set() else 1
         threading.Timer(2, os._exit, [status]).start()      # if nobody reads what is said
@@ -1426,8 +1425,13 @@ class SummedWriter(dcp.FileSystemWriter):
         self.sum(".metadata")
 
     def sum(self, pattern: str) -> None:
-        for path in Path(self.path).glob(pattern):
-            write_text(path.with_name(path.name + ".crc32"), crc32(path))
+        for path in list(Path(self.path).glob(pattern)):
+            part = path.with_name(path.name + ".part")
+            with part.open("w") as f:
+                f.write(crc32(path))
+                f.flush()
+                os.fsync(f.fileno())        # else a power cut can leave the name without content
+            os.replace(part, path.with_name(path.name + ".crc32"))
 
 
 def crc32(path: Path) -> str:
@@ -1463,7 +1467,8 @@ class Checkpoints:
 
     def whole(self) -> list[Path]:
         """List the checkpoints that are there, newest first."""
-        return sorted((p.parent for p in self.folder.glob("step_*/.metadata")), key=step_of,
+        there = (p.parent for p in self.folder.glob("step_*/.metadata"))
+        return sorted((p for p in there if re.fullmatch(r"step_\d+", p.name)), key=step_of,
                       reverse=True)
 
     def save(self, step: int) -> None:
@@ -1708,8 +1713,8 @@ def encode_latents(run: Run, clips) -> None:
     part of the text encoders makes of that. Shards that exist are kept; a damaged one is named and
     encoded again. With --base the folder is a link to that run's, if `same_latents`."""
     cfg, folder = run.cfg, run.folder / "latents"
-    if cfg.base and same_latents(cfg) and (
-            from_rank0(folder.is_symlink()) or not run.has("latents/index.json")):
+    linked = bool(cfg.base) and from_rank0(folder.is_symlink())
+    if cfg.base and (linked or not run.has("latents/index.json")) and same_latents(cfg):
         if rank() == 0:
             there = Path(cfg.base).resolve() / "latents"
             if not (there / "index.json").exists():
@@ -1719,6 +1724,8 @@ def encode_latents(run: Run, clips) -> None:
                 folder.unlink(missing_ok=True)
                 folder.symlink_to(os.path.relpath(there, run.folder.resolve()))
         run.mesh.meet(f"{folder}")
+        linked = True
+    if linked:                                      # never written to: they are another run's
         mine = Latents(folder).names[rank() :: world_size()]
         if bad := sum(everyone([name for name in mine if not readable(folder / name)]), []):
             raise UserError(f"{folder.resolve()}: damaged or missing: {some_of(bad)}; first "
@@ -1729,8 +1736,9 @@ def encode_latents(run: Run, clips) -> None:
     if complete and not any(everyone(bool(todo))):
         return
     if todo:
-        with named("text: "):
-            tae, text = load_tae(run), text_cond.TextConditioner(cfg.text).to(run.device)
+        tae = load_tae(run)
+        with named("--text."):
+            text = text_cond.TextConditioner(cfg.text).to(run.device)
     for name in tqdm(todo, "latents", unit="shard", disable=rank() != 0):
         if complete:
             say(f"{folder / name}: damaged or missing, encoded again")
@@ -2297,8 +2305,8 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
 
 SHOWN = {"color": "colour", "text": "letters", "tae": "autoencoder", "dit": "DiT"}
 KINDS_IN_WORDS = {"heldout": "all right on combinations never trained on",
-                  "words": "words of two and three letters read",
-                  "words_heldout": "words never trained on, read"}
+                  "words": "words of two and three letters that are read",
+                  "words_heldout": "words never trained on that are read"}
 
 
 def in_words(report: dict) -> list[str]:

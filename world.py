@@ -109,7 +109,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class World:
-    """What a clip shows: objects, the last one in front, in front of a grey background."""
+    """What a clip shows: objects, each in front of those before it, on a grey background."""
 
     things: tuple[Thing, ...]
     background: float = 0.0  # grey level in [0, 1]

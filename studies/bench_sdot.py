@@ -142,14 +142,11 @@ def couple(N=20000, d=1024, B=1024, repeats=7):
 
 def memory(N=100_000, d=1024):
     """Resident set of a fresh process less its imports, in GiB."""
-    # VmHWM, since getrusage's peak would begin with that of the process before exec.
-    code = ("import re, sys, torch; sys.path.insert(0, '.'); import sdot\n"
-            "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]"
-            ") / 2 ** 20\n"
-            f"x, before = torch.randn(8, 8), peak()\nN, d = {N}, {d}\n"
+    code = ("import sys, torch; sys.path.insert(0, 'studies'); import common, sdot\n"
+            f"x, before = torch.randn(8, 8), common.peak_memory()\nN, d = {N}, {d}\n"
             "Y = torch.randn(N, d, generator=torch.Generator().manual_seed(0))\n"
             "c = sdot.Coupling.fit(Y, target=1.0, budget=0.1)\n"
-            "c.couple(torch.randn(1024, d))\nprint(peak() - before)")
+            "c.couple(torch.randn(1024, d))\nprint((common.peak_memory() - before) / 1024)")
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
                          cwd=Path(__file__).parent.parent)
     print(f"memory: N {N}, d {d}: {float(out.stdout):.2f} GiB at most")

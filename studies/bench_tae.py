@@ -14,7 +14,6 @@ weights, activations and the two clips.
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -50,11 +49,6 @@ def clip(frames: int) -> torch.Tensor:
     return torch.rand(1, 3, frames, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def peak() -> float:
-    """The largest resident set of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 @torch.no_grad()
 def memory(name: str, frames: int) -> float:
     """Peak of this fresh process while it encodes and decodes once, less the imports, in MiB."""
@@ -62,10 +56,10 @@ def memory(name: str, frames: int) -> float:
         text_cond.make_torchvision_importable()
         import diffusers
         getattr(diffusers, name)                # imported when asked for
-    x, before = clip(frames), peak()
+    x, before = clip(frames), common.peak_memory()
     _, run = build(name)
     assert run(x).shape == x.shape
-    return peak() - before
+    return common.peak_memory() - before
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ so its command says what it is, and a study that was stopped continues where it 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -84,20 +85,36 @@ def mean_and_spread(rows, keys):
     return list(zip(values.mean(0).tolist(), values.std(0, correction=len(rows) > 1).tolist()))
 
 
+def peak_memory():
+    """The largest resident set of this process, in MiB. getrusage's would begin with that of the
+    process before exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
+
 # ---- 1. Run train.py -----------------------------------------------------------------------------
+
+def refuse(line):
+    """End a study with one line and exit status 2."""
+    print(line, file=sys.stderr)
+    raise SystemExit(2)
+
 
 def train(folder, flags, done="report.json", program=ROOT / "train.py", threads=1):
     """Run train.py with these flags until folder/done exists; what it says is kept in folder.txt.
 
-    flags: {"dit.conditioning": "in_context"}; a tuple is several words. The study ends with
-    train.py's own line where a run fails, and says so where a signal stopped one. They are kept in
-    folder.flags: a run with other ones is not taken for this one."""
+    flags: {"dit.conditioning": "in_context"}; a tuple is several words; of a path the last name
+    counts. They are kept in folder.flags, so that a run with others is not taken for this one. The
+    study ends with train.py's own line where a run fails, and says so where a signal stopped one.
+    """
     folder = Path(folder)
     words = [w for name, value in flags.items()
              for w in (f"--{name}", *(value if isinstance(value, tuple) else (value,)))]
-    asked, kept = " ".join(map(str, words)), folder.with_name(folder.name + ".flags")
-    if kept.exists() and (before := kept.read_text(encoding="utf-8")) != asked:
-        raise SystemExit(f"{folder}: made with other flags, {before}; choose another --out")
+    asked = " ".join(w.resolve().name if isinstance(w, Path) else str(w) for w in words)
+    kept = folder.with_name(folder.name + ".flags")
+    if folder.exists() and kept.exists() and kept.read_text(encoding="utf-8") != asked:
+        refuse(f"{folder}: made with other flags, {kept.read_text(encoding='utf-8')}; choose "
+               "another --out")
     if (folder / done).exists():
         return
     command = [sys.executable, program, "--workdir", folder, *words]
@@ -122,8 +139,7 @@ def train_all(base, out, variants, seeds, workers, programs=None):
     elif json.loads(config.read_text(encoding="utf-8"))["data"]:
         wrong = NO_JUDGE
     if wrong:
-        print(f"{base}: {wrong}", file=sys.stderr)
-        raise SystemExit(2)
+        refuse(f"{base}: {wrong}")
     runs = [(name, seed, out / "runs" / f"{name.replace(' ', '-')}-{seed}")
             for seed in range(seeds) for name in variants]
 

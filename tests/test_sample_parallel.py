@@ -595,7 +595,7 @@ def test_halo_refuses_what_it_cannot_split():
 @pytest.mark.parametrize("shape, world, can", [
     ((8, 4, 8, 8), 8, True), ((16, 8, 8, 8), 4, True), ((16, 8, 8, 8), 8, False),
     ((4, 6, 5, 2), 2, True), ((4, 6, 5, 2), 6, False), ((2048,), 2, False), ((2048,), 1, False),
-    ((16, 32, 96, 96), 8, True)])
+    ((4, 16, 4, 4), 1, True), ((16, 32, 96, 96), 8, True)])
 def test_which_latents_a_halo_can_share(shape, world, can):
     assert sp.can_be_split(shape, world) == can
 

@@ -632,6 +632,11 @@ def test_any_seed_solves():
     assert torch.equal(*solved)
 
 
+def test_nan_is_no_number():
+    with pytest.raises(ValueError, match="^budget nan: "):    # the command line refuses it earlier
+        SDOTConfig(budget=math.nan)
+
+
 @pytest.mark.parametrize("flag,value", [("temperature", 0.5), ("ema", 0.9)])
 def test_what_pot_cannot_do_is_refused(flag, value):
     with pytest.raises(ValueError, match=f"^{flag} {value}: not with solver pot$"):

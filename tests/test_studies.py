@@ -253,7 +253,7 @@ def test_a_study_needs_a_run_of_the_toy_world(tmp_path, capsys):
         (tmp_path / "config.json").write_text(json.dumps({"data": "videos"}))
 
 
-def test_a_run_with_other_flags_is_not_taken_for_the_one_that_is_there(tmp_path):
+def test_a_run_with_other_flags_is_not_taken_for_the_one_that_is_there(tmp_path, capsys):
     import common
     ends_at_once = tmp_path / "program.py"
     ends_at_once.write_text("import sys; open(sys.argv[2] + '/done', 'w')")
@@ -261,7 +261,13 @@ def test_a_run_with_other_flags_is_not_taken_for_the_one_that_is_there(tmp_path)
     run.mkdir()
     for _ in range(2):
         common.train(run, {"a": 1}, "done", ends_at_once)
-    with pytest.raises(SystemExit, match="made with other flags, --a 1; choose another --out"):
+    with pytest.raises(SystemExit) as end:
+        common.train(run, {"a": 2}, "done", ends_at_once)
+    assert end.value.code == 2
+    assert "made with other flags, --a 1; choose another --out" in capsys.readouterr().err
+    (run / "done").unlink()
+    run.rmdir()                                         # what is gone was not made with other flags
+    with pytest.raises(SystemExit, match="run: .*No such file"):
         common.train(run, {"a": 2}, "done", ends_at_once)
 
 

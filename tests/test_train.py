@@ -681,7 +681,7 @@ def test_a_run_on_another_shares_its_autoencoder_and_latents(finished, tmp_path)
     assert len(losses(folder)) == 2
 
 
-def test_a_run_never_writes_latents_of_another(finished, tmp_path, capfd):
+def test_a_run_never_writes_latents_of_another(finished, tmp_path, monkeypatch, capfd):
     """Another seed has other clips of each shape, and would need other shards."""
     base, shard = tmp_path / "base", tmp_path / "base/latents/shard_00000.safetensors"
     latents = lambda folder, of, seed: main(
@@ -692,6 +692,11 @@ def test_a_run_never_writes_latents_of_another(finished, tmp_path, capfd):
     before = files()
     for seed in (0, 2, 3, 4):
         assert latents(tmp_path / str(seed), base, seed) == 0
+    assert files() == before
+    with monkeypatch.context() as patch:                # as when --data has moved in between
+        patch.setattr(train, "same_latents", lambda cfg: False)
+        for seed in (0, 2, 3, 4):
+            assert latents(tmp_path / str(seed), base, seed) == 0
     assert files() == before
     shard.write_bytes(shard.read_bytes()[:-8])
     cut_short, _ = files(), capfd.readouterr()
@@ -745,6 +750,8 @@ def test_the_newest_checkpoint_has_the_largest_number(tmp_path):
     for step in (9_999_800, 10_000_000, 200):
         (tmp_path / f"step_{step:07d}").mkdir()
         (tmp_path / f"step_{step:07d}/.metadata").touch()
+    (tmp_path / "step_0000200-mine").mkdir()
+    (tmp_path / "step_0000200-mine/.metadata").touch()
     whole = train.Checkpoints(tmp_path, {}, train.Mesh()).whole()
     assert [train.step_of(path) for path in whole] == [10_000_000, 9_999_800, 200]
 
