@@ -144,6 +144,13 @@ def keyed_noise(key: tuple[int, ...], rows: int, dim: int, device=None) -> Tenso
     return torch.randn(rows, dim, generator=g, device=g.device, dtype=torch.float32)
 
 
+def scores(x: Tensor, Y: Tensor, h: Tensor) -> Tensor:
+    """Compute <x, y_j> + h_j, (B, N), under autocast too as it stands: in bf16 near scores are
+    equal."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addmm(h, x, Y.T)
+
+
 def assign(x: Tensor, Y: Tensor, h: Tensor, memory: int = 64) -> Tensor:
     """Find the Laguerre cell of each x, argmax_j <x, y_j> + h_j [AF eq.5]: (B, d), (N, d) -> (B,).
 
@@ -153,8 +160,7 @@ def assign(x: Tensor, Y: Tensor, h: Tensor, memory: int = 64) -> Tensor:
     columns = max(1, memory * 2 ** 18 // max(1, len(x)))
     best = index = None
     for j in range(0, len(Y), columns):
-        with torch.autocast(x.device.type, enabled=False):          # in bf16 near scores are equal
-            score, i = torch.addmm(h[j:j + columns], x, Y[j:j + columns].T).max(1)         # (B,)
+        score, i = scores(x, Y[j:j + columns], h[j:j + columns]).max(1)                    # (B,)
         if best is None:
             best, index = score, i
         else:
@@ -326,7 +332,7 @@ class Problem:
                             min(BLOCK, total - i), self.Y.shape[1], self.Y.device)     # (256, d)
             if self.cfg.temperature and not test:
                 for part in x.split(max(1, self.cfg.memory * 2 ** 18 // self.N)):
-                    score = torch.addmm(h, part, self.Y.T)
+                    score = scores(part, self.Y, h)
                     counts += (score / (self.cfg.temperature * self.tau.mean())).softmax(1).sum(0)
                 continue
             index = assign(x, self.Y, h, self.cfg.memory)
@@ -494,7 +500,7 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: floa
     if not len(short):
         return index
     over = (count > quota)[index].nonzero()[:, 0]                # noises that may have to move
-    best = torch.addmm(h[short], x[over], Y[short].T).max(1).values
+    best = scores(x[over], Y[short], h[short]).max(1).values
     loss = (x[over] * Y[index[over]]).sum(1) + h[index[over]] - best
     by_cell = over[torch.argsort(loss)]                          # nearest to a wall first,
     by_cell = by_cell[torch.argsort(index[by_cell], stable=True)]            # cell after cell

@@ -1305,18 +1305,25 @@ def writing(path: Path):
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def swapped_in(path: Path):
     """Give a path to write to, which takes the place of `path` when all went well."""
     part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        with part.open("rb") as f:
+            os.fsync(f.fileno())            # else a power cut can leave the name without content
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Do so in a folder that is made if need be, with a UserError for what cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with swapped_in(path) as part:
             yield part
-            with part.open("rb") as f:
-                os.fsync(f.fileno())        # else a power cut can leave the name without content
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1426,12 +1433,8 @@ class SummedWriter(dcp.FileSystemWriter):
 
     def sum(self, pattern: str) -> None:
         for path in list(Path(self.path).glob(pattern)):
-            part = path.with_name(path.name + ".part")
-            with part.open("w") as f:
-                f.write(crc32(path))
-                f.flush()
-                os.fsync(f.fileno())        # else a power cut can leave the name without content
-            os.replace(part, path.with_name(path.name + ".crc32"))
+            with swapped_in(path.with_name(path.name + ".crc32")) as part:
+                part.write_text(crc32(path))
 
 
 def crc32(path: Path) -> str:
@@ -1451,6 +1454,14 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def checkpoints_in(folder: Path, whole: bool = True) -> list[Path]:
+    """List the checkpoints that are whole, newest first; if not `whole`, all folders step_N.
+    Folders of other names, such as a copy that somebody made, are none."""
+    there = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return sorted((p for p in there if not whole or (p / ".metadata").exists()), key=step_of,
+                  reverse=True)
+
+
 class Checkpoints:
     """The checkpoints of one model, folders step_N in DCP's format. A thread writes them while
     training goes on (async_save), and the last two are kept. A checkpoint is whole if it has a
@@ -1461,15 +1472,9 @@ class Checkpoints:
         self.pending = None                     # path, future of the one that is being written
         self.damaged: set[Path] = set()
         if rank() == 0:                         # what a kill or a full disk left half written
-            for path in set(folder.glob("step_*")) - set(self.whole()):
+            for path in set(checkpoints_in(folder, whole=False)) - set(checkpoints_in(folder)):
                 shutil.rmtree(path, ignore_errors=True)
         mesh.meet(f"{folder}")
-
-    def whole(self) -> list[Path]:
-        """List the checkpoints that are there, newest first."""
-        there = (p.parent for p in self.folder.glob("step_*/.metadata"))
-        return sorted((p for p in there if re.fullmatch(r"step_\d+", p.name)), key=step_of,
-                      reverse=True)
 
     def save(self, step: int) -> None:
         """Begin to write; the caller has waited for the one before."""
@@ -1494,14 +1499,15 @@ class Checkpoints:
                             ) from None
         if rank() == 0:
             self.damaged.discard(path)
-            sound = [p for p in self.whole() if p not in self.damaged]
-            for old in set(self.whole()) - set(sound[:2]):
+            there = checkpoints_in(self.folder)
+            sound = [p for p in there if p not in self.damaged]
+            for old in set(there) - set(sound[:2]):
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(self) -> int:
         """Fill the state from the newest sound checkpoint -> its step; 0 if there is none at all.
         """
-        for path in from_rank0(self.whole()):
+        for path in from_rank0(checkpoints_in(self.folder)):
             try:
                 self.check(path)
                 dcp.load(self.state, storage_reader=SafeReader(path),
@@ -1907,7 +1913,7 @@ def train_dit(run: Run) -> None:
     if cfg.text.mode == "pretrained":
         first = latents.text(torch.tensor([0]))
         widths = {k: first[k].shape[2] for k in text_cond.ENCODERS}
-    fresh = from_rank0(not any((run.folder / "dit").glob("step_*/.metadata")))
+    fresh = from_rank0(not checkpoints_in(run.folder / "dit"))
 
     def build() -> nn.Module:
         model = TextToVideo(cfg, widths)

@@ -52,9 +52,14 @@ class Parser(argparse.ArgumentParser):
             run = load_run(path, device)
         except ValueError as error:
             self.error(str(error))
-        if run.cfg.data and not of_videos:
-            self.error(f"{path}: {NO_JUDGE}")
+        if not of_videos:
+            self.needs_judge(path, run.cfg)
         return run
+
+    def needs_judge(self, path, cfg):
+        """Refuse a run on videos."""
+        if cfg.data:
+            self.error(f"{path}: {NO_JUDGE}")
 
 
 def positive(text):
@@ -112,9 +117,9 @@ def train(folder, flags, done="report.json", program=ROOT / "train.py", threads=
              for w in (f"--{name}", *(value if isinstance(value, tuple) else (value,)))]
     asked = " ".join(w.resolve().name if isinstance(w, Path) else str(w) for w in words)
     kept = folder.with_name(folder.name + ".flags")
-    if folder.exists() and kept.exists() and kept.read_text(encoding="utf-8") != asked:
-        refuse(f"{folder}: made with other flags, {kept.read_text(encoding='utf-8')}; choose "
-               "another --out")
+    before = kept.read_text(encoding="utf-8") if folder.exists() and kept.exists() else asked
+    if before != asked:
+        refuse(f"{folder}: made with other flags, {before}; choose another --out")
     if (folder / done).exists():
         return
     command = [sys.executable, program, "--workdir", folder, *words]

@@ -127,8 +127,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     try:
         cfg = train.read_config(args.run)
-        if cfg.data:
-            parser.error(f"{args.run}: {common.NO_JUDGE}")
+        parser.needs_judge(args.run, cfg)
         files = (watch if args.watch else train_and_keep)(args.run, out)
     except train.UserError as error:
         parser.error(str(error))

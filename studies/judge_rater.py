@@ -215,8 +215,7 @@ def main():
         cfg = train.read_config(train.result_of(args.run))
     except ValueError as error:
         parser.error(str(error))
-    if cfg.data:
-        parser.error(f"{args.run}: {common.NO_JUDGE}")
+    parser.needs_judge(args.run, cfg)
     torch.set_num_threads(1)                            # two trainings at a time
     c, steps = cfg.clips, args.steps or cfg.train_dit.steps
     prompts = [p for _, p in world.test_prompts(0, args.prompts, c.things, c.frames, c.script)]

@@ -632,9 +632,12 @@ def test_any_seed_solves():
     assert torch.equal(*solved)
 
 
-def test_nan_is_no_number():
-    with pytest.raises(ValueError, match="^budget nan: "):    # the command line refuses it earlier
-        SDOTConfig(budget=math.nan)
+@pytest.mark.parametrize("flag,value", [
+    ("solver", "sinkhorn"), ("target", 0), ("budget", math.nan), ("memory", 0), ("cluster", -1),
+    ("lr", -1), ("temperature", -0.1), ("ema", 1)])
+def test_wrong_flags_are_named(flag, value):
+    with pytest.raises(ValueError, match=f"^{flag} {value}: "):
+        SDOTConfig(**{flag: value})
 
 
 @pytest.mark.parametrize("flag,value", [("temperature", 0.5), ("ema", 0.9)])

@@ -344,6 +344,10 @@ def test_another_configuration_is_refused_and_named(copy, capfd):
     line = one_line(capfd)
     assert "seed: 0 there, 7 here" in line and "train_dit.lr: 0.0014 there, 0.5 here" in line
     assert "accumulate" not in line and (copy / "config.json").read_bytes() == before
+    (copy.parent / "other").mkdir()
+    (copy.parent / "other/thesis.txt").write_text("mine")
+    assert run(copy.parent / "other") == 2 and "not empty" in one_line(capfd)
+    assert [p.name for p in (copy.parent / "other").iterdir()] == ["thesis.txt"]
 
 
 HOLD = """
@@ -752,8 +756,11 @@ def test_the_newest_checkpoint_has_the_largest_number(tmp_path):
         (tmp_path / f"step_{step:07d}/.metadata").touch()
     (tmp_path / "step_0000200-mine").mkdir()
     (tmp_path / "step_0000200-mine/.metadata").touch()
-    whole = train.Checkpoints(tmp_path, {}, train.Mesh()).whole()
+    (tmp_path / "step_0000400").mkdir()                 # half written
+    train.Checkpoints(tmp_path, {}, train.Mesh())
+    whole = train.checkpoints_in(tmp_path)
     assert [train.step_of(path) for path in whole] == [10_000_000, 9_999_800, 200]
+    assert {p.name for p in tmp_path.iterdir()} - {p.name for p in whole} == {"step_0000200-mine"}
 
 
 def test_longer_clips_of_other_shapes_do_not_bounce():
