@@ -66,6 +66,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -200,6 +201,7 @@ def rms(chi2: float) -> float:
 #   diagonal alone. All steps below are multiples of tau, so scaling or moving the latents changes
 #   nothing. A step size in the usual variable g = 2 h + |y|^2 has no natural scale: |y|^2
 #   varies 30 times more than the h we look for (500 latents of 1024 numbers).
+@cache
 def expected_max(n: int) -> tuple[float, float]:
     """Compute (m, q) of the comment above for n standard normals by quadrature; (0, 0) for n = 1.
 

@@ -1,4 +1,5 @@
 """Every test sees the repository root, one thread, and no display."""
+import functools
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,26 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_once():
+    """What nearly every test of train.py asks for again: its parser, and the shapes of latents."""
+    if (train := sys.modules.get("train")) is None:
+        yield
+        return
+    real, known = train.parts_of, {}
+
+    def parts_of(cfg, shape):
+        key = repr(cfg.autoencoder_config), shape
+        if key not in known:
+            known[key] = real(cfg, shape)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_parser", functools.cache(train.make_parser))
+        patch.setattr(train, "parts_of", parts_of)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,9 @@ def peak_bytes(step):
     pytest.param(("--scale", "small", "--batch", 8, "--train_dit.precision", "bf16"),
                  marks=pytest.mark.slow),
     pytest.param(("--batch", 32, "--train_dit.accumulate", 2), marks=pytest.mark.slow)])
-def test_memory_is_that_of_a_real_step(flags):
+def test_memory_is_that_of_a_real_step(monkeypatch, flags):
     cfg, command = parsed(*flags)
+    monkeypatch.setattr(train, "step_flops", lambda *_: 0)              # it has its own test
     planned = train.plan(cfg, command)["memory"]
     model, step = real_step(cfg, cfg.train_dit.batch // cfg.train_dit.accumulate)
     state = 5 * sum(p.nbytes for p in model.parameters())   # gradient, two moments, moving average
@@ -71,9 +72,9 @@ def test_memory_is_that_of_a_real_step(flags):
     assert total == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("flags", [(), ("--dit.checkpointing", "true"), ("--dit.depth", 1),
-                                   ("--dit.adaln", "per_block"),
-                                   ("--coupling", "independent", "--clips.others", "16x32x64")])
+@pytest.mark.parametrize("flags", [(), ("--dit.depth", 1, "--dit.adaln", "per_block"),
+                                   ("--dit.checkpointing", "true", "--coupling", "independent",
+                                    "--clips.others", "16x32x64")])
 def test_flops_are_those_that_torch_counts(flags):
     cfg, _ = parsed(*flags)
     N = max(train.tokens_of(cfg, shape) for shape in cfg.clips.shapes)
@@ -110,7 +111,7 @@ def test_a_rank_of_many_holds_its_share(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, billions, says", [
-    ("--scale toy", 0.003, ""),
+    pytest.param("--scale toy", 0.003, "", marks=pytest.mark.slow),
     pytest.param("--scale 30b --gpus 6144 --sp 12", 29.4, "", marks=pytest.mark.slow),
     pytest.param("--scale small --gpus 1", 0.006, "", marks=pytest.mark.slow),
     pytest.param("--scale 1b --gpus 8", 0.94, "", marks=pytest.mark.slow),

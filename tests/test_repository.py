@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,19 +114,36 @@ def test_repeated_primitives_are_equal():
                 assert seen.setdefault(node.name, code) == code, (name, node.name)
 
 
+DEMOS = {"tae": (4, {"reconstruction.png"}), "text_cond": (3, {"spelling.png"}),
+         "dit": (4, {"gates.png"}), "flow": (2, {"flow.png"}),
+         "sdot": (6, {"sdot.png", "cells.gif"}), "sample_parallel": (6, {"timeline.png"}),
+         "world": (16, {"world.png"})}                  # claims that PASS, figures
+
+
+@pytest.fixture(scope="module")
+def demos(request, tmp_path_factory):
+    """The demos that are to be tested, each of a file copied into a folder of its own, two at a
+    time -> {name: (folder, a future of its end)}."""
+    def demo(name, here):
+        shutil.copy(ROOT / f"{name}.py", here)
+        return subprocess.run([sys.executable, f"{name}.py"], cwd=here, capture_output=True,
+                              text=True, timeout=600, env={**os.environ, "PYTHONPATH": ""})
+    asked = [item.callspec.params["name"] for item in request.session.items
+             if "demos" in getattr(item, "fixturenames", ())]
+    with ThreadPoolExecutor(2) as pool:
+        folders = {name: tmp_path_factory.mktemp(name) for name in asked}
+        yield {name: (here, pool.submit(demo, name, here)) for name, here in folders.items()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name, claims, figures", [
-    ("tae", 4, {"reconstruction.png"}), ("text_cond", 3, {"spelling.png"}),
-    ("dit", 4, {"gates.png"}), ("flow", 2, {"flow.png"}), ("sdot", 6, {"sdot.png", "cells.gif"}),
-    ("sample_parallel", 6, {"timeline.png"}), ("world", 16, {"world.png"})])
-def test_a_copied_file_runs_its_demo(name, claims, figures, tmp_path):
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    done = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=600, env={**os.environ, "PYTHONPATH": ""})
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_copied_file_runs_its_demo(demos, name):
+    (claims, figures), (here, end) = DEMOS[name], demos[name]
+    done = end.result()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert re.search(r"^PASS .+: .+ vs .+$", done.stdout, re.M), done.stdout
     assert done.stdout.count("PASS") == claims and "FAIL" not in done.stdout, done.stdout
-    made = list((tmp_path / "out" / name).iterdir())
+    made = list((here / "out" / name).iterdir())
     assert {path.name for path in made} == figures
     assert all(path.stat().st_size > 10_000 for path in made)
 

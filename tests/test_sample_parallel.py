@@ -58,12 +58,12 @@ def of_mode(mode):
                 patch_axis=mode.get("patch_axis", "t"))
 
 
-def compare(model, inputs, modes, world, tolerance=1e-5):
+def compare(model, inputs, modes, world, tolerance=1e-5, run=run_modes):
     """Each mode on `world` ranks against one process: up to rounding, since matrices of fewer rows
     may be summed in another order. A mode that is wrong is off by 1e-3 or more."""
-    ranks = launch(run_modes, world, model, inputs, modes)
+    ranks = launch(run, world, model, inputs, modes)
     for i, mode in enumerate(modes):
-        x1, row = ranks[0][i]
+        x1, row = ranks[0][i][:2]
         assert row["settings"] == of_mode(mode)
         want = emulate(model=model, **inputs, **of_mode(mode))
         assert all(torch.equal(x1, r[i][0]) for r in ranks), f"{mode}: ranks hold different clips"
@@ -194,7 +194,7 @@ def test_ring_takes_q_k_v_however_they_lie():
             assert difference.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("H, N", [(4, 12), (7, 11), (3, 5)])
+@pytest.mark.parametrize("H, N", [(7, 11), (3, 5)])
 def test_ulysses_and_gather_in_training(H, N):
     """What `train.py --sp` uses: the answer and the gradients are those of one process, with uneven
     heads and tokens. (B, H, N, d) fp64, so that another order of summing is no excuse."""
@@ -233,24 +233,28 @@ def test_two_ranks():
 
 
 def test_every_hybrid_of_four_ranks():
+    """Each makes the clip of one process, and sends the bytes of the formula, counted outside."""
     model, inputs = tiny()
+    inputs["steps"] = 3             # a warm-up, a step on what it left, one on what that left
     modes = [dict(zip(sp.AXES, d))
              for d in itertools.product((1, 2), (1, 2, 4), (1, 2, 4), (1, 2, 4))
              if math.prod(d) == 4]
     assert len(modes) == 9                                                 # 3 of one axis, 6 of two
-    modes += [dict(pp=4, patches=8), dict(pp=4, patches=5), dict(pp=2, ulysses=2, patches=4)]
-    compare(model, inputs, modes, 4)
+    modes += [dict(pp=4, patches=8), dict(pp=4, patches=5), dict(pp=2, ulysses=2, patches=4),
+              dict(pp=2, ring=2, patches=4)]
+    for rank in compare(model, inputs, modes, 4, run=count_bytes):
+        for mode, (_, row, outside, counted) in zip(modes, rank):
+            assert outside == counted, mode
+            # (5 patches of 64 tokens are uneven, the formula's are not)
+            assert row["sent"] == row["expected"] or mode.get("patches") == 5, mode
 
 
 def test_nothing_has_to_divide():
-    """105 tokens, 6 heads and 5 blocks over 2 and 4 ranks, M that divides nothing."""
+    """105 tokens, 6 heads and 5 blocks over 4 ranks, M that divides nothing."""
     model, inputs = tiny(grid=(3, 5, 7), patch=(1, 1, 1), heads=6, D=48, depth=5)
-    for world in (2, 4):
-        modes = [dict(ulysses=world), dict(ring=world), dict(pp=world, patches=world + 1)]
-        if world == 4:
-            modes += [dict(ring=2, ulysses=2), dict(pp=2, ulysses=2, patches=3),
-                      dict(pp=2, ring=2, patches=3)]
-        compare(model, inputs, modes, world)
+    modes = [dict(ulysses=4), dict(ring=4), dict(pp=4, patches=5), dict(ring=2, ulysses=2),
+             dict(pp=2, ulysses=2, patches=3), dict(pp=2, ring=2, patches=3)]
+    compare(model, inputs, modes, 4)
 
 
 def test_three_ranks():
@@ -279,7 +283,7 @@ def test_collectives_match_on_all_ranks():
     on all ranks, where it would otherwise hang, or mix up two."""
     model, inputs = tiny()
     inputs["steps"] = 2
-    modes = [dict(cfg=2, ulysses=2), dict(ring=4), dict(pp=4), dict(pp=2, ulysses=2)]
+    modes = [dict(cfg=2, ulysses=2), dict(pp=2, ulysses=2)]
     decoder, z = sp.TinyDecoder().eval(), torch.randn(1, 2, 3, 9, 5)
 
     def rank():
@@ -289,17 +293,6 @@ def test_collectives_match_on_all_ranks():
         launch(rank, 4)
     finally:
         dist.set_debug_level(dist.DebugLevel.OFF)
-
-
-def test_the_wrong_splice_order_fails(monkeypatch):
-    """The mutation that no clip would show: the cache keeps the order of the warm-up's all-to-all.
-    It is off by far more than what rounding is allowed."""
-    model, inputs = tiny()
-    mode = dict(pp=2, ulysses=2, patches=4)
-    monkeypatch.setattr(sp.Layout, "splice", lambda self, r: torch.arange(self.cached()[r]))
-    x1, row = launch(run_modes, 4, model, inputs, [mode])[0][0]
-    want = emulate(model=model, **inputs, **of_mode(mode))
-    assert sp.difference(x1, want) > 100 * row["rounding"] and not sp.agrees(row, x1, want)
 
 
 def test_stale_buffers_of_a_sampler_are_not_reused():
@@ -352,6 +345,7 @@ def test_in_context_conditioning_is_refused():
         ParallelSampler(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_diffusers_wan(dtype, tolerance, monkeypatch):
     """studies/wan.py's seams, on Wan's own forward: an Euler loop by hand, with Wan's clock."""
@@ -410,26 +404,9 @@ def count_bytes(model, inputs, modes):
         totals.append(0)
         parallel = sampler(model, mode)
         totals[-1] = 0                                      # without what opened the links
-        _, row = sp.measure(parallel, **inputs)
-        mine.append((totals[-1], sum(parallel.sent.values()), row["sent"], row["expected"]))
+        x1, row = sp.measure(parallel, **inputs)
+        mine.append((x1, row, totals[-1], sum(parallel.sent.values())))
     return mine
-
-
-def test_bytes_that_are_sent_are_the_formula():
-    model, inputs = tiny()
-    modes = [dict(ulysses=4), dict(ring=4), dict(ring=2, ulysses=2), dict(cfg=2, ulysses=2),
-             dict(cfg=2, ring=2), dict(pp=4, patches=8), dict(cfg=2, pp=2, patches=2),
-             dict(pp=2, ulysses=2, patches=4), dict(pp=2, ring=2, patches=4)]
-    for rank in launch(count_bytes, 4, model, inputs, modes):
-        for mode, (outside, counted, busiest, formula) in zip(modes, rank):
-            assert outside == counted, mode
-            assert busiest == formula, mode
-
-
-def test_traffic_grows_with_depth_but_for_pipefusion():
-    modes = [dict(ulysses=2), dict(ring=2), dict(pp=2, patches=2), dict(cfg=2)]
-    shallow, deep = (launch(count_bytes, 2, *tiny(depth=L), modes)[0] for L in (2, 8))
-    assert [b[0] / a[0] for a, b in zip(shallow, deep)] == [4, 4, 1, 1]
 
 
 def test_traffic_by_hand():
@@ -438,7 +415,9 @@ def test_traffic_by_hand():
                                      **d).values()) / 1e9
     assert per(ulysses=8) == pytest.approx(19.0, abs=0.05)
     assert per(ring=8) == pytest.approx(76.1, abs=0.05)
-    assert per(pp=8, M=8) == pytest.approx(0.906, abs=0.01)
+    assert per(pp=8, M=8) == pytest.approx(0.906, abs=0.01)      # and half as deep, alone, the same
+    shallow = sp.traffic(73728, 6144, 24, 64, B=1, branches=1, S=1, size=2, pp=8, M=8)
+    assert sum(shallow.values()) / 1e9 == pytest.approx(0.906, abs=0.01)
     assert per(pp=8, M=8, hidden_bytes=4) == pytest.approx(1.81, abs=0.01)       # under autocast
     assert per(cfg=2) == pytest.approx(0.019, abs=0.001)
 
@@ -890,6 +869,7 @@ def test_torchrun_leaves_every_flag_to_us():
     assert len(flags) > 15
 
 
+@pytest.mark.slow
 def test_without_stderr_the_line_goes_to_stdout(tmp_path):
     """Closed by the shell (`2>&-`), Python has None in its place."""
     shutil.copy(ROOT / "sample_parallel.py", tmp_path)

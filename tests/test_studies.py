@@ -3,6 +3,7 @@ import ast
 import json
 import math
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -48,26 +49,20 @@ def test_which_study_imports_which():
         assert not names & set(SCRIPTS) - allowed.get(path.stem, set()), path.name
 
 
-def test_help_and_an_unknown_flag(tmp_path):
-    """All scripts in one process: the seconds go to importing torch. wan.py needs diffusers."""
-    code = ("import runpy, sys\n"
-            f"sys.path.insert(0, {str(STUDIES)!r})\n"
-            f"for name in {sorted(set(SCRIPTS) - {'wan'})!r}:\n"
-            "    for flag in ('--help', '--no-such-flag'):\n"
-            "        sys.argv = [name + '.py', flag]\n"
-            "        try:\n"
-            f"            runpy.run_path({str(STUDIES)!r} + '/' + name + '.py',\n"
-            "                           run_name='__main__')\n"
-            "        except SystemExit as end:\n"
-            "            print('status', name, flag, end.code or 0)\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=170)
-    assert done.returncode == 0, done.stderr
-    for name in set(SCRIPTS) - {"wan"}:
-        assert f"status {name} --help 0\n" in done.stdout
-        assert f"status {name} --no-such-flag 2\n" in done.stdout
-    assert done.stdout.count("Question:") >= len(SCRIPTS) - 1
+def test_help_and_an_unknown_flag(tmp_path, monkeypatch, capsys):
+    """wan.py needs diffusers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(STUDIES)
+    for name in sorted(set(SCRIPTS) - {"wan"}):
+        for flag, status in (("--help", 0), ("--no-such-flag", 2)):
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", flag])
+            with pytest.raises(SystemExit) as end:
+                runpy.run_path(str(STUDIES / f"{name}.py"), run_name="__main__")
+            said = capsys.readouterr()
+            assert (end.value.code or 0) == status, name
+            assert (not said.out) if status else ("Question:" in said.out), name
     assert not list(tmp_path.iterdir())
+
 
 
 # ---- measures ----
@@ -387,9 +382,10 @@ def test_the_figures_of_a_study_of_physics(tmp_path, capsys, fast):
     said = capsys.readouterr().out
     assert ("between 20 % and 100 % of the steps: moves 1.000 and 1.000, loss -80%" in said) != fast
     assert "between 50 % and 100 % of the steps: right 1.000 and 1.000, loss -50%" in said
-    physics.draw({"toy": rows | {"real": [real], "reconstructed": [real]}}, shown,
-                 tmp_path / "study.png")
-    assert (tmp_path / "study.png").exists()
+    if fast:                                            # which has all kinds of errors
+        physics.draw({"toy": rows | {"real": [real], "reconstructed": [real]}}, shown,
+                     tmp_path / "study.png")
+        assert (tmp_path / "study.png").exists()
 
 
 @pytest.mark.parametrize("scale", ["toy", "small"])

@@ -40,7 +40,7 @@ def randomise_time(model, seed=0):
 
 
 @BOTH
-@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize("T", [1, 2, 8, 9, 33])
 def test_any_number_of_frames(T, cfg):
     model = TAE(cfg).eval()
     x = torch.randn(1, 3, T, 16, 16)
@@ -203,7 +203,6 @@ def test_static_in_static_out_with_random_time(cfg):
     def zero_padded(self, x, T):
         x = x.unflatten(0, (-1, T)).transpose(1, 2).flatten(3)
         x = F.conv2d(F.pad(x, (0, 0, 1, 1)), self.weight[..., None], self.bias, (self.stride, 1))
-        T = x.shape[2]
         return x.transpose(1, 2).flatten(0, 1).unflatten(2, (int(x.shape[3] ** 0.5), -1))
 
     tae.TemporalConv.forward = zero_padded
@@ -311,12 +310,12 @@ def test_sample_depends_on_the_generator_alone():
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
-def test_weights_that_cannot_be_had_are_one_line(monkeypatch):
+def test_weights_that_cannot_be_had_are_one_line(monkeypatch, tmp_path):
     """Without a network the loader must name what is missing, whatever torchvision raises."""
-    monkeypatch.setenv("TORCH_HOME", "/nonexistent/for/this/test")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file",
                         lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(ValueError, match="needs torchvision's VGG16 weights"):
+    with torch.device("meta"), pytest.raises(ValueError, match="needs torchvision's VGG16 w"):
         tae.vgg_perceptual()
 
 
@@ -327,12 +326,12 @@ def test_weights_that_cannot_be_had_are_one_line(monkeypatch):
 def test_a_clip_of_one_tile_is_the_same(cfg):
     torch.manual_seed(0)
     model = randomise_time(TAE(cfg)).eval()
-    x = torch.randn(1, 3, 29, 24, 21)
+    x = torch.randn(1, 3, 29, 16, 13)
     with torch.no_grad():
         whole, tiled = model.encode(x), tae.encode_tiled(model, x)
         assert torch.equal(whole.mean, tiled.mean) and torch.equal(whole.logvar, tiled.logvar)
-        y = model.decode(whole.mean, 29, (24, 21))
-        assert torch.equal(y, tae.decode_tiled(model, whole.mean, 29, (24, 21)))
+        y = model.decode(whole.mean, 29, (16, 13))
+        assert torch.equal(y, tae.decode_tiled(model, whole.mean, 29, (16, 13)))
         assert torch.equal(model.decode(whole.mean), tae.decode_tiled(model, whole.mean))
 
 
@@ -371,13 +370,13 @@ def test_tiles_are_blended_linearly():
 @pytest.mark.parametrize("T", [1, 2, 9, 16])
 def test_streaming_is_exact(cfg, T):
     model = randomise_time(TAE(cfg)).double().eval()
-    x = torch.rand(2, 3, T, 16, 20, dtype=torch.double) * 2 - 1
+    x = torch.rand(2, 3, T, 8, 10, dtype=torch.double) * 2 - 1
     with torch.no_grad():
         whole, streamed = model.encode(x), model.encode(x, stream=True)
         assert torch.allclose(whole.mean, streamed.mean, atol=1e-6)             # both are fp32
         assert torch.allclose(whole.logvar, streamed.logvar, atol=1e-6)
         z = whole.mean.double()
-        for n, size in ((T, (16, 20)), (None, None), (max(1, T - 3), None), (0, None)):
+        for n, size in ((T, (8, 10)), (None, None), (max(1, T - 3), None), (0, None)):
             made, wanted = model.decode(z, n, size, stream=True), model.decode(z, n, size)
             assert made.shape == wanted.shape and torch.allclose(made, wanted, atol=1e-12)
 
@@ -540,6 +539,7 @@ def test_vidtwin_latents_are_normalised_by_channel():
 def test_bf16_is_finite_and_checkpointing_changes_nothing(cfg):
     torch.manual_seed(0)
     model, x = tae.autoencoder(cfg), clips(1)
+    x = x if cfg is TWIN else x[:, :, :5, 8:24, 8:24]
     grads = []
     for recompute in (False, True):
         model.cfg.checkpointing = recompute                     # one config, which all parts share
@@ -731,10 +731,10 @@ def test_other_precisions(dtype):
     video = inflate(TAE(replace(PRESETS["toy"], channels=16, variant="2d")).to(dtype))
     assert {w.dtype for w in video.parameters()} == {dtype}
     assert torch.equal(video.encode(x).mean, video.encode(x.to(dtype)).mean)
-    twin = VidTwin(replace(VIDTWIN_PRESETS["toy"], frames=8)).to(dtype)
+    twin = VidTwin(replace(TWIN, frames=8)).to(dtype)
     assert twin.encode(x).mean.isfinite().all()
     losses = LossConfig(gan=0.1)
     for objective in (tae.Objective(video, losses), tae.Objective(video, losses).to(dtype)):
-        objective(x.to(dtype)).backward()
+        objective(x[:1, :, :2].to(dtype)).backward()
     with pytest.raises(ValueError, match="clip of torch.uint8: expected floats"):
         video.encode((x + 1).byte())

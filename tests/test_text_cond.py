@@ -120,11 +120,7 @@ def test_toy_words_hide_the_quoted_letters_and_nothing_else():
 
 def test_word_ids_need_no_vocabulary_and_are_the_same_everywhere():
     assert text_cond.word_id("red") == 1 + zlib.crc32(b"red") % 2 ** 20
-    code = "import text_cond; print([text_cond.word_id(w) for w in ('red', 'zyzzyva', '猫')])"
-    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONIOENCODING": "utf-8"}
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
-                         capture_output=True, check=True).stdout
-    assert json.loads(out) == [text_cond.word_id(w) for w in ("red", "zyzzyva", "猫")]
+    assert [text_cond.word_id(w) for w in ("red", "zyzzyva", "猫")] == [90000, 616678, 963089]
     world = words_of("red green blue yellow white orange purple cyan circle square triangle star "
                      "moving left right up down up-left up-right down-left down-right fast slowly "
                      'sign saying "A" and a fps-16 fps-24')
@@ -502,10 +498,10 @@ def run(folder, *args):
                           capture_output=True, timeout=300, encoding="utf-8")
 
 
-def test_what_each_encoder_sees(tmp_path):
-    done = run(tmp_path, "FPS-16 zoom out. " + SIGN)
-    assert done.returncode == 0, done.stderr
-    lines = [line.strip() for line in done.stdout.splitlines()]
+def test_what_each_encoder_sees(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["text_cond.py", "FPS-16 zoom out. " + SIGN])
+    text_cond.main()
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == "fps-16 zoom out a red sign saying <quoted> moving left <end>"
     assert lines[3] == "C A T <end>" and "4 of at most 128" in lines[2]
     assert sorted(lines[5].split()) == sorted(set(lines[1].split()) - {"<end>"})

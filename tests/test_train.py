@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROOT = Path(train.__file__).parent
 TINY = """--device cpu --clips.frames 8 --clips.count 264 --patch 2 2 2 --train_tae.image_steps 4
   --train_tae.steps 6 --train_tae.every 3 --train_tae.batch 2 --train_tae.image_batch 4 --steps 8
-  --batch 8 --train_dit.every 3 --dit.dim 48 --dit.depth 2 --text.width 32 --sample.prompts 10
+  --batch 8 --train_dit.every 3 --dit.dim 48 --dit.depth 2 --text.width 32 --sample.prompts 5
   --sample.steps 3""".split()
 PROMPTS = ["a red circle moving left", 'a white sign saying "CAT" moving up']
 
@@ -300,8 +300,8 @@ def cut(stage, step):
 
 
 @pytest.mark.parametrize("stage, cuts, names", [
-    ("tae", [("tae/image", 1), ("tae/image", 3), ("tae/video", 5)],
-     ["tae/image.safetensors", "tae/tae.safetensors"]),
+    pytest.param("tae", [("tae/image", 1), ("tae/image", 3), ("tae/video", 5)],
+                 ["tae/image.safetensors", "tae/tae.safetensors"], marks=pytest.mark.slow),
     ("dit", [("dit", 2), ("dit", 4), ("dit", 7)], ["model.safetensors"])])
 def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, stage, cuts, names):
     """Ended in mid-step, again and again: the same losses and weights, bit for bit."""
@@ -388,11 +388,12 @@ def toy_batch(step):
     return torch.randn(8, 3, generator=train.generator("toy", step))
 
 
-def toy_training(folder, poison=(), before=lambda step: None, **changes):
-    """12 steps of `optimize` -> its weights. before(step) is called before each step."""
+def toy_training(folder, poison=(), before=lambda step: None, parts=1, **changes):
+    """12 steps of `optimize` -> its weights. before(step) is called before each step, which adds
+    the gradients of so many parts."""
     def batch(step):
         before(step)
-        return [(toy_batch(step), math.nan if step in poison else 1.0)]
+        return [(x, math.nan if step in poison else 1.0) for x in toy_batch(step).chunk(parts)]
 
     folder.mkdir(parents=True, exist_ok=True)
     t = train.TrainConfig(**{"steps": 12, "every": 4, "ema": 0.9, **changes})
@@ -404,9 +405,10 @@ def toy_training(folder, poison=(), before=lambda step: None, **changes):
 
 
 def test_training_is_what_torch_does_by_hand(tmp_path, capfd):
-    """Clipping (of some steps, not of all), AdamW, schedule and average, each by torch itself; step
-    5 is not finite, and changes nothing."""
-    state = toy_training(tmp_path, (5,), lr=0.2, clip=2.0, warmup=3, weight_decay=0.1, decay=0.5)
+    """Clipping (of some steps, not of all), AdamW, schedule and average, each by torch itself, on
+    whole batches; step 5 is not finite, and changes nothing."""
+    state = toy_training(tmp_path, (5,), parts=2, lr=0.2, clip=2.0, warmup=3, weight_decay=0.1,
+                         decay=0.5)
     torch.manual_seed(0)
     model, norms = Line(), []
     average = {k: v.clone() for k, v in model.state_dict().items()}
@@ -444,12 +446,12 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(before_dit, capfd)
     assert events(before_dit, "skipped") == [("dit", 1), ("dit", 2), ("dit", 3)]
 
 
-@pytest.mark.parametrize("every", [1, 3, 4])
+@pytest.mark.parametrize("every", [1, 4])
 def test_a_kill_costs_no_more_steps_than_every_says(tmp_path, monkeypatch, every):
     """However slow the disk: when a step counts, how many would a kill cost?"""
     finish, log, lost = train.SummedWriter.finish, train.Run.log, []
     monkeypatch.setattr(train.SummedWriter, "finish", lambda *args, **named: (
-        time.sleep(0.1), finish(*args, **named)))
+        time.sleep(0.05), finish(*args, **named)))
 
     def count(self, stage, step, **figures):
         if "loss" in figures:
@@ -498,17 +500,11 @@ def test_a_batch_does_not_depend_on_the_ranks(finished, monkeypatch):
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(seen[1], zip(*halves)))
 
 
-def test_accumulated_parts_are_the_whole_batch(finished, tmp_path):
-    whole, parts = (fork(finished, tmp_path / n, "--steps", "3", "--train_dit.align", "0",
-                         "--train_dit.accumulate", n) for n in "14")
-    assert all(torch.allclose(w, parts[k], atol=1e-5) for k, w in whole.items())
-
-
-@pytest.mark.parametrize("coupling", ["minibatch", "sdot-global"])
-def test_the_other_couplings_train(finished, tmp_path, coupling, capfd):
-    fork(finished, tmp_path / "run", "--coupling", coupling, "--sdot.target", "0.5", "--steps", "2")
-    assert ("ignores captions" in capfd.readouterr().err) == (coupling == "sdot-global")
-    assert (tmp_path / "run/coupling.pt").exists() == (coupling == "sdot-global")
+def test_a_coupling_of_the_whole_data_set_warns(finished, tmp_path, capfd):
+    fork(finished, tmp_path / "run", "--coupling", "sdot-global", "--sdot.target", "0.5", "--steps",
+         "2")
+    assert "ignores captions" in capfd.readouterr().err
+    assert (tmp_path / "run/coupling.pt").exists()
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -522,7 +518,7 @@ def damage(folder, how):
     data.write_bytes(content[:-100] if how == "cut" else content)
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped bit", "checksum"])
+@pytest.mark.parametrize("how", ["flipped bit", "checksum"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, finished, capfd, how):
     forget(copy, "model.safetensors")
     damage(copy / "dit/step_0000006", how)
@@ -590,13 +586,12 @@ def test_what_is_removed_or_cut_is_made_again(copy, finished, capfd):
     """The one line for a damaged file says: remove it and start the run again."""
     shard = copy / "latents/shard_00001.safetensors"
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    names = ["latents/shard_00000.safetensors", "model.safetensors",
-             "samples/clips_0000.safetensors", "samples/0003.gif", "samples/index.json"]
+    names = ["model.safetensors", "samples/clips_0000.safetensors", "samples/0003.gif",
+             "samples/index.json"]
     forget(copy, "dit", *names)
     assert run(copy, "--stage", "sample") == 0
     said = capfd.readouterr().err
-    for name in (shard.name, "shard_00000.safetensors"):
-        assert re.search(f"{name}: damaged or missing, encoded again", said)
+    assert re.search(f"{shard.name}: damaged or missing, encoded again", said)
     assert "sdot:" in said
     same_files(copy, finished, f"latents/{shard.name}", *names)
 
@@ -641,8 +636,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(copy, finished, capfd):
 
 
 @pytest.mark.parametrize("name", [
-    "latents/shard_00001.safetensors", "model.safetensors", "samples/0000.gif",
-    "reconstructions/00.gif", "log.jsonl"])
+    "latents/shard_00001.safetensors", "model.safetensors", "samples/0000.gif", "log.jsonl"])
 def test_a_full_disk_is_one_line_that_names_the_file(copy, finished, capfd, name):
     """Whatever could not be written; with more space the next start makes it."""
     size = (copy / name).stat().st_size + (20 if name == "log.jsonl" else -10)
@@ -657,7 +651,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(copy, finished, capfd, name
     assert re.search(f"{name}: could not be written .*too large.*free some space", one_line(capfd))
     assert not list(copy.rglob("*.part"))
     assert run(copy, "--stage", "sample") == 0
-    if name not in ("log.jsonl", "reconstructions/00.gif"):         # which the report makes
+    if name != "log.jsonl":
         same_files(copy, finished, name)
 
 
@@ -687,19 +681,20 @@ def test_a_run_on_another_shares_its_autoencoder_and_latents(finished, tmp_path)
 
 def test_a_run_never_writes_latents_of_another(finished, tmp_path, monkeypatch, capfd):
     """Another seed has other clips of each shape, and would need other shards."""
+    monkeypatch.setattr(train, "SHARD", 4)
     base, shard = tmp_path / "base", tmp_path / "base/latents/shard_00000.safetensors"
     latents = lambda folder, of, seed: main(
         folder, "--base", str(of), "--seed", str(seed), "--coupling", "independent", "--stage",
-        "latents", *("--clips.images 1 --clips.count 500 --patch 1 2 2".split() * (folder == base)))
+        "latents", *("--clips.images 1 --clips.count 24 --patch 1 2 2".split() * (folder == base)))
     files = lambda: {p.name: p.read_bytes() for p in (base / "latents").iterdir()}
     assert latents(base, finished, 1) == 0
     before = files()
-    for seed in (0, 2, 3, 4):
+    for seed in (0, 2):
         assert latents(tmp_path / str(seed), base, seed) == 0
     assert files() == before
     with monkeypatch.context() as patch:                # as when --data has moved in between
         patch.setattr(train, "same_latents", lambda cfg: False)
-        for seed in (0, 2, 3, 4):
+        for seed in (0, 2):
             assert latents(tmp_path / str(seed), base, seed) == 0
     assert files() == before
     shard.write_bytes(shard.read_bytes()[:-8])
@@ -774,15 +769,15 @@ def test_longer_clips_of_other_shapes_do_not_bounce():
 
 
 def test_the_clips_of_the_dit_stage_have_their_own_share_of_signs():
-    def captions(signs, split):
+    def captions(signs, split, n=30):
         cfg = train.Config(clips=train.ClipConfig(things=2, signs=signs))
-        return [train.ToyClips(cfg).clip(split, i, (1, 32, 32))[1] for i in range(200)]
+        return [train.ToyClips(cfg).clip(split, i, (1, 32, 32))[1] for i in range(n)]
 
     assert captions(0.4, "dit") == captions(0.4, "train") == captions(0.9, "train")
     assert captions(0.9, "heldout") == captions(0.4, "heldout") != captions(0.4, "train")
     assert not any("sign" in c for c in captions(0.0, "dit"))
     assert all(c.count("sign") == 2 for c in captions(1.0, "dit"))
-    few, many = (sum(c.count("sign") for c in captions(s, "dit")) / 400 for s in (0.4, 0.6))
+    few, many = (sum(c.count("sign") for c in captions(s, "dit", 200)) / 400 for s in (0.4, 0.6))
     assert 0.35 < few < 0.48 and 0.55 < many < 0.68
 
 
@@ -834,32 +829,6 @@ def test_a_run_from_the_weights_of_another_resumes_at_its_own(finished, tmp_path
     same_files(whole, parts, "model.safetensors")
 
 
-@pytest.mark.parametrize("how, flags, line", [
-    ("base", "--train_tae.steps 5", "--train_tae.steps 5: --base .* has settled it"),
-    ("base", "--tae 3d", "--variant 3d: --base"), ("base", "--loss.kl 1", "--loss.kl 1.0: --base"),
-    ("init", "--tae.channels 4", "--tae.channels 4: --init"),
-    ("init", "--dit.depth 3", "--dit.depth 3: --init .* has settled it"),
-    ("init", "--text.width 64", "--text.width 64: --init"),
-    ("base", "--scale small", "--scale small: .* is a run of --scale toy"),
-    ("init", "--base RUN", "one or the other")])
-def test_what_is_taken_over_is_no_flag(finished, tmp_path, capfd, how, flags, line):
-    flags = flags.replace("RUN", str(finished)).split()
-    assert main(tmp_path / "run", f"--{how}", str(finished), *flags) == 2
-    assert re.search(line, one_line(capfd)) and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("how, missing, line", [
-    ("init", ["model.safetensors"], "not finished; continue it"),
-    ("init", ["model.safetensors", "config.json"], "no run there"),
-    ("base", ["config.json"], "no run there"),
-    ("base", ["tae"], "no run with an autoencoder")])
-def test_a_run_that_cannot_be_taken_over_is_one_line(copy, capfd, how, missing, line):
-    forget(copy, *missing)
-    assert main(copy.parent / "run", f"--{how}", str(copy)) == 2
-    assert f"{copy}: {line}" in one_line(capfd)
-    assert not (copy.parent / "run").exists()
-
-
 # ---- clips of several shapes ---------------------------------------------------------------------
 
 SHAPES = "--clips.count 40 --clips.others 8x16x32 --clips.images 1 --patch 1 2 2".split()
@@ -868,9 +837,10 @@ SHAPES = "--clips.count 40 --clips.others 8x16x32 --clips.images 1 --patch 1 2 2
 def test_shapes_of_clips():
     clips = train.ClipConfig(frames=16, size=96, others=("16x72x128", "8x96x96"), images=0.1)
     assert clips.shapes == [(16, 96, 96), (16, 72, 128), (8, 96, 96), (1, 96, 96), (1, 72, 128)]
-    drawn = [clips.drawn_shape(f"{i}") for i in range(10_000)]
-    images = sum(T == 1 for T, *_ in drawn) / len(drawn)
-    assert abs(images - 1 / 11) < 4 * (1 / 11 * 10 / 11 / len(drawn)) ** 0.5        # one in eleven
+    drawn = [clips.drawn_shape(f"{i}") for i in range(1000)]
+    even = train.ClipConfig(frames=16, images=1.0)              # an image for each clip: one in two
+    images = sum(even.drawn_shape(f"{i}")[0] == 1 for i in range(1000)) / 1000
+    assert abs(images - 1 / 2) < 4 * (1 / 4 / 1000) ** 0.5
     assert set(drawn) == set(clips.shapes)
     for aspect, sizes in ((9 / 16, {(96, 96), (72, 128)}), (1.0, {(96, 96)}), (2, {(96, 96)})):
         shapes = {clips.drawn_shape(f"{i}", aspect) for i in range(1000)}
@@ -957,9 +927,10 @@ def test_torchrun_leaves_every_flag_to_us(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     flags = re.findall(r"--[a-z][\w.]*", capsys.readouterr().out)
+    parser = get_args_parser()
     assert len(set(flags)) > 100
     for flag in set(flags):
-        args = get_args_parser().parse_args(["--nproc_per_node", "2", "train.py", flag, "1"])
+        args = parser.parse_args(["--nproc_per_node", "2", "train.py", flag, "1"])
         assert args.training_script_args == [flag, "1"], flag
 
 
@@ -1021,7 +992,7 @@ def test_nobody_listening_ends_no_run(before_dit, finished, closed):
     assert rows[-1]["stage"] == "report" and rows[-1]["event"] == "done"
 
 
-@pytest.mark.parametrize("stage, said", [("all", True), ("report", True), ("sample", False)])
+@pytest.mark.parametrize("stage, said", [("all", True), ("sample", False)])
 def test_the_figures_are_said_when_the_report_was_made(tmp_path, monkeypatch, capfd, stage, said):
     for name in ("train_tae", "encode_latents", "couple_latents", "train_dit", "make_samples"):
         monkeypatch.setattr(train, name, lambda *_: None)
@@ -1051,6 +1022,7 @@ train.say("progress")
 """
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_process_whose_stderr_nobody_reads():
     done = subprocess.run([sys.executable, "-c", DEAF], cwd=ROOT, env=ENV, timeout=120)
     assert done.returncode == 0

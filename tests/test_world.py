@@ -30,7 +30,7 @@ def test_motion_is_the_stated_velocity_and_area():
 def test_everything_stays_inside_and_apart():
     rng = random.Random(3)
     for _ in range(60):
-        a, b = world.sample_world(rng, things=2).things
+        a, b = world.sample_world(rng, things=2, cap=world.cap_of(2)).things
         assert world.apart(a, b, 16) and a.color != b.color
         alone = [(world.render([world.World((t,))])[0].amax(0) + 1) / 2 for t in (a, b)]
         for x in alone:                       # what leaves the picture no longer counts
@@ -59,7 +59,8 @@ def test_what_moves_alone_passes_near_the_middle():
 
 def test_what_shares_a_picture_passes_through_points_of_a_grid():
     rng, off = random.Random(4), set()
-    for thing in (t for _ in range(200) for t in world.sample_world(rng, 2).things):
+    for thing in (t for _ in range(200)
+                  for t in world.sample_world(rng, 2, cap=world.cap_of(2)).things):
         off |= {(p + 7.5 * v - 0.5) / world.GRID
                 for p, v in zip((thing.x, thing.y), world.velocity(thing))}
     assert all(abs(a - round(a)) < 1e-9 for a in off)
@@ -171,7 +172,7 @@ def test_captions_are_the_grammar():
     rng = random.Random(1)
     for things in (1, 2):
         for _ in range(100):
-            w = world.sample_world(rng, things, heldout=None)
+            w = world.sample_world(rng, things, heldout=None, cap=world.cap_of(things))
             assert [(p["color"], p["shape"], p["direction"], p["speed"], p["text"])
                     for p in world.parse(world.caption(w))] == [
                         (t.color, t.shape, t.direction, t.speed, t.word) for t in w.things]
@@ -225,7 +226,7 @@ def test_an_unknown_script_is_one_line():
 
 
 def test_judge_agrees_with_the_truth():
-    agreement = world.check_judge(0, 500)
+    agreement = world.check_judge(0, 300)
     assert min(agreement[k] for k in ("color", "shape", "direction", "speed")) >= 0.99
     assert agreement["text"] >= 0.97
 
@@ -280,7 +281,7 @@ def test_no_object_leaves_the_picture_or_bounces(things):
 
 
 def test_the_judge_agrees_with_clips_of_any_length():
-    for frames in (2, 3, 8, world.LONGEST):
+    for frames in (2, 3, 8):                # 16, the most, is check_judge's default
         right = world.check_judge(0, 60, frames=frames)
         assert right["speed"] > 0.95 and right["direction"] > 0.9, frames
     with pytest.raises(ValueError, match="frames 17: at most 16"):
@@ -294,7 +295,7 @@ def test_the_judge_agrees_with_clips_of_any_length():
 
 def test_what_is_not_seen_is_each_times_another_dict():
     a, b = (world.perceive(torch.full((3, 4, 32, 32), -1.0))[0] for _ in range(2))
-    assert a == b == world.NOTHING and a is not b is not world.NOTHING
+    assert a == b == world.NOTHING and len({id(a), id(b), id(world.NOTHING)}) == 3
 
 
 def test_judge_can_fail():
