@@ -1,7 +1,7 @@
 """A tiny run on two gloo ranks that is killed, stopped, damaged and starved, and ends with the same
 bits as the run that nobody touched.
 
-    pytest tests/chaos.py -m slow -s                    # about 4 minutes on 2 cores
+    pytest tests/chaos.py -m slow -s                    # about 6 minutes on 2 cores
     python tests/chaos.py [SEED]                        # the same, at other moments
 
 One job under `torchrun --max-restarts`, in this order: 20 SIGKILLs of either rank at random moments

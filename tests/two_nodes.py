@@ -1,6 +1,6 @@
 """Two nodes train together; one is cut off, the other goes on alone; it comes back, and joins.
 
-    pytest tests/two_nodes.py -m slow -s                # about 3 minutes on 2 cores; root, Linux
+    pytest tests/two_nodes.py -m slow -s                # about 2 minutes on 2 cores; root, Linux
     python tests/two_nodes.py                           # the same
 
 The nodes are two network namespaces joined by a veth pair, which share the run folder:
