@@ -3,6 +3,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -25,7 +26,7 @@ def made_once():
     def parts_of(cfg, shape):
         key = repr(cfg.autoencoder_config), shape
         if key not in known:
-            known[key] = real(cfg, shape)
+            known[key] = real(SimpleNamespace(autoencoder_config=cfg.autoencoder_config), shape)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

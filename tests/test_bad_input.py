@@ -324,6 +324,12 @@ def test_ranks_share_only_what_is_still_to_be_trained(tmp_path, monkeypatch):
     share("report")
 
 
+def test_every_flag_has_a_wrong_value():
+    tried = {argv[0].removeprefix("--").split("=")[0] for argv in ROWS}
+    tried |= {long for long, short in train.NAMES.items() if short in tried}
+    assert not FLAGS.keys() - tried
+
+
 def test_every_flag_has_its_help(capsys):
     with pytest.raises(SystemExit) as end:
         train.parse(["--help"])

@@ -130,9 +130,9 @@ def demos(request, tmp_path_factory):
                               text=True, timeout=600, env={**os.environ, "PYTHONPATH": ""})
     asked = [item.callspec.params["name"] for item in request.session.items
              if "demos" in getattr(item, "fixturenames", ())]
-    with ThreadPoolExecutor(2) as pool:
-        folders = {name: tmp_path_factory.mktemp(name) for name in asked}
-        yield {name: (here, pool.submit(demo, name, here)) for name, here in folders.items()}
+    pool, folders = ThreadPoolExecutor(2), {name: tmp_path_factory.mktemp(name) for name in asked}
+    yield {name: (here, pool.submit(demo, name, here)) for name, here in folders.items()}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.slow

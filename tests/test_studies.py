@@ -64,6 +64,13 @@ def test_help_and_an_unknown_flag(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_study_finds_the_files_above_it(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(STUDIES), *(p for p in sys.path
+                                                      if Path(p).resolve() != ROOT)])
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    import common  # noqa: F401
+    assert str(ROOT) in sys.path
+
 
 # ---- measures ----
 
@@ -382,7 +389,7 @@ def test_the_figures_of_a_study_of_physics(tmp_path, capsys, fast):
     said = capsys.readouterr().out
     assert ("between 20 % and 100 % of the steps: moves 1.000 and 1.000, loss -80%" in said) != fast
     assert "between 50 % and 100 % of the steps: right 1.000 and 1.000, loss -50%" in said
-    if fast:                                            # which has all kinds of errors
+    if fast:                    # all kinds of errors; "moves" is drawn as "right" is
         physics.draw({"toy": rows | {"real": [real], "reconstructed": [real]}}, shown,
                      tmp_path / "study.png")
         assert (tmp_path / "study.png").exists()

@@ -326,7 +326,8 @@ def test_how_a_run_is_computed_may_change(finished, tmp_path):
               "tae.checkpointing": "true", "vidtwin.checkpointing": "true",
               "dit.checkpointing": "true", "clips.workers": "3", "text.offload": "never"}
     assert values.keys() == train.HOW
-    folder, other = tmp_path / "run", ["--train_dit.align", "0"]    # sees a part, not the batch
+    folder = tmp_path / "run"                      # align: it sees a part, not the batch
+    other = ["--train_dit.align", "0", "--coupling", "minibatch"]
     fork(finished, folder, *other)
     before = losses(folder)
     forget(folder, "dit", "model.safetensors", "log.jsonl")
@@ -336,6 +337,7 @@ def test_how_a_run_is_computed_may_change(finished, tmp_path):
         section, _, field = name.partition(".")
         assert str(there[section][field]).lower() == value, name
     assert losses(folder) == pytest.approx(before, rel=1e-4)
+    assert not (folder / "coupling.pt").exists()
 
 
 def test_another_configuration_is_refused_and_named(copy, capfd):
@@ -592,7 +594,7 @@ def test_what_is_removed_or_cut_is_made_again(copy, finished, capfd):
     assert run(copy, "--stage", "sample") == 0
     said = capfd.readouterr().err
     assert re.search(f"{shard.name}: damaged or missing, encoded again", said)
-    assert "sdot:" in said
+    assert "sdot:" in said and "ignores captions" not in said
     same_files(copy, finished, f"latents/{shard.name}", *names)
 
 
@@ -841,6 +843,7 @@ def test_shapes_of_clips():
     even = train.ClipConfig(frames=16, images=1.0)              # an image for each clip: one in two
     images = sum(even.drawn_shape(f"{i}")[0] == 1 for i in range(1000)) / 1000
     assert abs(images - 1 / 2) < 4 * (1 / 4 / 1000) ** 0.5
+    assert abs(sum(s[0] == 1 for s in drawn) / 1000 - 1 / 11) < 4 * (10 / 121 / 1000) ** 0.5
     assert set(drawn) == set(clips.shapes)
     for aspect, sizes in ((9 / 16, {(96, 96), (72, 128)}), (1.0, {(96, 96)}), (2, {(96, 96)})):
         shapes = {clips.drawn_shape(f"{i}", aspect) for i in range(1000)}
@@ -992,7 +995,7 @@ def test_nobody_listening_ends_no_run(before_dit, finished, closed):
     assert rows[-1]["stage"] == "report" and rows[-1]["event"] == "done"
 
 
-@pytest.mark.parametrize("stage, said", [("all", True), ("sample", False)])
+@pytest.mark.parametrize("stage, said", [("all", True), ("report", True), ("sample", False)])
 def test_the_figures_are_said_when_the_report_was_made(tmp_path, monkeypatch, capfd, stage, said):
     for name in ("train_tae", "encode_latents", "couple_latents", "train_dit", "make_samples"):
         monkeypatch.setattr(train, name, lambda *_: None)
