@@ -550,7 +550,8 @@ class Coupling:
         cfg, M = replace(cfg or SDOTConfig(), **flags), len(latents)
         if M == 0:
             raise ValueError("latents (0, ...): there is nothing to couple with")
-        if not (finite := latents.flatten(1).isfinite().all(1)).all():
+        finite = torch.cat([y.isfinite().all(1) for y in latents.flatten(1).split(4096)])
+        if not finite.all():
             raise ValueError(f"latents: row {finite.long().argmin()} has NaN or infinity")
         groups = torch.zeros(M).long() if groups is None else torch.as_tensor(groups).long().cpu()
         mass = torch.ones(M) if mass is None else torch.as_tensor(mass).cpu()
