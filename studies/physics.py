@@ -2,8 +2,10 @@
 falling when more training no longer raises the accuracy of prompts?
 
 Run:    python studies/physics.py runs/toy [RUN ...]; and the same with --fast
-Time:   30 minutes on 2 cores for each run of the toy; continues where it was stopped
-Answer: not run yet
+Time:   40 minutes on 2 cores for each run of the toy; continues where it was stopped
+Answer: yes. In the second half of the toy's steps, where direction and speed are right to the judge
+        in 98 to 100 % of the clips, the physical errors fall by 25 to 57 %, the validation loss by
+        14 %. They end at 1.8 to 14 times those of reconstructions. (--fast was not run yet.)
 
 The dit stage of a run is trained again with each of four seeds, and its averaged weights are kept
 at 5 to 100 % of the steps (with the falling rate of that run: a late mark has had more steps, and
