@@ -11,8 +11,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.profiler import profile  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def peak_bytes(step):
+    """The most that a step holds at once, of what it allocates itself, as torch's profiler sees."""
+    with profile(profile_memory=True) as seen:
+        step()
+    events, peak = list(seen.profiler.kineto_results.experimental_event_tree()), 0
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.typed[0].name == "Allocation":
+            peak = max(peak, event.typed[1].total_allocated)
+    return peak
 
 
 @pytest.fixture(scope="session", autouse=True)

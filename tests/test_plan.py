@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import peak_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,19 +34,6 @@ def real_step(cfg, b, model=None):
             loss = model(features, torch.zeros(b, dtype=torch.bool), x1, x0, torch.rand(b))
         loss.backward()
     return model, step
-
-
-def peak_bytes(step):
-    """The most that a step holds at once, of what it allocates itself, as torch's profiler sees."""
-    with profile(profile_memory=True) as seen:
-        step()
-    events, peak = list(seen.profiler.kineto_results.experimental_event_tree()), 0
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.typed[0].name == "Allocation":
-            peak = max(peak, event.typed[1].total_allocated)
-    return peak
 
 
 @pytest.mark.parametrize("flags", [
