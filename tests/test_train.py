@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -1227,33 +1228,39 @@ def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path):
     flags = ["--base", str(finished), "--coupling", "sdot", "--steps", "20", "--batch", "12",
              "--train_dit.precision", "fp64", "--train_dit.align", "0", "--train_dit.every", "14"]
     assert main(tmp_path / "start", *flags, "--stage", "coupling") == 0
-    found, weights = {}, {}
-    for mesh in ("", "--dp 2", "--dp 3", "--dp 4", "--dp 4 --reshard false", "--sp 2",
-                 "--replicate 2", "--dp 2 --sp 2", "--replicate 2 --dp 2", "--replicate 2 --sp 2"):
+
+    def one(mesh):
         folder = shutil.copytree(tmp_path / "start", tmp_path / f"run{mesh}".replace(" ", ""))
         ranks = math.prod(int(n) for n in mesh.split() if n.isdigit())
         parts = 2 if mesh == "--replicate 2" else 1     # DDP waits with its messages
-        found[mesh] = on_ranks(ranks, folder, *flags, *mesh.split(), "--stage", "dit",
-                               "--train_dit.accumulate", parts)
-        weights[mesh] = train.load_tensors(folder / "model.safetensors")
-    plain = found.pop("")
+        curve = on_ranks(ranks, folder, *flags, *mesh.split(), "--stage", "dit",
+                         "--train_dit.accumulate", parts)
+        return curve, train.load_tensors(folder / "model.safetensors")
+
+    meshes = ("", "--dp 3", "--dp 4 --reshard false", "--sp 2", "--replicate 2", "--dp 2 --sp 2",
+              "--replicate 2 --dp 2", "--replicate 2 --sp 2")
+    with ThreadPoolExecutor(2) as pool:                 # half of the time is torchrun's beginning
+        (plain, weights), *others = pool.map(one, meshes)
     assert len(plain) == 20 == len(plain.unique())
-    for mesh, other in found.items():
+    for mesh, (other, there) in zip(meshes[1:], others, strict=True):
         assert torch.allclose(plain, other, rtol=1e-9, atol=0), (mesh, (plain - other).abs().max())
-        for k, w in weights[""].items():
-            assert torch.allclose(w, weights[mesh][k], atol=1e-6), (mesh, k)
+        for k, w in weights.items():
+            assert torch.allclose(w, there[k], atol=1e-6), (mesh, k)
 
 
 @pytest.mark.slow
 def test_ranks_agree_in_other_precisions(finished, tmp_path):
     """As near as 24 and 8 bits of mantissa allow."""
-    found = {}
-    for precision, mesh in (("fp32", ""), ("fp32", "--dp 2"), ("fp32", "--replicate 2"),
-                            ("bf16", ""), ("bf16", "--dp 2"), ("bf16", "--replicate 2")):
-        found[precision, mesh] = on_ranks(
+    def one(run):
+        precision, mesh = run
+        return on_ranks(
             2 if mesh else 1, tmp_path / f"{precision}{mesh}".replace(" ", ""), *mesh.split(),
             *on(finished, "--steps", "20", "--train_dit.align", "0", "--stage", "dit",
                 "--train_dit.precision", precision))
+
+    runs = [(p, mesh) for p in ("fp32", "bf16") for mesh in ("", "--dp 2", "--replicate 2")]
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(runs, pool.map(one, runs)))
     for (precision, _), other in found.items():
         near = {"fp32": 1e-4, "bf16": 5e-3}[precision]
         assert torch.allclose(found[precision, ""], other, rtol=near)
@@ -1375,7 +1382,8 @@ def test_torchrun_killed_takes_its_ranks_along(finished, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_found_by_the_timeout(finished, tmp_path):
     folder = tmp_path / "run"
-    p = torchrun(2, folder, *on(finished, "--steps", "100000", "--timeout", "5"))
+    p = torchrun(2, folder, *on(finished, "--steps", "100000", "--timeout", "5"),
+                 TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")        # for 30 s else, before its SIGKILL
     wait_for(p, lambda: checkpoints(folder / "dit"))
     os.kill(children(p)[-1], signal.SIGSTOP)
     status, said = done(p)
