@@ -12,8 +12,9 @@
             h = h + gate * SwiGLU(RMSNorm(h) * (1 + scale) + shift)
 
 The block is LLaMa3's with three changes: cross-attention to the text before the FFN, an adaptive
-layer norm that carries t, and full bidirectional attention [MG s3.1.3]. With adaLN-Zero every gate
-is 0 at initialisation: a block returns h + pos, and the model's output is exactly 0.
+layer norm that carries t, and full bidirectional attention [MG s3.1.3]. At initialisation the
+gates (adaLN-Zero), the last Linear of CrossAttention and that of the head are 0: a block returns
+h + pos, the model exactly 0.
 
 Papers: Movie Gen, arXiv 2410.13720 [MG]; DiT, arXiv 2212.09748 [DIT]; PixArt-alpha, arXiv
 2310.00426 (the shared adaLN); SwiGLU, arXiv 2002.05202.
@@ -21,29 +22,29 @@ Papers: Movie Gen, arXiv 2410.13720 [MG]; DiT, arXiv 2212.09748 [DIT]; PixArt-al
 Contract
     x     (B, C, T, H, W), unit variance; several latents (VidTwin) come flat, (B, sum of C T H W)
     t     (B,) fp32 in [0, 1]: 0 is noise, 1 is data (multiplied by 1000 inside)
-    text  (B, L, D_text); mask (B, L) bool, True = attend, at least one True a row; None = all
+    text  (B, L, D_text); mask (B, L) bool, True = attend, at least one True per row; None = all
     ->    v, of the shape and dtype of x
 `forward` casts x and text to the precision of the weights, and calls patchify, positions,
 condition, embed, blocks, head and unpatchify, all public. Only `block.attend` mixes video tokens;
-everything else acts on each token alone and may be called on a slice of the token axis (but for
-`in_context`). So a sampler can spread this model over many ranks without a change to this file.
+everything else acts on each token alone, and on tokens may be called on a slice of their axis (but
+for `in_context`). So a sampler can spread this model over many ranks without a change to this file.
 
-    python dit.py             # zero output at first, overfits one clip; out/dit/gates.png      25 s
+    python dit.py     # zero output at first, overfits one clip; out/dit/gates.png  25 s on 2 cores
 
 Differences from the paper
-    - All blocks share one adaLN, and each adds a table of its own, as in PixArt. That the paper
-      does so is inferred from the names of its sizes: with it, 1B, 5B and 30B have 0.93, 4.92 and
-      29.3 B parameters. One Linear for each block, as in DiT (`adaln="per_block"`), would give
+    - All blocks share one adaLN, and each adds a table of its own, as in PixArt. That is
+      inferred from the paper's names of sizes: with a shared adaLN, 1B, 5B and 30B have 0.93, 4.92
+      and 29.3 B parameters. One Linear for each block, as in DiT (`adaln="per_block"`), would give
       1.3, 6.7 and 40 B.
-    - RMSNorm has no weight, unlike LLaMa3's: the modulation, or the next Linear, does its work.
+    - RMSNorm has no weight, unlike LLaMa3's: the modulation or the next Linear scales instead.
     - Cross-attention comes after an RMSNorm: without it, the queries would grow with the positions
       that each block adds. Its output Linear starts at zero, because it has no gate.
     - "Positions at the input of every layer" is read as: added to the residual stream itself.
     - `qk_norm` and the three other ways for t to enter (section 6) were not found in the paper.
 
-Letters: B batch, C latent channels, T H W latent frames, height and width, p q r the size of a
-patch, N video tokens, Cpqr numbers in a token (C p q r), D width, L text tokens, h d heads and
-their width; t flow time.
+Letters: B batch, C latent channels, T H W latent frames, height and width (in `to_tokens` counted
+in tokens), p q r the size of a patch, N video tokens, Cpqr numbers in a token (C p q r), D width, L
+text tokens, h (B,N,D) the residual stream, in a rearrange h d heads and their width; t flow time.
 """
 import argparse
 import math
@@ -119,7 +120,7 @@ class DiTConfig:
     dim: int = 192                  # width of the residual stream
     depth: int = 6                  # blocks
     heads: int = 6                  # heads of self-attention and of cross-attention
-    ffn: int = 0                    # width of the SwiGLU; 0: 8/3 dim, rounded up to 32 (LLaMa)
+    ffn: int = 0                    # width of the SwiGLU; 0: 8/3 dim (LLaMa), up to 32 more
     text_dim: int = 0               # width of the text tokens; 0: dim
     adaln: str = "shared"           # shared: one Linear, and a table for each block | per_block
     conditioning: str = "adaln_zero"  # how t enters: adaln_zero, adaln, cross_attention, in_context
@@ -138,8 +139,8 @@ class DiTConfig:
         if self.adaln == "per_block" and self.conditioning != "adaln_zero":
             raise ValueError("adaln per_block: only with conditioning adaln_zero")
         if self.conditioning == "cross_attention" and self.text_width != self.dim:
-            raise ValueError(f"text_dim {self.text_dim}: with conditioning cross_attention t is a "
-                             f"token of the text, as wide as dim {self.dim}")
+            raise ValueError(f"text_dim {self.text_dim}: with conditioning cross_attention must "
+                             f"be dim {self.dim}, since t is a token of the text")
 
     # Properties and not fields, so that replace(cfg, dim=...) changes them too.
     @property
@@ -167,9 +168,9 @@ PRESETS = {
 # ---- 3. Primitives, and what stays in fp32 -------------------------------------------------------
 # With bf16 autocast, or bf16 parameters, the matrix products of embedding, attention and FFN are in
 # bf16. The time MLP, the modulation, the norms, the residual stream and the head stay in fp32. bf16
-# has 8 bits of mantissa: it would distinguish only about 500 values of 1000 t, and an update of
-# size 0.001 would be lost when added to a residual stream of size 1. Tests may use float64
-# throughout.
+# has 8 significant bits: it has only 507 of the whole numbers up to 1000, the range of 1000 t; an
+# update of size 0.001 would be lost when added to a residual stream of size 1. Tests may use
+# float64 throughout.
 
 def fp32(x):
     """Cast half precision to fp32; leave fp32 and fp64 as they are."""
@@ -186,7 +187,7 @@ class Linear32(nn.Linear):
 
 
 class Linear(nn.Linear):
-    """Apply a Linear in the dtype of its weight, or in autocast's. No bias by default, as LLaMa."""
+    """Apply a Linear in the dtype of its weight, or in autocast's. Without bias, as in LLaMa."""
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__(d_in, d_out, bias)
@@ -199,16 +200,15 @@ class Linear(nn.Linear):
 
 
 def rms_norm(x):
-    """Compute x / sqrt(mean(x^2) + 1e-6), without a weight: the modulation or the next Linear has
-    one."""
+    """Compute x / sqrt(mean(x^2) + 1e-6); the modulation or the next Linear has the weight."""
     return F.rms_norm(fp32(x), x.shape[-1:], eps=1e-6)
 
 
 def timestep_embedding(t, dim=256):
     """Embed t (B,) as cat[cos, sin](1000 t 1e4^(-i / (dim/2))) (B, dim), cosines first as in DiT.
 
-    Why 1000: the periods run from 6 to 60,000, so on t in [0, 1] nearly all entries would be
-    constant: the embeddings of 0.4 and 0.5 would have cosine similarity 0.9997, and not 0.46."""
+    Why 1000: the periods run from 6 to 60,000. Without the factor nearly all entries would be
+    constant: the cosine similarity of t = 0.4 and t = 0.5 would be 0.9997, and not 0.46."""
     i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
     angle = 1000 * fp32(t)[:, None] * torch.exp(-math.log(1e4) * i / (dim // 2))    # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)                            # (B, dim)
@@ -217,7 +217,7 @@ def timestep_embedding(t, dim=256):
 # ---- 4. The block, box by box --------------------------------------------------------------------
 
 class SelfAttention(nn.Module):
-    """Let every video token see every other: no causal mask, no biases, K and V for every head."""
+    """Let every video token see every other: no causal mask, no biases, no grouped heads."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -250,7 +250,7 @@ class CrossAttention(nn.Module):
         q = rearrange(self.q(x), "B N (h d) -> B h N d", h=self.heads)
         k, v = rearrange(self.kv(text), "B L (two h d) -> two B h L d", two=2, h=self.heads)
         # The mask is over keys. Without it, padding would be read as text, and the length to which
-        # a batch happens to be padded would change the picture.
+        # a batch happens to be padded would change the clip.
         mask = None if mask is None else mask[:, None, None]                        # (B, 1, 1, L)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(x, "B h N d -> B N (h d)"))                       # (B, N, D)
@@ -271,7 +271,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Apply one layer [MG s3.1.3]: positions, self-attention, cross-attention, SwiGLU; adaLN-Zero.
+    """Apply one block [MG s3.1.3]: positions, self-attention, cross-attention, SwiGLU; adaLN-Zero.
 
     Only `attend(q, k, v)`, each (B, heads, N, head_dim), mixes video tokens. It is an attribute:
     assign another callable (Ulysses, Ring, a cache of stale K and V) to change it."""
@@ -305,7 +305,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Apply norm, a shift and scale of its own, and a Linear that starts at zero [DIT s3.2]."""
+    """Apply norm, shift and scale by t, and a Linear that starts at zero [DIT s3.2]."""
 
     def __init__(self, cfg, width):
         super().__init__()
@@ -335,15 +335,16 @@ def from_tokens(tokens, patch, size):
 def grid_positions(tables, patch, size):
     """Give the learned positions phi_t + phi_h + phi_w (N, D) of a latent of this size [MG s3.1.3].
 
-    Any T, H, W that the tables cover. ValueError beyond: an index that is clipped or wraps around
-    would train badly without a warning."""
+    A size beyond the tables raises ValueError: with a clipped or wrapped index the model would
+    train badly, and nobody would notice."""
     counts = [n // p for n, p in zip(size, patch)]
     for axis, n, table in zip("THW", counts, tables):
         if n > len(table):
             raise ValueError(f"x {tuple(size)}: {n} tokens along {axis}, the position table has "
                              f"{len(table)} (see expand_positions)")
-    t, h, w = (table[:n] for n, table in zip(counts, tables))
-    return rearrange(t[:, None, None] + h[:, None] + w, "T H W D -> (T H W) D")     # (N, D)
+    frames, rows, columns = (table[:n] for n, table in zip(counts, tables))
+    return rearrange(frames[:, None, None] + rows[:, None] + columns,
+                     "T H W D -> (T H W) D")                                        # (N, D)
 
 
 class DiT(nn.Module):
@@ -358,9 +359,9 @@ class DiT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.width = sum(s.width for s in cfg.streams)                              # Cpqr
+        self.width = sum(s.width for s in cfg.streams)          # Cpqr, summed over streams
         kind, head = VARIANTS[cfg.conditioning, cfg.adaln]
-        # The paper's Conv3d with kernel = stride = patch is this Linear on rearranged pixels.
+        # The paper's Conv3d with kernel = stride = patch is this Linear on rearranged latents.
         self.embed = Linear(self.width, cfg.dim, bias=True)
         self.tables = nn.ModuleList(nn.ParameterList(                               # phi_t, _h, _w
             nn.Parameter(torch.empty(n // p, cfg.dim)) for n, p in zip(s.size, s.patch))
@@ -373,7 +374,8 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialise as DiT does: xavier, a small time MLP, zero for modulations and outputs.
+        """Initialise as DiT does: xavier, std 0.02 in the time MLP, zero for modulations and the
+        head's Linear; zero also for the last Linear of cross-attention, and positions as below.
 
         Call it again after `to_empty` on a model that was built on the meta device."""
         for m in self.modules():
@@ -411,7 +413,7 @@ class DiT(nn.Module):
 
     def condition(self, t):
         """Map t (B,) to c (B, 1+6, D): the embedding of t, then the modulation that all blocks
-        share; (B, 1, D) if they share none."""
+        share (4 without gates, for AdaLN). Without a shared one: (B, 1, D)."""
         e = self.time(timestep_embedding(t))                                        # (B, D)
         if self.adaln is None:
             return e[:, None]                                                       # (B, 1, D)
@@ -420,7 +422,7 @@ class DiT(nn.Module):
 
     def forward(self, x, t, text, mask=None):
         if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"mask {mask.dtype}: not bool; numbers would be added to scores")
+            raise ValueError(f"mask {mask.dtype}: not bool; it would be added to the scores")
         text = text.to(self.embed.weight.dtype)
         tokens = self.patchify(x.to(self.embed.weight.dtype))                       # (B, N, Cpqr)
         pos = self.positions(x.shape)                                               # (N, D)
@@ -440,10 +442,10 @@ class DiT(nn.Module):
     def expand_positions(self, *sizes):
         """Grow the tables to new largest latent sizes (T, H, W), one for each stream.
 
-        The paper does so between its training stages: twice the spatial rows for 256 px clips,
-        then three times as many for 768 px [MG s3.2]. Rows are interpolated linearly, row i of n
+        The paper does so between its training stages: spatial tables twice as long for 256 px
+        clips, then three times as long for 768 px. Rows are interpolated linearly, row i of n
         being at (i + 1/2) / n of the axis; a single row (an image's T) is repeated. The tables are
-        new parameters: make the optimizer afterwards."""
+        new parameters: create the optimizer afterwards."""
         if len(sizes) != len(self.tables):
             raise ValueError(f"sizes {sizes}: one (T, H, W) for each of {len(self.tables)} streams")
         streams = tuple(replace(s, size=size) for s, size in zip(self.cfg.streams, sizes))
@@ -544,7 +546,7 @@ class FlatDiT(DiT):
     """Run DiT on several latents of fixed size, flattened and concatenated in x (B, n).
 
     Their tokens are concatenated too. Each stream fills columns of its own in a token and leaves
-    the others zero, so that one Linear acts as a separate embedding for each stream."""
+    the others zero, so that one Linear has separate weights for each stream."""
 
     def patchify(self, x):
         out, column = [], 0
@@ -640,7 +642,7 @@ def demo(out, steps):
     for claim, value, bound, good in (
             ("largest output at initialisation", at_start, "0", at_start == 0),
             ("loss at initialisation, 1 + var(x1)", losses[0], "2 +- 0.1", abs(losses[0] - 2) < .1),
-            ("one clip learnt: relative error of samples", error, "0.15", error < 0.15),
+            ("one clip learned: relative error of samples", error, "0.15", error < 0.15),
             ("a trained block and the idea of section 1 differ by", gap, "1e-4", gap < 1e-4)):
         ok &= good
         print(f"{'PASS' if good else 'FAIL'} {claim}: {value:.3g} vs {bound}")

@@ -1,4 +1,4 @@
-"""flow.py: flow matching, the objective that trains a velocity from noise to latents, and its ODE.
+"""Flow matching: a loss that trains a velocity from noise to latents, an ODE that samples with it.
 
     x0 ~ N(0, I) ---.                                x0 ~ N(0, I)
                      path --> x_t --> model --> v         |
@@ -9,7 +9,7 @@
 
 Papers.  [MG] Movie Gen, arXiv 2410.13720 (s3.1.2 objective, s3.4.2 linear-quadratic schedule).
 [FM] Flow Matching, 2210.02747 (s4 the conditional-OT path).  [RF] Rectified Flow, 2209.03003
-(straightness).  [CFM] OT-CFM, 2302.00482 (minibatch coupling).  [C2OT] 2503.10636 (with captions).
+(straightness).  [CFM] OT-CFM, 2302.00482 (minibatch coupling).  [C2OT] 2503.10636 (by caption).
 [SD3] 2403.03206 (logit-normal time, resolution shift).  [PD] 2202.00512 (v-prediction).  [DDIM]
 2010.02502.  [ZSNR] 2305.08891 (zero terminal SNR).  [CFG] 2207.12598.  [AF] AlignFlow, 2510.15038.
 
@@ -23,7 +23,7 @@ few crossings, few steps are enough. `python flow.py` shows it.
 
 Contract.  x0 noise and x1 data, (B, ...) of any shape; t (B,) fp32 in [0, 1], **0 noise, 1 data**;
 v_fn(x, t) -> v like x, a closure over a model, its text and its guidance. t, path, target and ODE
-state are fp32 whatever the model computes in: in bf16, 1 - 1e-5 is 1 and so is t = 0.999.
+state are fp32 (fp64 if x0 is) whatever the model computes in: bf16 rounds 1 - 1e-5 and 0.999 to 1.
 
 Run.   python flow.py                 # 2-D: three couplings, paths, errors    20 s on 2 CPU cores
        python flow.py --steps 4000 --out out/flow
@@ -32,11 +32,11 @@ Differences from the paper.  The loss is a mean over elements, not a sum. Beside
 there are midpoint, Heun, RK4 and Dormand-Prince. The diffusion baseline is our own definition,
 since no more than "v-prediction, zero terminal SNR" was found in the paper: the scaled-linear betas
 of latent diffusion, rescaled by [ZSNR], sampled with [DDIM]. Movie Gen's linear-quadratic schedule
-is the default of train.py from 1b on; at toy scale it is worse than equal steps where steps are
-few, and level where they are many (studies/README.md).
+is the default of train.py from 1b on; at toy scale, with few steps it is worse than equal
+ones, with many no different (studies/README.md).
 
 Letters.  B batch, x0 noise, x1 data, x_t between them, t flow time, v velocity, s = sigma_min, ts
-the (steps + 1) times of a schedule, S straightness (not steps).
+the (steps + 1) times of a schedule, h the size of a step, S straightness (0: straight).
 """
 import argparse
 import math
@@ -77,11 +77,11 @@ def velocity(x0: Tensor, x1: Tensor, sigma_min: float = 1e-5) -> Tensor:
 
 def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = None,
          cfg: "FlowConfig | None" = None, generator=None) -> Tensor:
-    """Return E |v_fn(x_t, t) - v|^2, a mean over all elements [MG s3.1.2].
+    """Return E |v_fn(x_t, t) - target|^2, a mean over all elements [MG s3.1.2].
 
-    x0 and t are drawn where they are not given. For a coupling, pass the pairs: `minibatch_pairing`
-    permutes the noise of a batch, so that each x1 keeps its caption; in the semi-discrete coupling
-    each noise chooses its x1, before the batch is built.
+    x0 and t are drawn where they are not given. For a coupling, pass x0 and x1 as pairs:
+    `minibatch_pairing` permutes the noise of a batch, so that each x1 keeps its caption; with the
+    semi-discrete coupling each noise has picked its x1 before.
     A network that returns 0 has loss 1 + E x1^2: expect 2 for normalised latents at step 0
     (diffusion: 1).
     """
@@ -99,14 +99,11 @@ def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = Non
     return (fp32(v_fn(x_t, t)) - target).square().mean()
 
 
-def guide(v_cond: Tensor, v_uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """Return v_u + scale (v_c - v_u) [CFG]: the conditional model at 1, the unconditional at 0.
+def guide(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+    """Return v_uncond + scale (v_cond - v_uncond) [CFG]: v_cond at scale 1, v_uncond at 0.
 
-    scale: a number, or (B,). Papers also write (1 + w) v_c - w v_u: the same with scale = 1 + w.
-    Movie Gen samples at 7.5.
+    Papers also write (1 + w) v_cond - w v_uncond, with scale = 1 + w. Movie Gen samples at 7.5.
     """
-    if isinstance(scale, Tensor) and scale.ndim:
-        scale = like(scale, v_cond)
     return v_uncond + scale * (v_cond - v_uncond)
 
 
@@ -131,7 +128,7 @@ def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", trajectory:
         if solver != "euler":
             raise ValueError(f"solver {solver}: a diffusion model is sampled with euler (DDIM)")
         step = ddim
-    dtype = torch.promote_types(x0.dtype, torch.float32)           # fp32, or fp64 where x0 is
+    dtype = torch.promote_types(x0.dtype, torch.float32)
     f = lambda x, t: v_fn(x, torch.full((len(x),), t, device=x.device, dtype=dtype)).to(dtype)
     x, times = x0.to(dtype), ts.tolist()
     path = [x]
@@ -142,19 +139,12 @@ def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", trajectory:
     return torch.stack(path) if trajectory else x
 
 
-def guided(v_cond: VFn, v_uncond: VFn, scale: float | Tensor,
-           interval: tuple[float, float] = (0.0, 1.0)) -> VFn:
-    """Return the guided v_fn of two closures, one with the prompt and one with the null text.
-
-    Outside the interval of t guidance is off (scale 1), row by row. If it is off for the whole
-    batch, the unconditional call is skipped.
-    """
-    def v_fn(x: Tensor, t: Tensor) -> Tensor:
-        on = (interval[0] <= t) & (t <= interval[1])                             # (B,)
-        each = torch.where(on, torch.as_tensor(scale, device=t.device, dtype=t.dtype), 1.0)
-        v = v_cond(x, t)
-        return v if (each == 1).all() else guide(v, v_uncond(x, t), each)
-    return v_fn
+def guided(v_cond: VFn, v_uncond: VFn, scale: float) -> VFn:
+    """Return the guided v_fn of two closures, one with the prompt and one with the null text; at
+    scale 1 the second is never called."""
+    if scale == 1:
+        return v_cond
+    return lambda x, t: guide(v_cond(x, t), v_uncond(x, t), scale)
 
 
 # ---- 2. Configuration ----------------------------------------------------------------------------
@@ -171,11 +161,11 @@ Times = Literal["auto", "logit_normal", "uniform"]
 class FlowConfig:
     """Settings of the objective: path, target, and distribution of the times.
 
-    SD3 and Open-Sora raise `shift` with the size; in [MG] no shift was found."""
+    SD3 and Open-Sora raise `shift` with the resolution; none was found in [MG]."""
 
-    sigma_min: float = 1e-5    # std of the noise left at t = 1: invisible, but p_1 has a density
+    sigma_min: float = 1e-5    # std of the noise left at t = 1: invisible, but gives x_1 a density
     time: Times = "auto"       # distribution of t; auto: logit_normal, or uniform for diffusion
-    mean: float = 0.0          # mean of logit(t); above 0, more of the latents are nearly clean
+    mean: float = 0.0          # mean of logit(t); above 0, more times near the data
     std: float = 1.0           # standard deviation of logit(t)
     shift: float = 1.0         # above 1 moves t towards noise, for large latents
     objective: Literal["flow", "diffusion"] = "flow"  # diffusion is Movie Gen's baseline (Table 8)
@@ -200,7 +190,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def sample_t(n: int, cfg: FlowConfig | None = None, generator=None, device=None) -> Tensor:
-    """Draw (n,) fp32 times in (0, 1): sigmoid(N(mean, std)) [MG s3.1.2] or uniform, then shifted.
+    """Draw (n,) fp32 times: sigmoid(N(mean, std)) [MG s3.1.2], or uniform in [0, 1), then shifted.
 
     The logit-normal distribution has most of its times in the middle, where the target is hardest
     to predict. By default only 1.4 % of them are below 0.1, so the velocity at t = 0, where the
@@ -219,8 +209,8 @@ def schedule(name: str, steps: int, shift: float = 3.0, imitate: int = 1000) -> 
     """Return (steps + 1,) fp32 times from 0 to 1: n steps need n + 1 times.
 
     linear             equal steps
-    shifted            equal steps, moved by `shift` towards the noise, where layout is decided
-    linear_quadratic   the first half are the first steps of a linear schedule of `imitate` steps;
+    shifted            equal steps, moved by `shift` towards the noise, where the layout is decided
+    linear_quadratic   the first half is the start of a linear schedule of `imitate` steps;
                        in the second half, t grows quadratically to 1 [MG s3.4.2]
     """
     one_of("schedule", name, ("linear", "linear_quadratic", "shifted"))
@@ -274,8 +264,8 @@ def rk4(f, x, t, h):
     return x + h / 6 * (a + 2 * b + 2 * c + f(x + h * c, t + h))
 
 
-# Dormand-Prince 5(4): DP_A has a row for each stage; the last row is the 5th-order step. DP_E, that
-# step less the embedded 4th-order step, estimates the error, which sets the step size.
+# Dormand-Prince 5(4): DP_A has a row for each stage after the first; the last row is the 5th-order
+# step. DP_E is that row less the embedded 4th-order step: an estimate of the error, which sets h.
 DP_T = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DP_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
         (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
@@ -286,7 +276,7 @@ DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 4
 
 def dopri5(f, x, t, h, rtol=1e-5, atol=1e-5):
     """Return x at t + h in as many steps as the tolerance needs; the whole batch shares them."""
-    if h < 0:                                           # backwards: the same on a mirrored clock
+    if h < 0:                                           # backwards: with -f and -t
         return dopri5(lambda x, t: -f(x, -t), x, -t, -h, rtol, atol)
     end, h, k1 = t + h, h / 4, f(x, t)
     while end - t > 1e-7:
@@ -309,17 +299,18 @@ SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dopr
 
 
 # ---- 6. The clocks of other code bases -----------------------------------------------------------
-# In half of these time runs backwards. With a wrong sign or a wrong clock, a model still trains,
-# and then samples garbage. f is a model of theirs.
+# In half of them time runs backwards. With a wrong sign or a wrong clock, a model still trains, and
+# then samples garbage. f is their model.
 #   | code base                                   | noise at | target       | our v(x, t) is      |
-#   | Movie Gen, SiT, flow_matching, TorchCFM, RF | t = 0    | data - noise | f(x, t)             |
+#   | Movie Gen, SiT, flow_matching, TorchCFM     | t = 0    | data - noise | f(x, t)             |
+#   | Rectified Flow                              | t = 0    | data - noise | f(x, 999 t)         |
 #   | Mochi (is fed 1 - its sigma)                | t = 0    | data - noise | f(x, t)             |
 #   | minRF, Open-Sora 2                          | t = 1    | noise - data | -f(x, 1 - t)        |
-#   | SD3, diffusers, HunyuanVideo, Wan, LTX      | t = 1000 | noise - data | -f(x, 1000 (1 - t)) |
+#   | SD3, diffusers, HunyuanVideo, Wan           | t = 1000 | noise - data | -f(x, 1000 (1 - t)) |
 #
 # A velocity also says where both ends of its path are, without a division:
 #   x0 = x_t - t v        x1 = (1 - s) x_t + (1 - (1 - s) t) v
-# Computing v from x0 divides by t, from x1 by 1 - (1 - s) t: one reason for networks to predict v.
+# Computing v from x0 divides by t, from x1 by 1 - (1 - s) t: one reason why networks predict v.
 # A model's v is an average over pairs, and so are the x0 and x1 that are computed from it.
 
 
@@ -329,7 +320,7 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
 
     The result is a permutation: drawing pairs from the plan with replacement, as torchcfm does by
     default, loses some noises and clips. With groups (B,), noise moves only among clips of the same
-    caption. Else training noise would depend on the caption, and sampling noise does not [C2OT].
+    caption. Otherwise noise would depend on the caption in training, but not in sampling [C2OT].
     """
     import ot  # imported here: it takes seconds
     if x0.shape != x1.shape:
@@ -338,7 +329,8 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
         raise ValueError(f"groups {tuple(groups.shape)}: need one for each of {len(x0)} noises")
     if not (x0.isfinite().all() and x1.isfinite().all()):
         raise ValueError("x0, x1: NaN or infinity")
-    order, B = torch.arange(len(x0)), len(x0)
+    B = len(x0)
+    order = torch.arange(B)
     groups = torch.zeros(B, dtype=torch.int64) if groups is None else groups.cpu()
     for g in groups.unique():
         rows = (groups == g).nonzero()[:, 0]
@@ -358,8 +350,8 @@ def minibatch_pairing(x0: Tensor, x1: Tensor, groups: Tensor | None = None) -> T
 @torch.no_grad()
 def straightness(v_fn: VFn, x0: Tensor, ts: Tensor | None = None,
                  cfg: FlowConfig | None = None) -> dict[str, float]:
-    """Measure how far the flow is from straight, by one Euler run of x0 (B, ...) along ts (64
-    steps from 0 to 1). With u = (z_n - z_0) / (t_n - t_0), the velocity of the straight line:
+    """Measure how far the flow is from straight, by one Euler run z_0 = x0 (B, ...), ..., z_n along
+    ts (default: 64 steps from 0 to 1). With u = (z_n - z_0) / (t_n - t_0), the straight line's v:
 
     displacement  E|u|^2 (t_n - t_0), the energy of the straight line
     S             int E|v - u|^2 dt, the energy beyond that [RF]: 0 means one step is exact
@@ -382,27 +374,25 @@ def straightness(v_fn: VFn, x0: Tensor, ts: Tensor | None = None,
 
 @torch.no_grad()
 def validation_loss(v_fn: VFn, x1: Tensor, cfg: FlowConfig | None = None, times: int = 8,
-                    seed: int = 0) -> tuple[float, Tensor]:
-    """Return (mean, (times,)): loss on held-out x1 at t = (i + 1/2) / times, with fixed noise.
+                    seed: int = 0) -> float:
+    """Return the mean loss on held-out x1 over t = (i + 1/2) / times, with fixed noise.
 
     Movie Gen finds that it correlates with human preference [MG fig. 15], so compare runs by it.
     With t and x0 fixed, two checkpoints differ by what they learned, not by what was drawn.
     """
-    g = torch.Generator().manual_seed(seed)
-    per_time = []
+    g, total = torch.Generator().manual_seed(seed), 0.0
     for i in range(times):
         x0 = torch.randn(x1.shape, generator=g, device="cpu").to(x1.device)
         t = torch.full((len(x1),), (i + 0.5) / times, device=x1.device)
-        per_time.append(loss(v_fn, x1, x0, t, cfg))
-    per_time = torch.stack(per_time).cpu()
-    return per_time.mean().item(), per_time
+        total += loss(v_fn, x1, x0, t, cfg).item()
+    return total / times
 
 
 # ---- 9. The diffusion baseline -------------------------------------------------------------------
 # A variance-preserving diffusion moves on a circle, x_t = sin(phi) x1 + cos(phi) x0, phi from 0
 # (noise) to almost pi/2 (data). Its derivative with respect to phi, cos(phi) x1 - sin(phi) x0, is
 # what v-prediction learns [PD] (up to sign). So diffusion and flow matching differ only in the
-# curve (arc or line), the speed of t along it and the distribution of t. phi(0) = 0 exactly is
+# curve (arc or line), the speed along it and the distribution of t. phi(0) = 0 exactly is
 # "zero terminal SNR" [ZSNR]. Without it a model never sees pure noise in training, though sampling
 # starts there.
 _betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
@@ -426,7 +416,7 @@ def diffusion_pair(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ddim(f, x, t, h):
-    """Return x at t + h [DDIM]: with the prediction held fixed, the step is a rotation by d."""
+    """Return x at t + h [DDIM]: with the predicted x0 and x1 held fixed, the step rotates by d."""
     d = (angle(torch.tensor(t + h)) - angle(torch.tensor(t))).item()
     return math.cos(d) * x + math.sin(d) * f(x, t)
 
@@ -439,7 +429,7 @@ def checkerboard(n: int, generator: torch.Generator) -> Tensor:
 
 
 class MLP(torch.nn.Module):
-    """Compute v(x, t) in 2-D, from x and sines and cosines of t; t alone would vary too little."""
+    """Compute v(x, t) in 2-D, from x and sines and cosines of t: t itself varies too little."""
 
     def __init__(self, width: int = 128):
         super().__init__()

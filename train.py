@@ -2205,7 +2205,7 @@ def validation_loss(loaded: Loaded, z: Tensor, captions: list[str]) -> float:
     P, mask, _, _ = loaded.prompts(captions)
     v_fn = lambda *all: torch.cat([loaded.dit(*part) for part in zip(       # as in sampling
         *(v.split(loaded.cfg.sample.batch) for v in (*all, P, mask)))])
-    return flow.validation_loss(v_fn, z, loaded.cfg.flow, times=10)[0]
+    return flow.validation_loss(v_fn, z, loaded.cfg.flow, times=10)
 
 
 def judged(rows: list[dict], clip: Callable[[int], Tensor], seed: int) -> dict:
