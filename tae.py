@@ -13,43 +13,47 @@ autoencoder is the trunk; VidTwin, 2412.17726 [VT]; VQGAN, 2012.09841 [VQ], for 
 of the GAN loss; PatchGAN, 1611.07004. "2.5D" [MG]: every 2D convolution is followed by a 1D
 convolution along time, every spatial attention by a temporal one. "3D": joint convolutions and
 joint attention, the alternative, which [MG] found slightly better but too expensive. Both start
-from an image autoencoder (`inflate`). VidTwin splits a clip into two latents (section 6):
-structure, which is content and global movement, and dynamics, fine detail and fast movement.
+from an image autoencoder (`inflate`). VidTwin splits a clip into two latents (section 6): structure
+(content, global movement) and dynamics (fine detail, fast movement). The loss is reconstruction +
+KL + outlier penalty [MG] + GAN loss (section 7).
 
 Contract
     encode(x)        x (B,3,T,H,W) float in [-1,1], any T >= 1 (an image is T = 1), any H and W
                      -> Posterior over z; z (B,C,T',H',W'), T' = ceil(T / time factor). VidTwin
                      takes one size, and its z is flat, (B,n): two latents, which `split` separates
-    decode(z, T, size)  z -> (B,3,T,H,W); surplus frames, padded rows and columns are dropped
-    encode, decode   take stream=True: the same result up to rounding, one frame at a time, so that
-                     activations grow with the latent frames only. (VidTwin ignores it.)
-    normalize(z)     brings each channel to mean 0 and std 1, by what `latent_stats` found
+    decode(z, num_frames, size)      -> (B,3,T,H,W); surplus frames and padding are dropped
+    encode, decode   take stream=True: the same result up to rounding, frame by frame: memory for
+                     activations grows with the latent frames only. (VidTwin ignores it.)
+    normalize(z)     makes each channel mean 0 and std 1, with `latent_stats` in its buffers
 
-Run.   python tae.py          # image training, inflation, video training, long clip, a figure: 40 s
+Run.   python tae.py     # image training, inflation, video training, long clip; 40 s on 2 CPU cores
 
 Differences from the papers
-  Not found in [MG]: weights of the L1, KL and perceptual terms (ours: `LOSSES`), the kernel size
-  in time (ours: 3), where the temporal strides are (ours: after the spatial ones), how new layers
-  start (ours: convolutions as the identity, attention as zero, so that inflation is exact), and of
-  what the outlier penalty takes mean and deviation (ours: of a frame, and without a gradient).
+  Not found in [MG]: weights of the L1, KL, perceptual and GAN terms (ours: `LOSSES`), the kernel
+  size in time (ours: 3), where the temporal strides are (ours: after the spatial ones), how new
+  layers start (ours: convolutions as the identity, attention as zero, so that inflation is exact),
+  and over what the outlier penalty takes mean and deviation (ours: a frame, detached).
   All losses are averages over elements, so weights do not depend on the clip's size. [MG]'s weight
-  1e5 of the outlier penalty fits a reconstruction loss that is summed over the pixels of a frame,
-  as [LDM]'s code does; beside an average, 0.1 to 1 does the same.
-  Norms see one frame at a time. The 1x1 convolution beside a ResBlock has no temporal one. Where
-  two tiles share n frames, frame k has the weight (k + 1/2) / n in the later one.
+  1e5 of the outlier penalty seems meant for a loss that is summed over the pixels of a frame, as in
+  [LDM]'s code; beside an average 0.1 to 1 does the same. Perceptual loss, GAN loss and outlier
+  penalty are off in every preset, also in "paper", and VidTwin's published weights (0.05, 0.05, KL
+  0.001 of a sum) are not taken over: the first needs a download, the others a trained autoencoder.
+  Norms see one frame at a time. A ResBlock's 1x1 skip convolution has no temporal one. Of n frames
+  that two tiles share, the later tile gives frame k the weight (k + 1/2) / n.
   Toy and small compress 4x4x4 and 2x8x8, not 8x8x8, and fold 4x4 pixels into channels first,
   because convolutions at full resolution are what costs time on a CPU. They are trained on the
   squared error, which reached a given PSNR sooner than L1 did.
-  VidTwin: no dropout in the Q-Former and no learned scale of the loss; in evaluation the mean is
-  decoded, as in the paper but not in its code. A block adds its temporal branch without a gate;
-  their code multiplies it by the gate of the spatial branch. Rows and columns of the dynamics
-  latent have a decoder branch each; their code uses one for both (0.6 M parameters fewer). The head
-  of that latent sees rows and columns in turn, as in their code; the paper concatenates them first.
+  VidTwin: no dropout in the Q-Former, no learned scale of the loss, Kaiming initialisation between
+  the backbones; in evaluation the mean is decoded, as in the paper but not in the released code. A
+  block adds its temporal branch without a gate; the code multiplies it by the spatial branch's.
+  Rows and columns of the dynamics latent have a decoder branch each; the code uses one for both
+  (0.6 M parameters fewer). Like the code, unlike the paper: no MLP before the Q-Former, and the
+  head of the dynamics latent sees rows and columns in turn, where the paper concatenates first.
 
 Letters: B batch, T frames, H W height and width, C channels, D width of a transformer, N tokens of
-a frame, F = B T frames folded into the batch. In the convolutional autoencoders frames stay folded,
-(F,C,H,W) in channels_last memory, from the first convolution to the last: 2D kernels are the fast
-ones on every device.
+a frame. In the convolutional autoencoders frames stay folded into the batch, (B T,C,H,W) in
+channels_last memory, from the first convolution to the last: 2D kernels are the fast ones on every
+device.
 """
 import argparse
 import itertools
@@ -102,7 +106,7 @@ def at_least(cfg, **bounds: float) -> None:
 class TAEConfig:
     """Sizes of the convolutional autoencoders. The defaults are Movie Gen's, where published."""
 
-    variant: Variant = "2.5d"                       # 2d: images alone; others start from it
+    variant: Variant = "2.5d"                       # 2d: each frame alone; others start from 2d
     channels: int = 128                             # width of the first level, a multiple of 4
     mult: tuple[int, ...] = (1, 2, 4, 4)            # width of each level, in units of `channels`
     space_stride: tuple[int, ...] = (2, 2, 2)       # in space, between levels: 1 or 2
@@ -127,7 +131,7 @@ class TAEConfig:
         if self.channels % 4:
             raise ValueError(f"channels {self.channels}: must be a multiple of 4")
         m, n, extra = self.mult, self.res_blocks, self.decoder_extra
-        pairs = list(zip(m, m[1:], n, n[1:]))           # of a level and the next, coarser one
+        pairs = list(zip(m, m[1:], n, n[1:]))           # each level and the next coarser one
         if len(n) != len(m) or any(a != b and not (coarse and fine + extra)
                                    for a, b, fine, coarse in pairs):
             raise ValueError(f"res_blocks {' '.join(map(str, self.res_blocks))}: must be a number "
@@ -170,9 +174,11 @@ class VidTwinConfig:
         sizes = dict.fromkeys(vars(self).keys() - {"checkpointing"}, 1)
         at_least(self, **sizes | {"structure_down": 0, "dynamics_down": 0})
         if self.size % self.patch:
-            raise ValueError(f"patch {self.patch}: does not divide the size {self.size}")
-        if self.width % (4 * self.heads):       # a quarter: sines and cosines of rows and columns
-            raise ValueError(f"heads {self.heads}: must divide a quarter of width {self.width}")
+            raise ValueError(f"patch {self.patch}: must divide size {self.size}")
+        if self.width % 4:                      # sines and cosines of rows and of columns
+            raise ValueError(f"width {self.width}: must be a multiple of 4")
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads}: must divide width {self.width}")
         if self.query_width % self.query_heads:
             raise ValueError(f"query_heads {self.query_heads}: must divide query_width "
                              f"{self.query_width}")
@@ -196,9 +202,9 @@ class LossConfig:
     kl: float = 1e-6            # weight of the KL divergence, which keeps latents near N(0, I)
     opl: float = 0.0            # weight of Movie Gen's outlier penalty, as an average: 0.1 to 1
     opl_start: int = 0          # its first step (Movie Gen has it in the last 10K of 60K)
-    opl_r: float = 3.0          # the standard deviations from the mean that it allows
+    opl_r: float = 3.0          # r: the distance from the mean allowed, in std
     perceptual: float = 0.0     # weight of the perceptual loss; downloads VGG16
-    gan: float = 0.0            # weight of the GAN loss, times the adaptive weight: 0.05 to 0.2
+    gan: float = 0.0            # factor of the GAN loss's adaptive weight: 0.05 to 0.2
     gan_start: int = 0          # its first step: best when reconstruction has converged
 
     def __post_init__(self):
@@ -242,7 +248,7 @@ def fold(x: Tensor) -> Tensor:
 
 
 class Conv2D(nn.Conv2d):
-    """Convolve each frame of (F, C, H, W) by itself, kernel 3 or 1, as in an image autoencoder."""
+    """Convolve each frame of (B T, C, H, W) alone, kernel 3 or 1, as in an image autoencoder."""
 
     def __init__(self, cin: int, cout: int, space_stride: int = 1, time_stride: int = 1,
                  kernel: int = 3):
@@ -259,10 +265,10 @@ class TemporalConv(nn.Module):
     """Convolve folded frames (B T, C, H, W) along time: kernel 3, symmetric *replicate* padding.
     Stride 2 leaves ceil(T / 2) frames.
 
-    Why not zeros: a static clip would change towards both ends, and the first frame is what people
-    notice. Why symmetric and not causal: [MG] does so, and latent frame i is then centred on frame
-    (time factor) * i. The kernel starts as the identity, so inserting the layer does not change
-    what a trained image autoencoder computes."""
+    Why not zeros: they change a static clip near both ends, and people notice the first frame. Why
+    symmetric and not causal: [MG] does so, and latent frame i is then centred on frame (time
+    factor) * i. The kernel starts as the identity, so inserting the layer does not change what a
+    trained image autoencoder computes."""
 
     def __init__(self, channels: int, stride: int = 1):
         super().__init__()
@@ -273,7 +279,7 @@ class TemporalConv(nn.Module):
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         H = x.shape[2]
-        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=T)     # a view: channels are last there
+        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=T)     # a view: channels last in memory
         x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
         x = F.conv2d(x, self.weight[..., None], self.bias, stride=(self.stride, 1))
         return rearrange(x, "b c t (h w) -> (b t) c h w", h=H)
@@ -296,7 +302,7 @@ class Conv3D(nn.Module):
 
     def __init__(self, cin: int, cout: int, space_stride: int = 1, time_stride: int = 1):
         super().__init__()
-        like = nn.Conv2d(cin, cout, 3)                          # torch's initialisation of 2D
+        like = nn.Conv2d(cin, cout, 3)                          # initialised as torch's 2D
         self.stride = (time_stride, space_stride, space_stride)
         self.weight = nn.Parameter(centre_slice(like.weight.data))
         self.bias = nn.Parameter(like.bias.data)
@@ -304,19 +310,18 @@ class Conv3D(nn.Module):
     def forward(self, x: Tensor, T: int) -> Tensor:
         x = rearrange(x, "(b t) c h w -> b c t h w", t=T)       # a view, channels_last_3d
         x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
-        return fold(conv3d_between(self, x))
+        return fold(self.unpadded(x))
 
-
-def conv3d_between(conv: Conv3D, x: Tensor) -> Tensor:
-    """Apply a Conv3D to (B, C, T, H, W) -> T - 2 frames: no padding in time."""
-    pad = 1
-    if conv.stride[1] == 2:
-        x, pad = F.pad(x, (0, 1, 0, 1)), 0
-    return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, pad, pad))
+    def unpadded(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, T, H, W) without padding in time."""
+        pad = 1
+        if self.stride[1] == 2:
+            x, pad = F.pad(x, (0, 1, 0, 1)), 0
+        return F.conv3d(x, self.weight, self.bias, self.stride, (0, pad, pad))
 
 
 def centre_slice(w: Tensor) -> Tensor:
-    """Make a 2D kernel (cout, cin, k, k) the middle of a 3D one (cout, cin, 3, k, k) of zeros."""
+    """Put a 2D kernel (cout, cin, k, k) between zeros: (cout, cin, 3, k, k)."""
     return F.pad(w[:, :, None], (0, 0, 0, 0, 1, 1))
 
 
@@ -326,8 +331,8 @@ CONV = {"2d": Conv2D, "2.5d": Conv25D, "3d": Conv3D}
 
 
 class FrameNorm(nn.GroupNorm):
-    """Normalise each frame by itself, in 32 groups of channels as in [LDM], fewer unless 128
-    divides the channels. Statistics over all frames would change what the image autoencoder
+    """Normalise each frame by itself, in up to 32 groups as in [LDM], of 4 channels or more.
+    Statistics over all frames would change what the image autoencoder
     computes, and could not be streamed."""
 
     def __init__(self, channels: int):
@@ -410,10 +415,11 @@ class Middle(nn.Module):
 
 class Resample(nn.Module):
     """Change the resolution between two levels. Down: a strided convolution, T -> ceil(T / 2),
-    H -> H / 2. Up: nearest neighbour in time [MG] and in space, then a convolution.
+    H -> H / 2. Up: nearest neighbour in space and in time [MG], each before its convolution.
 
-    Where the image autoencoder has no spatial stride (the toy preset), there is no 2D kernel to
-    copy. The layer is then a temporal convolution (3D: a joint one) that starts as the identity."""
+    Where the image autoencoder has no spatial stride, there is no 2D kernel to copy. The layer is
+    then a temporal convolution (3D: a joint one) that starts as the identity; without a temporal
+    stride, too (the second of small), it does nothing."""
 
     def __init__(self, variant: str, channels: int, space_stride: int, time_stride: int, up: bool):
         super().__init__()
@@ -529,7 +535,7 @@ class Posterior:
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
-        """Average KL(q || N(0, I)) = (mean^2 + var - 1 - logvar) / 2 over latent values [LDM]."""
+        """Average KL(q || N(0, I)) = (mean^2 + var - 1 - logvar) / 2 over latent values."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).mean()
 
 
@@ -585,7 +591,7 @@ def check_clip(x: Tensor) -> None:
 
 
 class TAE(Autoencoder):
-    """The temporal autoencoder of [MG s3.1.1], 2.5D or 3D (module docstring: contract)."""
+    """The temporal autoencoder of [MG s3.1.1], 2.5D or 3D, or the image autoencoder, 2D."""
 
     def __init__(self, cfg: TAEConfig):
         super().__init__(cfg.latent_channels)
@@ -598,7 +604,7 @@ class TAE(Autoencoder):
 
     @property
     def last_weight(self) -> nn.Parameter:
-        """Give the weight of the last operation, where the adaptive GAN weight is measured."""
+        """Give the last layer's parameter, at whose gradients the GAN loss is scaled."""
         conv = self.decoder.conv_out
         return conv.temporal.weight if self.cfg.variant == "2.5d" else conv.weight
 
@@ -623,7 +629,7 @@ class TAE(Autoencoder):
                size: tuple[int, int] | None = None, stream: bool = False) -> Tensor:
         """(B,C,T',H',W') -> (B,3,T,H,W). The decoder makes T' * (time factor) frames, of which the
         first `num_frames` are kept [MG]: so an image costs as much as (time factor) frames. With
-        `stream`, only the frames that these depend on are made. `size` (H, W) crops what `encode`
+        `stream`, the frames after them are not computed. `size` (H, W) crops what `encode`
         padded."""
         z = z.to(self.last_weight.dtype)                # a Posterior is fp32, whatever the model is
         if stream:
@@ -653,9 +659,10 @@ def inflate(image_tae: TAE, variant: str = "2.5d") -> TAE:
 
 
 # ---- 6. VidTwin ----------------------------------------------------------------------------------
-# Two latents [VT]. Structure z_S keeps the grid of places, but sees time only through n_q learned
-# queries: content and its global movement. Dynamics z_D keeps every frame, but only the mean of
-# each row and of each column: fine detail and fast movement.
+# Two latents [VT] of features z, the paper's letter for E(x). Structure z_S keeps the grid of
+# places, but sees time only through n_q learned queries: content and its global movement. Dynamics
+# z_D keeps every frame, but only the mean of each row and of each column: fine detail and fast
+# movement.
 #
 #   z = E(x)             --> Q-Former over time, n_q queries for T frames --> convs --> z_S
 #   (B,D,T,h,w)                                                      (B,d_S,n_q,h',w')
@@ -683,8 +690,8 @@ class TokenAttention(nn.Module):
 
 class STBlock(nn.Module):
     """Attention within each frame, causal attention along time, MLP [VT D.1]. The norms have no
-    weights of their own: a learned table shifts, scales and gates, as in a DiT without a
-    timestep."""
+    weights of their own: a learned table shifts, scales and gates (but not in time), as in a DiT
+    without a timestep."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -740,7 +747,7 @@ class QFormer(nn.Module):
     """Let n_q learned queries look at the T frames of one place: (B, T, D) -> (B, n_q, d_q)
     [VT 3.2.1].
 
-    Places are in the batch axis, so a query asks the same everywhere. Norms come after the
+    Places are in the batch axis, so all places share the queries. Norms come after the
     additions, as in BERT and BLIP-2. Positions in time are not added: the order of the frames is
     known only from what the backbone has written into z."""
 
@@ -753,7 +760,7 @@ class QFormer(nn.Module):
         self.layers = nn.ModuleList()
         for i in range(cfg.query_layers):
             layer = {"self": TokenAttention(w, cfg.query_heads), "norm1": nn.LayerNorm(w)}
-            if i % 2 == 0:          # without the paper's MLP on z, as in their code
+            if i % 2 == 0:          # as in BLIP-2
                 layer |= {"q": nn.Linear(w, w), "kv": nn.Linear(cfg.width, 2 * w),
                           "out": nn.Linear(w, w), "norm2": nn.LayerNorm(w)}
             layer |= {"mlp": nn.Sequential(nn.Linear(w, cfg.query_ffn), nn.GELU(),
@@ -795,8 +802,8 @@ class StructureEncoder(nn.Module):
 
 
 class DynamicsEncoder(nn.Module):
-    """Map z (B, D, T, h, w) to mean and logvar of z_D (B, 2 d_D, 1, T, w' + h'): the mean over
-    height, which leaves the columns, then the mean over width, which leaves the rows [VT 3.2.2]."""
+    """Map z (B, D, T, h, w) to mean and logvar of z_D (B, 2 d_D, 1, T, w' + h'): columns (averaged
+    over height), then along the same axis rows (averaged over width) [VT 3.2.2]."""
 
     def __init__(self, cfg: VidTwinConfig):
         super().__init__()
@@ -868,8 +875,8 @@ class VidTwin(Autoencoder):
         self.out = nn.Linear(cfg.width, 3 * cfg.patch**2)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        # He's initialisation between the backbones (ours). torch's own has a gain of 1 / sqrt(3):
-        # eight layers leave 1 % of the signal, which cost 1.5 dB after 100 toy steps.
+        # Kaiming initialisation between the backbones (ours). torch's own has a gain of 1 / sqrt(3)
+        # per layer, which cost 1.5 dB after 100 toy steps.
         for part in (self.structure_encoder.convs, self.dynamics_encoder, self.structure,
                      self.columns, self.rows):
             for m in part.modules():
@@ -985,7 +992,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*modules, nn.Conv2d(width, 1, 4, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.layers[0].weight.dtype)           # of clips or of reconstructions in fp32
+        x = x.to(self.layers[0].weight.dtype)           # clips and reconstructions are fp32
         return self.layers(rearrange(x, "b c t h w -> (b t) c h w"))
 
 
@@ -995,8 +1002,8 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def vgg_perceptual() -> Callable[[Tensor, Tensor], Tensor]:
-    """Make a distance of clips: that of VGG16's features after each of five stages, scaled to unit
-    length at each position, which is LPIPS with equal weights. Downloads torchvision's VGG16;
+    """Make a distance of clips: squared, of VGG16's features after each of five stages, scaled to
+    unit length at each position, which is LPIPS with equal weights. Downloads torchvision's VGG16;
     ValueError if that fails."""
     try:
         from torchvision.models import VGG16_Weights, vgg16
@@ -1027,13 +1034,13 @@ class Objective(nn.Module):
 
     One backward pass serves both. The reconstruction is judged with the discriminator held fixed,
     and the discriminator learns from the detached reconstruction, so neither gets the other's
-    gradient. The adversarial loss is weighted by gan * ||d rec|| / (||d adv|| + 1e-4), both with
-    respect to the last weight [VQ], so that it cannot outweigh the reconstruction."""
+    gradient. The GAN loss is weighted by gan * clamp(||d rec|| / (||d adv|| + 1e-4), 0, 1e4), the
+    gradients at `last_weight` [VQ], so that it cannot outweigh the reconstruction."""
 
     def __init__(self, tae: Autoencoder, cfg: LossConfig, perceptual: Callable | None = None):
         super().__init__()
         if cfg.perceptual and perceptual is None:
-            raise ValueError(f"perceptual {cfg.perceptual}: needs a distance, vgg_perceptual()")
+            raise ValueError(f"perceptual {cfg.perceptual}: needs a distance: vgg_perceptual()")
         self.tae, self.cfg, self.perceptual = tae, cfg, perceptual
         self.discriminator = PatchDiscriminator() if cfg.gan else None
 
@@ -1041,9 +1048,7 @@ class Objective(nn.Module):
         cfg, (recon, posterior) = self.cfg, self.tae(x, generator)
         recon = recon.float()
         d = recon - x
-        rec = cfg.l1 * d.abs().mean()
-        if cfg.l2:
-            rec = rec + cfg.l2 * d.square().mean()
+        rec = cfg.l1 * d.abs().mean() + cfg.l2 * d.square().mean()
         if cfg.perceptual:
             rec = rec + cfg.perceptual * self.perceptual(recon, x)
         loss = rec + cfg.kl * posterior.kl()
@@ -1051,7 +1056,7 @@ class Objective(nn.Module):
             loss = loss + cfg.opl * outlier_penalty(posterior.mean, cfg.opl_r)
         if self.discriminator is None:
             return loss
-        if step < cfg.gan_start:            # idle, but with a gradient (0) for every parameter
+        if step < cfg.gan_start:            # idle; but DDP needs every gradient, here 0
             return loss + 0 * sum(p.sum() for p in self.discriminator.parameters())
         self.discriminator.requires_grad_(False)
         adversarial = -self.discriminator(recon).mean()
@@ -1096,8 +1101,8 @@ def decode_tiled(tae: TAE, z: Tensor, num_frames: int | None = None,
     tile. Shared frame k of n is w new + (1 - w) old, with w = (k + 1/2) / n."""
     f = tae.cfg.time_factor
     if frames < 1 or frames % f or overlap % f or not 0 <= 2 * overlap <= frames:
-        raise ValueError(f"frames {frames}, overlap {overlap}: multiples of {f}, the overlap at "
-                         "most half")
+        raise ValueError(f"frames {frames}, overlap {overlap}: must be multiples of {f}, "
+                         "the overlap at most half")
     w = ((torch.arange(overlap) + 0.5) / max(1, overlap))[:, None, None].to(z)
     out = None
     for start in range(0, max(1, z.shape[2] - overlap // f), (frames - overlap) // f):
@@ -1124,7 +1129,7 @@ def windows(frames: Iterable[Tensor], stride: int = 1) -> Iterator[tuple[Tensor,
     for i in itertools.count():
         after = next(frames, None)
         last = now if after is None else after
-        if i % stride == 0:     # advance before yielding: only two frames are held while suspended
+        if i % stride == 0:     # advance first, to hold only two frames while the caller works
             yield past, (past := now), (now := last)
         else:
             past, now = now, last
@@ -1134,7 +1139,7 @@ def windows(frames: Iterable[Tensor], stride: int = 1) -> Iterator[tuple[Tensor,
 
 def stream(layer: nn.Module, frames: Iterable[Tensor]) -> Iterator[Tensor]:
     """Apply a layer to frames (B, C, H, W) that arrive one after the other. Why `map`: a generator
-    expression would keep its last frame in memory."""
+    expression would hold on to its last frame."""
     if isinstance(layer, nn.ModuleList):
         for each in layer:
             frames = stream(each, frames)
@@ -1150,7 +1155,7 @@ def stream(layer: nn.Module, frames: Iterable[Tensor]) -> Iterator[Tensor]:
 
         return map(one, windows(frames, layer.stride))
     if isinstance(layer, Conv3D):
-        joint = lambda window: fold(conv3d_between(layer, torch.stack(window, 2)))
+        joint = lambda window: fold(layer.unpadded(torch.stack(window, 2)))
         return map(joint, windows(frames, layer.stride[0]))
     if isinstance(layer, ResBlock):
         skipped: deque[Tensor] = deque()
@@ -1177,7 +1182,7 @@ def stream(layer: nn.Module, frames: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def encode_stream(encoder: Encoder, x: Tensor) -> Tensor:
-    """Do what Encoder.forward does, frame by frame as far as the middle."""
+    """Do what Encoder.forward does, frame by frame up to the middle."""
     s = encoder.cfg.stem
     cut = lambda x: rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=s, q=s)
     frames = (cut(x[:, :, t]).contiguous(memory_format=torch.channels_last)
@@ -1189,8 +1194,8 @@ def encode_stream(encoder: Encoder, x: Tensor) -> Tensor:
 
 
 def decode_stream(decoder: Decoder, z: Tensor, num_frames: int | None = None) -> Tensor:
-    """Do what Decoder.forward does, frame by frame after the middle. It computes the first
-    `num_frames` frames and only those later ones that these depend on."""
+    """Do what Decoder.forward does, frame by frame after the middle. It stops after
+    `num_frames` frames; layers run ahead only as they must."""
     T, s, f = z.shape[2], decoder.cfg.stem, decoder.cfg.space_factor
     n = T * decoder.cfg.time_factor
     n = n if num_frames is None else min(num_frames, n)
@@ -1216,7 +1221,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def latent_stats(tae: Autoencoder, posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
-    """Measure mean (C,) and std (C,) of each channel of posterior samples, summed in float64.
+    """Measure mean and std (C,) of each channel of posterior samples, in float64.
 
     Why: the flow mixes latents with unit noise, so their scale sets the signal-to-noise ratio at
     each time t."""
@@ -1295,7 +1300,7 @@ def draw(out: Path, x: Tensor, recon: Tensor) -> None:
 
 def demo(out: Path, seed: int = 0) -> bool:
     """Train an image autoencoder, inflate it and train on; draw reconstructions and check
-    what this file claims: of the convolution, of inflation, of training and of long clips."""
+    this file's claims on convolution, inflation, training and streaming."""
     torch.manual_seed(seed)
     image = train(TAE(replace(PRESETS["toy"], variant="2d")), 100, 1000 * seed)
     inflated = inflate(image).eval()
@@ -1310,7 +1315,7 @@ def demo(out: Path, seed: int = 0) -> bool:
         first = inflated.encode(x[:, :, :1]).mean - image.encode(x[:, :, :1]).mean
         before, recon = inflated(x)[0], tae(x)[0]
         z = tae.encode(long).mean
-        whole, tiled = tae.decode(z), decode_tiled(tae, z)
+        whole, tiled = tae.decode(z), decode_tiled(tae, encode_tiled(tae, long).mean)
         streamed = tae.decode(tae.encode(long, stream=True).mean, stream=True)
     draw(out, x, recon)
     before, after = (psnr(y, x).mean().item() for y in (before, recon))

@@ -568,6 +568,9 @@ def finish(cfg: Config) -> Config:
     if cfg.flow.objective == "diffusion" and cfg.sample.solver != "euler":
         raise UserError(f"--sample.solver {cfg.sample.solver}: diffusion is sampled with euler")
     if cfg.variant == "vidtwin":                        # whole clips of one size, and no images
+        if cfg.loss.opl:
+            raise UserError(f"--loss.opl {cfg.loss.opl}: not with --variant vidtwin, whose latents "
+                            "have no frames")
         cfg.vidtwin = replace(cfg.vidtwin, frames=c.frames, size=c.size)
         cfg.train_tae = replace(hp, window=c.frames, image_steps=0)
     else:

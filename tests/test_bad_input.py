@@ -39,7 +39,7 @@ OUT_OF_BOUNDS = """
     --tae.space_stride 0 1 / --tae.space_stride 1 / --tae.time_stride 2 -2 / --tae.time_stride 2
     --tae.stem 0 / --tae.res_blocks 0 1 -1 / --tae.res_blocks 1 1 / --tae.decoder_extra -1
     --tae.latent_channels 0 / --tae.heads 0 / --tae.heads 3
-    --vidtwin.patch 0 / --vidtwin.patch 5 / --vidtwin.width 0
+    --vidtwin.patch 0 / --vidtwin.patch 5 / --vidtwin.width 0 / --vidtwin.width 102
     --vidtwin.depth 0 / --vidtwin.heads 0 / --vidtwin.heads 5 / --vidtwin.queries 0
     --vidtwin.query_width 0 / --vidtwin.query_layers 0 / --vidtwin.query_heads 3
     --vidtwin.query_heads 0 / --vidtwin.query_ffn -1 / --vidtwin.structure_down -1
@@ -113,8 +113,9 @@ def listed(table):
 ROWS = [*listed(OUT_OF_BOUNDS), *of_another_type()]
 OTHERS = [      # where the other of two flags is named
     ("--tae.mult 1 2", "--tae.space_stride 1 1: must be 1 or 2 each"),
-    ("--vidtwin.width 100", "--vidtwin.heads 4: must divide a quarter of width 100"),
+    ("--vidtwin.width 132 --vidtwin.heads 8", "--vidtwin.heads 8: must divide width 132"),
     ("--dit.dim 102", "--dit.heads 4: does not divide dim 102"),
+    ("--tae vidtwin --loss.opl 0.5", "--loss.opl 0.5: not with --variant vidtwin"),
     ("--clips.size 16 32", "unrecognized arguments: 32"), ("toy", "unrecognized arguments: toy"),
     ("--tae vidtwin --coupling independent --clips.images 0.1", "--variant vidtwin: its clips "),
     ("--clips.size 16 --loss.gan 0.1", "--clips.size 16: the discriminator of --loss.gan needs 24"),

@@ -81,8 +81,9 @@ def test_parameters_and_rates():
     (TINY, {"channels": 18}, "channels 18: must be a multiple of 4"),
     (TINY, {"mult": (1, 2, -2, 2)}, "mult 1 2 -2 2: must be 1 or more"),
     (TINY, {"heads": 3}, "heads 3: must divide the width of the last level, 16"),
-    (TWIN, {"patch": 5}, "patch 5: does not divide the size 32"),
-    (TWIN, {"heads": 3}, "heads 3: must divide a quarter of width 32"),
+    (TWIN, {"patch": 5}, "patch 5: must divide size 32"),
+    (TWIN, {"heads": 3}, "heads 3: must divide width 32"),
+    (TWIN, {"width": 30}, "width 30: must be a multiple of 4"),
     (TWIN, {"query_heads": 3}, "query_heads 3: must divide query_width 32"),
     (LossConfig(), {"gan": -1.0}, "gan -1.0: must be 0 or more"),
     (LossConfig(), {"kl": float("nan")}, "kl nan: must be 0 or more"),
@@ -111,7 +112,7 @@ def test_a_clip_that_cannot_be_is_one_line():
         VidTwin(TWIN).decode(torch.zeros(1, 2048), only="both")
     with pytest.raises(ValueError, match="frames 30: must be a multiple of 8"):
         tae.encode_tiled(TAE(TINY), torch.zeros(1, 3, 9, 16, 16), frames=30)
-    with pytest.raises(ValueError, match="frames 32, overlap 24: multiples of 8, the overlap at"):
+    with pytest.raises(ValueError, match="frames 32, overlap 24: must be multiples of 8, the"):
         tae.decode_tiled(TAE(TINY), torch.zeros(1, 4, 9, 2, 2), overlap=24)
     with pytest.raises(ValueError, match="only 2d"):
         inflate(TAE(TINY))
