@@ -3,12 +3,12 @@
     latents y_1..y_M --> solve: one number h_j per latent, so that each cell gets its share of noise
     (groups: captions)    |                                 (once; kept in coupling.pt)
                           v
-    x0 ~ N(0, I) ----> couple: argmax_j <x0, y_j> + h_j ----> row of the clip that x0 trains towards
+    x0 ~ N(0, I) ----> couple: argmax_j <x0, y_j> + h_j ----> row of the clip paired with x0
 
 The idea.  Flow matching pairs each noise with a random clip. The lines of random pairs cross. At a
 crossing the model can only learn the average velocity, so sampled paths bend, and a sampler with
 few steps misses the data. The pairs of optimal transport do not cross. Minibatch methods solve the
-transport inside each batch, where few clips are a poor choice. But the data set is finite, and the
+transport inside each batch, with few clips to choose from. But the data set is finite, and the
 other side is a Gaussian from which we can draw as much as we like. Then M numbers describe the
 optimal pairing of ALL noise with ALL clips: the noise that belongs to clip j is a convex cell,
 
@@ -27,17 +27,17 @@ stored pairs).  [PASGD] 2510.27340 (averaged SGD on the dual, as in POT's ot.sem
 caption; the noise of sampling does not).
 Neighbours of AlignFlow.  [SDFM] Apple's SD-FM, 2509.25519: the same cells, found by SGD for up to
 2.6 million images, and the unbiased chi-square that stops our solver.  "Optimal transport flow
-matching by design", 2606.04092, changes the noise instead of the pairs: where x0 is a low-frequency
-version of the clip they find the identity coupling to be optimal, so there is nothing to solve, but
-a second small model must sample x0.
+matching by design", 2606.04092, changes the noise, not the pairs: if x0 is a low-frequency version
+of the clip, the identity coupling is optimal. Nothing is solved, but a second small model must
+sample x0.
 
 Contract.  latents (M, ...) normalised like the model's data, fp32; from a VAE the posterior MEANS
 (train on a sample of the posterior of the chosen row). groups (M,) int64: equal for the clips that
 share a caption (or a `cluster` of captions). x0 (B, ...) ~ N(0, I), shaped like a latent, never
 changed. couple(x0, groups) -> (B,) int64 rows of the data set.  Draw the group by its frequency,
-then the noise independently of it; then the noise picks the clip. So x0 given a caption is N(0, I).
-Flips and other augmentations that can be listed enter as rows of their own (row modulo the number
-of clips is the clip): flip the clip, then encode it, since a flipped latent is not the latent of
+then the noise independently of it; then the noise picks the clip. So x0 given a group is N(0, I).
+Flips and other augmentations that can be listed enter as rows of their own (clip = row % number of
+clips): flip the clip, then encode it, since a flipped latent is not the latent of
 the flipped clip.
 
 Run.   python sdot.py      # cells.gif, convergence beside POT, an epoch of pairs: 20 s on one core
@@ -45,15 +45,16 @@ Run.   python sdot.py      # cells.gif, convergence beside POT, an epoch of pair
 Differences from the paper.  [AF] runs Adam (amsgrad) on a softmax-smoothed histogram from g = 0 for
 a fixed number of steps, with an exponential average. Here: hard cells, a start and a step size from
 a formula (section 4, ours), Polyak's average, and a stop by measured mass error: 130 to 163 noises
-per clip for 10 %. The CIFAR-10 recipe of [AF] draws 1000 (for 3 %); shortened to 400 it ends far
-above 10 % (studies/bench_sdot.py). [AF] pairs the noise before training and stores (seed, index):
-`pairs` does so, while train.py calls `couple` in its loop. `rebalance` moves surplus noise by
-optimal transport, [AF] to any cell that is short of it. Captions replace classes. Of two identical
-clips one gets the cell of both and the other is never drawn, so what they show is drawn as often as
-it should be.
+per clip for 10 %, without those that measure. The CIFAR-10 recipe of [AF] draws 1000 (about 3 %, by
+its released weights); shortened to 400 it ends far above 10 % (studies/bench_sdot.py). [AF] pairs
+the noise before training and stores (seed, index): `pairs` does so, while train.py calls `couple`
+in its loop. `rebalance` moves surplus noise by optimal transport, [AF] to any cell that is short of
+it. Captions replace classes. Of two identical clips one gets both shares and the other is never
+drawn: their content comes as often as it should.
 
 Letters.  M latents, N targets of one problem, d numbers in a latent, b (N,) masses, h (N,) dual
-weights, p (N,) measured cell masses, sigma, tau the scales of section 4, S noises used so far.
+weights (g = 2 h + |y|^2: AlignFlow's), p (N,) measured cell masses, sigma, tau the scales of
+section 4, S noises used so far.
 """
 
 import argparse
@@ -79,11 +80,11 @@ def smallest(Y: Tensor, steps: int = 200, batch: int = 1024) -> Tensor:
     """Find (N,) weights h whose cells argmax_j <x, y_j> + h_j hold equal shares of the noise x.
 
     Everything below is this, with a better start and step size, masses, captions, many ranks, and
-    a stop by measured error. For 500 targets in 64 dimensions it is already as exact as counting
-    allows: 5 % error after 400 noises per target.
+    a stop by measured error. For 500 targets in 64 dimensions `smallest` is already as exact as
+    counting allows: 5 % error after 400 noises per target.
     """
-    sigma = (Y - Y.mean(0)).norm(dim=1)                          # (N,) std of the score <x, y_j>
-    h = average = -3 * sigma                 # the best of some 500 scores is about 3 sigma
+    sigma = (Y - Y.mean(0)).norm(dim=1)                          # (N,) std of <x, y_j - mean>
+    h = average = -3 * sigma                 # level best scores: the best of 500 is about 3 sigma
     for step in range(1, steps + 1):
         cell = (torch.randn(batch, Y.shape[1]).to(Y) @ Y.T + h).argmax(1)  # (batch,) draw noise,
         p = torch.bincount(cell, minlength=len(Y)) / batch                 # (N,) count its cells,
@@ -107,11 +108,11 @@ class SDOTConfig:
 
     solver: Solver = "auto"    # auto: sgd, then adam if the error is above 1.5 targets
     target: float = 0.1        # rms relative mass error; below 0.22 SD-FM gained nothing
-    budget: float = 4.0        # draw at most this many times N / target^2 noises (pot: at most 2)
-    lr: float = 0.0            # first step in units of tau; 0 = 0.5, for adam 0.3
-    temperature: float = 0.0   # of a softmax, in units of tau (half of AlignFlow's eps); 0: argmax
+    budget: float = 4.0        # noises drawn at most, over N / target^2 (pot: at most 2)
+    lr: float = 0.0            # first step; 0: 0.5, adam 0.3
+    temperature: float = 0.0   # of a softmax (half of AlignFlow's eps); 0: argmax
     ema: float = 0.0           # factor of an exponential average of h (AlignFlow's); 0: Polyak's
-    cluster: int = 32          # clips in a group, at least, where captions are unique
+    cluster: int = 32          # clips in a group, at least, where most captions are unique
     memory: int = 64           # MiB for one block of scores: bounds memory whatever N is
     seed: int = 0              # seed of the noise that is drawn to solve
 
@@ -128,7 +129,7 @@ class SDOTConfig:
             raise ValueError(f"ema {self.ema}: must lie in [0, 1)")
         for name in ("temperature", "ema"):
             if self.solver == "pot" and getattr(self, name):
-                raise ValueError(f"{name} {getattr(self, name)}: not with solver pot")
+                raise ValueError(f"{name} {getattr(self, name)}: must be 0 with solver pot")
 
 
 # ---- 3. Cells ------------------------------------------------------------------------------------
@@ -146,8 +147,7 @@ def keyed_noise(key: tuple[int, ...], rows: int, dim: int, device=None) -> Tenso
 
 
 def scores(x: Tensor, Y: Tensor, h: Tensor) -> Tensor:
-    """Compute <x, y_j> + h_j, (B, N), under autocast too as it stands: in bf16 near scores are
-    equal."""
+    """Compute <x, y_j> + h_j, (B, N), without autocast: in bf16 close scores would be equal."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.addmm(h, x, Y.T)
 
@@ -155,18 +155,15 @@ def scores(x: Tensor, Y: Tensor, h: Tensor) -> Tensor:
 def assign(x: Tensor, Y: Tensor, h: Tensor, memory: int = 64) -> Tensor:
     """Find the Laguerre cell of each x, argmax_j <x, y_j> + h_j [AF eq.5]: (B, d), (N, d) -> (B,).
 
-    It equals argmin_j |x - y_j|^2 - g_j with h = (g - |y|^2) / 2. Blocks of targets keep the scores
-    within `memory` MiB, so that N is bounded by the size of Y alone.
+    This equals argmin_j |x - y_j|^2 - g_j with h = (g - |y|^2) / 2. Blocks of targets keep the
+    scores within `memory` MiB, so that only Y's own size bounds N.
     """
-    columns = max(1, memory * 2 ** 18 // max(1, len(x)))
-    best = index = None
+    columns = max(1, int(memory * 2 ** 18) // max(1, len(x)))
+    best, index = x.new_full((len(x),), -math.inf), torch.zeros(len(x)).long().to(x.device)
     for j in range(0, len(Y), columns):
         score, i = scores(x, Y[j:j + columns], h[j:j + columns]).max(1)                    # (B,)
-        if best is None:
-            best, index = score, i
-        else:
-            index = torch.where(score > best, i + j, index)
-            best = torch.maximum(best, score)
+        index = torch.where(score > best, i + j, index)
+        best = torch.maximum(best, score)
     return index
 
 
@@ -174,14 +171,14 @@ def chi_square(counts: Tensor, b: Tensor) -> float:
     """Estimate sum_j (p_j - b_j)^2 / b_j without bias from a histogram of fresh noise [SDFM].
 
     Its root is the rms relative mass error. The obvious estimate, with p_j = counts_j / S, is
-    useless: it shows sqrt(N / S) even for perfect cells. This one may be below 0 for perfect cells.
+    useless: its root is sqrt(N / S) even for perfect cells. This one may be below 0 for those.
     """
     n, S = counts.double(), counts.sum().item()
     return ((n * (n - 1) / b).sum() / (S * (S - 1))).item() - 1
 
 
 def rms(chi2: float) -> float:
-    """Compute the root of an unbiased chi-square, which may be slightly negative."""
+    """Compute the root of an unbiased chi-square; 0 for a negative one."""
     return math.sqrt(max(0.0, chi2))
 
 
@@ -189,7 +186,7 @@ def rms(chi2: float) -> float:
 # Both follow from one approximation, which is ours. The cell of x is the largest of z_j + h_j. The
 # scores z_j = <x, y_j - mean> are Gaussian with standard deviation sigma_j. In many dimensions they
 # are nearly independent, and then cell j has the mass
-#     p_j = int phi(u) Phi((sigma_j u + h_j) / sigma)^(N-1) du,
+#     p_j = int pdf(u) cdf((sigma_j u + h_j) / sigma)^(N-1) du     (of the standard normal),
 # if the others have one sigma. Integrate its derivatives at sigma_j = sigma, h_j = 0 by parts, with
 # m = E max of N standard normals:
 #     dp_j/dh_j = (1/N) m / sigma          dp_j/dsigma_j = (1/N) (E max^2 - 1) / sigma.
@@ -211,7 +208,7 @@ def expected_max(n: int) -> tuple[float, float]:
     if n < 2:
         return 0.0, 0.0
     x = torch.linspace(-9, 12, 42001, dtype=torch.float64)
-    mass = (n * torch.special.log_ndtr(x)).exp().diff()          # of the maximum, Phi^n
+    mass = (n * torch.special.log_ndtr(x)).exp().diff()          # of the maximum, cdf^n
     mid = (x[1:] + x[:-1]) / 2
     m = (mid * mass).sum().item()
     return m, ((mid ** 2 * mass).sum().item() - 1) / m
@@ -256,7 +253,7 @@ BLOCK = 256    # noises drawn with one key, and the unit of work that ranks shar
 
 @dataclass
 class Solution:
-    """The dual weights of one problem, and what fresh noise says of their cells."""
+    """The dual weights of one problem, and their cells as measured with fresh noise."""
     h: Tensor                  # (N,) float64, <b, h> = 0
     solver: str = "sgd"        # the one that finished
     samples: int = 0           # noises drawn to solve, S
@@ -272,11 +269,11 @@ def solve(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = 
     each step's noise among the ranks of torch.distributed, if a step draws 512 or more. The weights
     are the same bits on any number of ranks, and when a solve is repeated, because noise is keyed
     and counts are integers (with a temperature: up to rounding). on_step(samples, h) sees each
-    iterate.
+    iterate (not of POT).
     """
     cfg = cfg or SDOTConfig()
     problem = Problem(targets, mass, cfg, key, ranks, on_step)
-    if problem.Y.shape[1] == 0:                          # one target, or identical ones
+    if problem.Y.shape[1] == 0:                          # one target
         return Solution(torch.zeros_like(problem.b))
     if cfg.solver == "pot":
         return solve_with_pot(problem)
@@ -284,8 +281,8 @@ def solve(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = 
         return adam(problem)
     found = averaged_sgd(problem)
     if cfg.solver == "auto" and problem.samples < problem.budget and problem.misses(found, 1.5):
-        # Some clips are so close that a step of tau jumps over both cells, or there are few
-        # dimensions. Adam gives each target its own step, down to 1e-3 tau.
+        # Two clips are so close that a step of tau jumps over both cells, or dimensions are few.
+        # Adam gives each target its own step, down to 1e-3 tau.
         return adam(problem)
     return found
 
@@ -313,14 +310,14 @@ class Problem:
         self.needed = N / cfg.target ** 2                # S where sqrt(N / S) is the target
         self.budget = cfg.budget * self.needed
         # A step's own counting error is sqrt(N / batch) tau. Averaging removes it for any batch
-        # size if there are 64 steps or more, so batches are as large as that allows.
+        # size if there are 64 steps or more: batches are max(512, N / 4), or what 64 steps allow.
         self.batch = max(32, min(max(2 * BLOCK, N // 4), int(self.needed / 64)))
-        # chi_square has standard deviation sqrt(2 N) / noises. We measure until this is a quarter
-        # of target^2, but draw at most needed / 4 noises for it: small groups are measured more
-        # roughly, and errors are averaged over groups.
+        # chi_square has standard deviation sqrt(2 N) / noises. We draw enough to make that a
+        # quarter of target^2, but at most needed / 4: small groups are measured more roughly, and
+        # errors are averaged over groups.
         self.test_noises = int(min(4 * math.sqrt(2 * N) / cfg.target ** 2, self.needed / 4)) + 2
         self.world, self.rank = 1, 0
-        if ranks and self.batch >= 2 * BLOCK:            # each rank solves smaller ones whole
+        if ranks and self.batch >= 2 * BLOCK:            # ranks solve small problems alone
             self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
 
     def centred(self, h: Tensor) -> Tensor:              # a constant added to all h changes no cell
@@ -352,7 +349,7 @@ class Problem:
         return self.count(self.h, False, self.batch)[0] / (self.batch * self.b) - 1
 
     def move(self, by: Tensor, weight: float) -> None:
-        """Subtract tau x `by` from h, and average: the new h has this weight, or 1 - cfg.ema."""
+        """Subtract tau x `by` from h, and average it with this weight, or with 1 - cfg.ema."""
         self.h = self.centred(self.h - self.tau * by)
         weight = 1 - self.cfg.ema if self.cfg.ema else weight
         self.average = torch.lerp(self.average, self.h, weight)
@@ -360,7 +357,7 @@ class Problem:
             self.on_step(self.samples, self.h)
 
     def measured(self, solver: str) -> Solution:
-        """Measure the cells of the average with noise that no step has used."""
+        """Measure the cells of the average h with noise that no step has used."""
         counts, inner = self.count(self.average, True, self.test_noises)
         return Solution(self.average, solver, self.samples, chi_square(counts, self.b), inner)
 
@@ -371,15 +368,15 @@ class Problem:
 
 
 def averaged_sgd(p: Problem) -> Solution:
-    """Take steps k of size k^(-2/3), averaged with weights 1, 2, 3, ..., until the target is met.
+    """Take steps of size k^(-2/3); average h with weights k = 1, 2, ..., until the target is met.
 
     The rms error is about 1.1 sqrt(N / S), so the first test comes after 1.3 N / target^2 noises.
-    It also stops when the budget is spent, or, with `auto`, when the error is far from the target.
+    The solver also stops when the budget is spent, or, with `auto`, when the error is far off.
     """
     cfg, test_at = p.cfg, 1.3 * p.needed
     for step in itertools.count(1):
         # A cell that is 1000 times too large at the start would push its h down by 500 tau in one
-        # step, and only many more would bring it back. So errors above counting noise are clipped.
+        # step, and only many steps would bring it back. So errors above counting noise are clipped.
         error = torch.minimum(p.errors(), 2 + 6 / (p.batch * p.b).sqrt())
         p.move((cfg.lr or 0.5) * step ** (-2 / 3) * error, 2 / (step + 1))
         if p.samples >= min(test_at, p.budget):
@@ -424,13 +421,12 @@ def solve_with_pot(p: Problem) -> Solution:
 
 
 # ---- 6. Groups -----------------------------------------------------------------------------------
-def caption_groups(captions: list[str], features: Tensor | None = None, size: int = 32,
-                   seed: int = 0) -> Tensor:
+def caption_groups(captions: list[str], features: Tensor | None = None, size: int = 32) -> Tensor:
     """Group clips by caption, or by similar captions where most are unique: M captions -> (M,) ids.
 
     If captions have two clips or more on average, a group is the clips of one caption; else it is a
     `cluster` of `size` or more clips with similar captions. features (M, E): embeddings of the
-    captions; without them captions are compared by their words, each hashed to one of 256 numbers.
+    captions; without them captions are compared by their words, each counted in one of 256 bins.
     """
     ids = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     if len(ids) <= len(captions) / 2:
@@ -440,22 +436,23 @@ def caption_groups(captions: list[str], features: Tensor | None = None, size: in
         for row, caption in zip(features, captions):
             for word in caption.lower().split():
                 row[zlib.crc32(word.encode()) % 256] += 1
-    return cluster(torch.nn.functional.normalize(features.float(), dim=1), size, seed)
+    return cluster(torch.nn.functional.normalize(features.float(), dim=1), size)
 
 
-def cluster(embeddings: Tensor, size: int = 32, seed: int = 0, rounds: int = 20) -> Tensor:
-    """Group (M, E) embeddings by k-means, with `size` or more rows in each group -> (M,) int64 ids.
+def cluster(embeddings: Tensor, size: int = 32) -> Tensor:
+    """Group (M, E) embeddings by k-means, with `size` or more rows in each group (or all in one)
+    -> (M,) int64 ids.
 
     Large groups have a price: the noise then also tells captions of one group apart, and the model
-    may trust it instead of the caption. Small groups have one, too: the gain grows with m(size),
-    which is 1.4 for 8 clips, 2.1 for 32, 3.0 for 500. The method is ours.
+    may trust it instead of the caption. Small groups gain less: m(size) of section 4 is 1.4 for 8
+    clips, 2.1 for 32, 3.0 for 500. The method is ours.
     """
     E = embeddings.flatten(1).float()
     M, k = len(E), max(1, len(E) // (2 * size))
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     centres = E[torch.randperm(M, generator=g)[:k].to(E.device)]
     nearest = lambda: assign(E, centres, -centres.square().sum(1) / 2)     # a Voronoi cell
-    for _ in range(rounds):
+    for _ in range(20):
         ids = nearest()
         n = torch.bincount(ids, minlength=len(centres))
         total = torch.zeros_like(centres).index_add_(0, ids, E)
@@ -477,22 +474,22 @@ def split_evenly(ends: Tensor, u: float) -> Tensor:
 
 
 def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: float = 0.5) -> Tensor:
-    """Change as few entries of index (n,) as possible, and cheaply, so that cell j holds b_j n of
+    """Change as few entries of index (n,) as that takes, and cheaply, so that cell j holds b_j n of
     the n noises, rounded up or down; where masses differ, the average over u in (0, 1) is b_j n.
 
-    With K noises for each clip some cells hold more than their share, even if all are perfect: 37 %
-    of the noises are surplus for K = 1, 13 % for K = 10. POT's exact solver moves those nearest to
-    a wall. [AF] moves them to any cell that is short of noise, which loses 34 % of the gain for K =
-    1 and 13 % for K = 10 (measured). Time and memory grow with the square of the noises moved: 2 s
-    and 0.2 GiB for 4000 clips.
+    With K noises for each clip some cells hold more than their share, even if all cells are
+    perfect: 37 % of the noises are surplus for K = 1, 13 % for K = 10. Those nearest to a wall
+    move, to places that POT's exact solver assigns. [AF] moves them to any cell that is short of
+    noise, which loses 37 % of the gain for K = 1 and 12 % for K = 10 (measured; here 5 % and 1 %).
+    Time and memory grow with the square of the noises moved: 2 s and 0.2 GiB for 4000 clips.
     """
     import ot  # imported here: it takes seconds
     n, N = len(x), len(Y)
     share = b.double() * n
     quota, count = share.floor().long(), torch.bincount(index, minlength=N)
-    # After rounding down some places are left. Where all remainders are equal they go to cells that
-    # hold a surplus; where masses differ, systematic sampling gives them out, or the same clips
-    # would lose each time.
+    # Rounding down leaves some places. If all remainders are equal, cells with a surplus get them;
+    # where masses differ, systematic sampling gives them out, or the same clips would lose each
+    # time.
     left, rest = n - quota.sum().item(), share - quota
     if rest.max() - rest.min() > 1e-6:
         quota = split_evenly(n * b.double().cumsum(0) / b.sum(), u)
@@ -520,7 +517,7 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: floa
 
 # ---- 7. The coupling of a data set ---------------------------------------------------------------
 class Coupling:
-    """Maps noise to rows of the data set, inside groups. Made by `fit`, kept by `save` and `load`.
+    """Map noise to rows of the data set, inside groups. Made by `fit`, kept by `save` and `load`.
 
     Latents are kept sorted by group, so that the targets of a group are a slice.
     """
@@ -541,9 +538,9 @@ class Coupling:
     def fit(cls, latents: Tensor, groups: Tensor | None = None, mass: Tensor | None = None,
             cfg: SDOTConfig | None = None, progress: bool = False, ranks: bool = False,
             device=None, **flags) -> "Coupling":
-        """Solve every group: latents (M, ...), groups (M,) ids or None for one, mass (M,) or equal.
+        """Solve each group: latents (M, ...), groups (M,) ids or None for one, mass (M,) or None.
 
-        ranks: share the noise of groups of about 300 clips or more among the ranks of
+        ranks: share the noise of groups of 3.3 / target^2 clips or more among the ranks of
         torch.distributed. device: where to solve, if not where the latents are. flags: fields of
         the config.
         """
@@ -567,7 +564,7 @@ class Coupling:
             from tqdm import tqdm
             bar = tqdm(total=M, desc="sdot", unit="clip")
 
-        def show(samples: int, h: Tensor) -> None:       # the bar moves inside a large group, too
+        def show(samples: int, h: Tensor) -> None:       # inside the group i:j of the loop below
             part = min(1.0, samples * cfg.target ** 2 / (1.3 * (j - i)))
             bar.update(i + int(part * (j - i)) - bar.n)
 
@@ -610,8 +607,8 @@ class Coupling:
         return self.order[at].to(x0.device)
 
     def draw_group(self, B: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw (B,) int64 group ids by frequency, with a generator of the CPU. The noise must be
-        drawn independently of them."""
+        """Draw (B,) int64 group ids by frequency, from a CPU generator. The noise must be drawn
+        independently of them."""
         u = torch.rand(B, generator=generator, dtype=torch.float64)
         row = torch.searchsorted(self.mass.cumsum(0), u).clamp_max(len(self.mass) - 1)
         return self.groups[row]
@@ -619,11 +616,12 @@ class Coupling:
     def pairs(self, epoch: int = 0, repeat: int = 1) -> tuple[Tensor, Tensor]:
         """Pair a whole epoch before training [AF stage 2] -> (keys, rows), both (repeat M,) int64.
 
-        For loaders that read clips in an order of their own. Each clip comes exactly `repeat` times
-        (where masses differ, in proportion and averaged over epochs), rebalanced inside its group.
+        Use: loaders that fix their own order of clips. Rebalancing inside groups gives each clip
+        `repeat` times (where masses differ, in proportion and averaged over epochs).
         `noise(keys)` draws the noise of pairs again. Pairs are sorted by group: shuffle them.
         """
         keys, rows, used = [], [], epoch << 32                     # no two epochs share a key
+        # uniform in (0, 1); the 4 keeps its keys from those of `noise`, which have a 3
         u = lambda i: torch.special.ndtr(keyed_noise((self.cfg.seed, 4, epoch, i), 1, 1)).item()
         whole = self.mass[self.order].cumsum(0)
         ends = repeat * len(self.mass) * whole[torch.tensor(self.ends[1:]) - 1] / whole[-1]
@@ -645,7 +643,7 @@ class Coupling:
                                       self.Y.shape[1]) for k in keys.tolist()])
 
     def report(self) -> str:
-        """Say in two lines what was solved and what it gains; warn if that is too little."""
+        """Say in two lines what was solved and gained; warn of a missed target, of a small gain."""
         (M, d), sizes, found = self.Y.shape, torch.tensor(self.ends).diff(), self.found
         lines = [f"sdot: {M} latents of {d} numbers in {len(sizes)} groups of {sizes.min()} to "
                  f"{sizes.max()} (median {sizes.median()})",
@@ -655,16 +653,16 @@ class Coupling:
         if found["chi2"] > 2.25 * self.cfg.target ** 2:
             what = "choose another solver" if self.cfg.solver == "pot" else "raise budget"
             lines.append(f"WARNING: the mass error missed its target of {self.cfg.target}: some "
-                         f"clips are drawn too rarely (of identical ones, all but one); {what}")
+                         f"clips are drawn too rarely (all but one of identical clips); {what}")
         if found["expected"] < 0.02:
             why = ("most groups have fewer than three clips" if 2 * len(sizes) > M else
                    "the gain falls as m(N) / sqrt(d)")
-            lines.append(f"WARNING: little to gain here: {why}. `independent` will do as well")
+            lines.append(f"WARNING: little to gain here: {why}. Random pairs will do as well")
         return "\n".join(lines)
 
     # -- keep
     def save(self, path: str | Path) -> None:
-        """Write all but the latents, of which a hash is kept: a whole file, or none."""
+        """Write all but the latents (a hash stands for them), whole or not at all."""
         buffer, part = io.BytesIO(), Path(f"{path}.part")
         torch.save({"format": 2, "cfg": asdict(self.cfg), "groups": self.groups,
                     "mass": self.mass, "h": self.h.cpu(), "found": self.found}, buffer)
@@ -728,7 +726,7 @@ def demo(out: str = "out/sdot", seed: int = 0) -> bool:
     import matplotlib.pyplot as plt
     from matplotlib.animation import FuncAnimation, PillowWriter
 
-    # 2-D: four clumps of targets, in few dimensions, so that the first cells are far from equal
+    # 2-D: four clumps of targets; in two dimensions the first cells are far from equal
     N, g = 60, torch.Generator().manual_seed(5 + seed)
     Y = torch.tensor([[-1.5, -1.2], [1.6, -0.8], [0.8, 1.6], [-1.4, 1.3]])[torch.arange(N) % 4]
     Y = Y + torch.tensor([0.15, 0.3, 0.5, 0.8])[torch.arange(N) % 4, None] * torch.randn(

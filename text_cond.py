@@ -16,27 +16,27 @@ arXiv 2309.16671; CLIP, arXiv 2103.00020; Long-CLIP, arXiv 2403.15378 [LC]; clas
 guidance, arXiv 2207.12598 [CFG].
 
 Two modes. `toy`: three small encoders with these roles, trained with the backbone; no download.
-`pretrained` runs the real, frozen encoders through transformers, one after the other, in bf16;
-their outputs are computed once and kept with the latents.
+`pretrained` runs public, frozen encoders through transformers, one after the other, in bf16; for
+training their outputs are computed once and kept with the latents.
 
 Contract
     encode(prompts)         -> dict of tensors, a row for each prompt: the frozen part (toy: token
-                               ids). Row i depends on prompt i alone, but for the padding's length
+                               ids). Row i depends on prompt i alone, except for its padding
     forward(features, drop) -> P (B, L, D), mask (B, L) bool, True = attend: the trained part.
                                Every row has at least one True, so no softmax is taken over an
                                empty set. L is what this batch needs
     drop (B,) or (B, 3) bool   True: one learned null token replaces this encoder's tokens
 
-    python text_cond.py                                              # demo and figure          25 s
-    python text_cond.py 'a red sign saying "CAT" moving left'        # who sees what             3 s
+    python text_cond.py                                          # demo and figure; 25 s on 2 cores
+    python text_cond.py 'a red sign saying "CAT" moving left'    # who sees what; 3 s
 
 Differences from the paper
     - The paper's long-prompt MetaCLIP (256 tokens) is not public. We stretch the 77 positions of
       a public one for longer prompts, without finetuning.
     - The sizes of ByT5 and MetaCLIP, the order of the three in P, and the limits of UL2 and ByT5
       were not found in the paper: the limits are those of an open reimplementation.
-    - Nor was its recipe for dropping conditions. Here: a learned null token for each encoder,
-      drawn for each sample, for all three together or (`independent`) for each with the cube root
+    - Nor was its recipe for dropping conditions. Here: a learned null token for each encoder.
+      Drops are drawn by sample, for all three together or (`independent`) each with the cube root
       of the rate.
     - Camera motion is one of 16 labels in the paper; here it is any phrase of the prompt.
     - The toy word encoder does not see the quoted letters (see `words_of`).
@@ -95,12 +95,12 @@ class TextConfig:
     max_concepts: int = 256     # MetaCLIP: the same
     width: int = 128            # toy: width of the encoders
     layers: int = 2             # toy: layers of the word encoder; the byte encoder has none
-    heads: int = 4              # toy: their attention heads
+    heads: int = 4              # toy: attention heads of those layers
     words: str = "google/ul2"   # pretrained: name on the Hugging Face hub, or a local folder
     bytes: str = "google/byt5-small"  # pretrained: the same
     concepts: str = "facebook/metaclip-h14-fullcc2.5b"  # pretrained: the same
     precision: str = "bf16"     # pretrained: bf16 | fp32, of the frozen encoders and their features
-    offload: str = "disk"       # pretrained: where an unused encoder stays: disk | cpu | never
+    offload: str = "disk"       # pretrained: unused encoders go to: disk | cpu | never (stay)
     batch: int = 16             # pretrained: prompts at a time
     without: str = ""           # words | bytes | concepts: one to leave out (its null token stays)
 
@@ -124,8 +124,8 @@ class TextConfig:
 
 PRESETS = {
     "toy":   TextConfig("toy", 160, layers=0),
-    "small": TextConfig("toy", 256, layers=1),  # one: to bind each object's words to one another
-    "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # "disk" would load it for each call
+    "small": TextConfig("toy", 256, layers=1),  # one layer binds each object's words together
+    "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # "disk": loaded at each call
     "5b":    TextConfig("pretrained", 3072, offload="cpu"),
     "30b":   TextConfig("pretrained", 6144, offload="cpu"),
 }
@@ -134,7 +134,7 @@ PRESETS = {
 
 # Straight, curly (German: from low to high; Swedish: twice the same), guillemets (French; German:
 # the other way round), CJK corner brackets, full-width. Single quotes do not count: most of them
-# are apostrophes. Nor do an unclosed quote and the inch mark of a 5" sign.
+# are apostrophes. Nor does an unclosed quote, or the inch mark of a 5" sign.
 QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|”([^”]*)”|«([^»]*)»|»([^«]*)«|'
                     '「([^」]*)」|『([^』]*)』|｢([^｣]*)｣|＂([^＂]*)＂')
 
@@ -142,7 +142,7 @@ QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|”([^”
 def clean(prompt):
     """Normalise a prompt to NFC, so that é is the same whether typed as one character or as two.
 
-    ValueError for a lone surrogate (half of a broken emoji), and for a NUL, `words_of`'s mark."""
+    ValueError for a lone surrogate (half of a broken emoji), and for NUL, which `words_of` uses."""
     if not isinstance(prompt, str) or re.search("[\0\ud800-\udfff]", prompt):
         raise ValueError(f"prompt {prompt!r:.60}: not text, or it has a NUL or a lone surrogate")
     return unicodedata.normalize("NFC", prompt)
@@ -161,7 +161,7 @@ def seen_by(prompt):
 
 def byte_ids(text):
     """Tokenize as ByT5 does: each UTF-8 byte + 3, then 1 for the end (0 pads, 2 is unused). A
-    character takes up to 4 tokens, an empty text none."""
+    character takes up to 4 tokens; an empty text, unlike ByT5's, none."""
     return [b + 3 for b in text.encode("utf-8")] + [1] if text else []
 
 
@@ -169,7 +169,7 @@ def words_of(text):
     """Split a text into lower-case words without punctuation; `<quoted>` stands for each quoted
     string, `<end>` is last.
 
-    Why not the quoted letters: to a table of whole words "CAT" is an opaque symbol. From it, the
+    Why not the quoted letters: to a table of whole words "CAT" is an opaque symbol. With it, the
     backbone would memorise the training words and not use the byte encoder; a held-out word, whose
     symbol was never trained, would be drawn at random. (The real UL2 sees the whole prompt: its
     subwords say a little about spelling.)"""
@@ -180,7 +180,7 @@ def words_of(text):
 def word_id(word):
     """Give a word the id 1 + CRC-32 modulo 2^20; 0 pads. Without a vocabulary there is no unknown
     word, and ids are the same in every process (Python's hash is not). The encoder cannot tell
-    words with one id apart: among 100 words the chance of such a pair is 0.5 %, among 1000 38 %."""
+    words of equal id apart: among 100 words the chance of such a pair is 0.5 %, among 1000 38 %."""
     return 1 + zlib.crc32(word.encode("utf-8")) % 2 ** 20
 
 
@@ -193,7 +193,7 @@ def toy_ids(name, text):
 
 
 def truncate(ids, limit, name, text):
-    """Cut ids to `limit`, keep the last (of a sequence: its end), and warn."""
+    """Cut ids to `limit`, keep the last (a sequence's end token), and warn."""
     if len(ids) <= limit:
         return ids
     warnings.warn(f"{name}: {len(ids)} tokens cut to {limit}: {text[:40]!r}...", stacklevel=2)
@@ -264,11 +264,9 @@ class SequenceEncoder(nn.Module):
         angle = l[:, None] * torch.exp(-math.log(100) * i / len(i))             # (L, width/2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         x = torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)           # (B, L, width)
-        # A row without a single token (nothing quoted) would have nothing to attend to: NaN in
-        # some kernels. We let it attend to its first padding; the result is masked afterwards.
-        mask = (ids != 0) | (l == 0)                                            # (B, L)
+        mask = (ids != 0)[:, None, None]        # with layers each row has a token, `<end>`
         for layer in self.layers:
-            x = layer(x, mask[:, None, None])
+            x = layer(x, mask)
         return x
 
 
@@ -298,11 +296,11 @@ class TextConditioner(nn.Module):
         """Make the weights. widths: {name: features per token} of pretrained encoders, if known."""
         super().__init__()
         self.cfg, w = cfg, cfg.width
-        self.frozen = {}                    # name -> (tokenizer, model) in use; not parameters
+        self.frozen = {}                    # name -> (tokenizer, model) loaded; not parameters
         if cfg.mode == "toy":
             self.encoders = nn.ModuleDict({
                 "words": SequenceEncoder(WordEmbedding(w), w, cfg.layers, cfg.heads),
-                # Without layers, which mix letters, it learns to spell soonest: studies/README.md.
+                # Without layers, which mix letters, spelling is learned soonest: studies/README.md.
                 "bytes": SequenceEncoder(nn.Embedding(384, w), w, 0, cfg.heads),
                 "concepts": BagOfConcepts(w)})
             widths = dict.fromkeys(ENCODERS, w)
@@ -328,7 +326,7 @@ class TextConditioner(nn.Module):
         The tensors are on the CPU, to be kept with the latents and indexed by row. Prompts longer
         than an encoder's limit are truncated, with a warning."""
         if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"prompts {prompts[:60]!r}: not a list of prompts")
+            raise ValueError(f"prompts {prompts[:60]!r}: not a list of 1 or more")
         seen, out = [seen_by(prompt) for prompt in prompts], {}
         for name in ENCODERS:
             texts = [s[name] for s in seen]
@@ -347,7 +345,7 @@ class TextConditioner(nn.Module):
     def frozen_features(self, name, texts):
         """Run one pretrained encoder on distinct texts -> {text: features (L, width)}.
 
-        With offload `disk` or `cpu` one encoder at a time is on the device (UL2's takes 17 GB in
+        With offload `disk` or `cpu` one encoder at a time is on the device (UL2: 17 GB in
         bf16); `never` keeps all three there."""
         cfg, source = self.cfg, getattr(self.cfg, name)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
@@ -379,7 +377,8 @@ class TextConditioner(nn.Module):
     # ---- the trained part ----
 
     def features_of(self, name, features):
-        """Run one encoder on rows of `encode` -> (B, L, width), mask (B, L), on self's device."""
+        """Trim rows of `encode`, run a toy encoder on them -> (B, L, width), mask (B, L), on self's
+        device."""
         x, null = features[name], self.null[name]
         mask = features[name + "_mask"] if self.cfg.mode == "pretrained" else x != 0
         L = max(1, int(mask.sum(1).max()))              # rows are padded for the whole data set
@@ -413,24 +412,24 @@ class TextConditioner(nn.Module):
         return torch.cat(P, dim=1), torch.cat(masks, dim=1)                     # (B, L, D), (B, L)
 
     def null_tokens(self, B):
-        """Make the prompt of unconditional sampling [CFG]: P (B, 3, D) and mask (B, 3), as those of
-        `forward` when all encoders are dropped."""
+        """Make the prompt of unconditional sampling [CFG]: P (B, 3, D) and mask (B, 3), as
+        `forward` makes when all encoders are dropped."""
         P = torch.stack([self.project[name](self.null[name]) for name in ENCODERS])
         return P.expand(B, -1, -1), torch.ones(B, 3, dtype=torch.bool, device=P.device)
 
     def drop_mask(self, B, p, generator=None, independent=False):
-        """Draw for each sample which encoders it trains without -> (B, 3) bool, on the CPU.
+        """Draw for each sample which encoders to drop -> (B, 3) bool, on the CPU.
 
         By default all three with probability p. Independent: each with p^(1/3), so that all three
-        still drop with probability p, and the backbone learns to do with one or two."""
+        still drop with probability p, and the backbone learns to use one or two."""
         rate = p ** (1 / 3) if independent else p
         return (torch.rand(B, 3 if independent else 1, generator=generator) < rate).expand(B, 3)
 
     def align(self, features, z):
-        """CLIP's loss for the toy bag of concepts: a caption must find its clip, and a clip its
-        caption, in the batch. z: the clips' latents, (B, C, T, H, W) or (B, n). Scalar.
+        """Compute CLIP's loss, a scalar, for the toy bag of concepts: in the batch a caption must
+        find its clip, and a clip its caption. z: the clips' latents, (B, C, T, H, W) or (B, ...).
 
-            a = normalise(W_a concept), b = normalise(W_b pool(z)), logits = s a b^T
+            a = normalise(W_a concept), b = normalise(W_b pool(z)), logits = s a b^T, s <= 100
             (CE(logits, i) + CE(logits^T, i)) / 2, i = 0 .. B-1
 
         Two clips with the same caption need no special treatment: their text vectors are identical,
@@ -456,8 +455,8 @@ WIDTHS = {"google/ul2": 4096, "google/byt5-small": 1472, "google/byt5-base": 153
 
 
 def make_torchvision_importable():
-    """Let transformers import torchvision, which it does if it is installed. With a CPU torch and
-    the CUDA wheel of torchvision, that fails with "operator torchvision::nms does not exist". Two
+    """Let transformers import torchvision where that is installed. With a CPU torch and the CUDA
+    wheel of torchvision, the import fails with "operator torchvision::nms does not exist". Two
     schemas without kernels are all that the import needs. Does nothing where torchvision loads."""
     try:
         import torchvision  # noqa: F401
@@ -473,7 +472,7 @@ def make_torchvision_importable():
 def from_hub(name, source, kind, **options):
     """Call transformers.<kind>.from_pretrained(source); any error becomes a one-line ValueError."""
     if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise ValueError(f"{name} {source}: no such folder, and no name on the hub (OWNER/NAME)")
+        raise ValueError(f"{name} {source}: no such folder, nor a hub name (OWNER/NAME)")
     try:
         make_torchvision_importable()
         import transformers
@@ -503,7 +502,7 @@ def check_sources(cfg):
         source, kind = getattr(cfg, name), "CLIP" if name == "concepts" else "T5"
         found = from_hub(name, source, "AutoConfig").model_type
         if found.split("_")[0] != kind.lower():                 # clip, clip_text_model; t5
-            raise ValueError(f"{name} {source}: a model of type {found}, and not {kind}")
+            raise ValueError(f"{name} {source}: a model of type {found}, not {kind}")
         load_tokenizer(name, source)
         if Path(source).is_dir() and not any(                   # an LFS pointer is a few bytes
                 f.suffix in (".safetensors", ".bin") and f.stat().st_size > 1024
@@ -517,8 +516,8 @@ def load_encoder(name, source, limit, dtype):
     kind = "CLIPTextModel" if name == "concepts" else "T5EncoderModel"
     model, info = from_hub(name, source, kind, dtype=dtype, output_loading_info=True)
     model.eval().requires_grad_(False)
-    # Weights that the encoder has no use for, such as a decoder's, are ignored. transformers would
-    # draw missing ones at random, so those are an error.
+    # Weights that the encoder has no use for, such as a decoder's, are ignored. Missing ones, which
+    # transformers would draw at random, are an error.
     if info["missing_keys"]:
         raise ValueError(f"{name} {source}: not the weights of a {kind}, "
                          f"{min(info['missing_keys'])} is missing")
@@ -528,22 +527,22 @@ def load_encoder(name, source, limit, dtype):
 
 
 def add_long_positions(clip, limit, keep=20):
-    """Append to the 77 positions of a CLIP text encoder a second table of `limit` rows.
+    """Append a table of L = max(77, limit) positions to the 77 of a CLIP text encoder.
 
-    Of the 77, it copies the first 20 and stretches the others, which captions in CLIP's training
-    rarely reached [LC]. Prompts of up to 77 tokens use the first table and are encoded exactly as
-    MetaCLIP was trained to; only longer ones use the second."""
-    inner = getattr(clip, "text_model", clip)           # transformers 5.0 has one more level
+    The second table copies the first 20 positions and stretches the others, which captions in
+    CLIP's training rarely reached [LC]. Prompts of up to 77 tokens use the first table and are
+    encoded exactly as MetaCLIP was trained to; only longer ones use the second."""
+    inner = getattr(clip, "text_model", clip)           # only transformers 5.0 has this level
     old = inner.embeddings.position_embedding.weight                            # (77, width)
     clip.short = len(old)
     tail = F.interpolate(old[keep:].float().T[None], size=max(limit, clip.short) - keep,
                          mode="linear", align_corners=True)[0].T
-    table = torch.cat([old, old[:keep], tail.to(old.dtype)])                    # (77+limit, width)
+    table = torch.cat([old, old[:keep], tail.to(old.dtype)])                    # (77+L, width)
     inner.embeddings.position_embedding = nn.Embedding.from_pretrained(table)
 
 
 def width_of(name, source):
-    """Give the features per token, without loading the weights."""
+    """Count the features per token, without loading the weights."""
     if source in WIDTHS:
         return WIDTHS[source]
     config = from_hub(name, source, "AutoConfig")
@@ -613,7 +612,7 @@ def learn_to_spell(template, trained, held_out, steps):
 
 @torch.no_grad()
 def gap_to_the_idea(text, prompt):
-    """Measure the largest difference between P of a prompt and `tokens_of` with its weights."""
+    """Measure the largest difference between P of a prompt and `tokens_of` with equal weights."""
     encode = lambda name: lambda s: text.encoders[name](torch.tensor([toy_ids(name, s)]))[0]
     want = tokens_of(prompt, {name: encode(name) for name in ENCODERS}, text.project)
     return (text(text.encode([prompt]))[0][0] - want).abs().max().item()
@@ -681,8 +680,8 @@ def print_tokens(prompt):
         sys.stdout.reconfigure(errors="backslashreplace")
     for name, strings in token_strings(prompt).items():
         bag = ", a set: one token of P" if name == "concepts" else ""
-        print(f"{name}, {len(strings)} of at most {TextConfig().limit(name)} tokens{bag}")
-        nothing = "(nothing in quotes, so nothing)" if name == "bytes" else "(nothing)"
+        print(f"{name}, {len(strings)} tokens (limit {TextConfig().limit(name)}){bag}")
+        nothing = "(nothing is quoted)" if name == "bytes" else "(nothing)"
         print("   ", " ".join(strings) or nothing)
 
 

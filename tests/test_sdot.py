@@ -382,7 +382,7 @@ def test_expected_gain_is_about_what_is_gained(M, G, d):
 
 def test_report_warns_when_there_is_nothing_to_gain():
     few = Coupling.fit(normal(40, 64), torch.arange(40))
-    assert "fewer than three clips. `independent`" in few.report() and few.found["expected"] == 0
+    assert "fewer than three clips. Random pairs" in few.report() and few.found["expected"] == 0
     assert "sqrt(d)" in Coupling.fit(normal(4, 9000)).report()
     assert "WARNING" not in grouped()[2].report()
     missed = grouped(budget=0.02, solver="sgd", lr=5.0)[2].report()
@@ -643,7 +643,7 @@ def test_wrong_flags_are_named(flag, value):
 
 @pytest.mark.parametrize("flag,value", [("temperature", 0.5), ("ema", 0.9)])
 def test_what_pot_cannot_do_is_refused(flag, value):
-    with pytest.raises(ValueError, match=f"^{flag} {value}: not with solver pot$"):
+    with pytest.raises(ValueError, match=f"^{flag} {value}: must be 0 with solver pot$"):
         SDOTConfig(solver="pot", **{flag: value})
     SDOTConfig(solver="sgd", **{flag: value})
 

@@ -80,7 +80,7 @@ def test_what_is_no_text_is_one_line(toy, prompt, says):
 
 @pytest.mark.parametrize("prompts", [[], "abc"])
 def test_a_list_of_prompts_is_asked_for(toy, prompts):
-    with pytest.raises(ValueError, match="not a list of prompts"):
+    with pytest.raises(ValueError, match="not a list of 1 or more"):
         toy.encode(prompts)
 
 
@@ -443,9 +443,9 @@ def test_a_wrong_source_is_one_line(folders, tmp_path, monkeypatch):
     odd = {**folders, "words": folders["concepts"]}
     with pytest.raises(ValueError, match="words .*not the weights of a T5Enc.* is missing$"):
         pretrained(odd).encode([SIGN])
-    with pytest.raises(ValueError, match="words .*: a model of type clip, and not T5"):
+    with pytest.raises(ValueError, match="words .*: a model of type clip, not T5"):
         text_cond.check_sources(TextConfig("pretrained", **odd))
-    with pytest.raises(ValueError, match="concepts .*: a model of type t5, and not CLIP"):
+    with pytest.raises(ValueError, match="concepts .*: a model of type t5, not CLIP"):
         text_cond.check_sources(TextConfig("pretrained", **{**folders, "concepts": odd["bytes"]}))
     text_cond.check_sources(TextConfig("pretrained", **folders))
     text_cond.check_sources(TextConfig("toy"))
@@ -503,7 +503,7 @@ def test_what_each_encoder_sees(monkeypatch, capsys):
     text_cond.main()
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == "fps-16 zoom out a red sign saying <quoted> moving left <end>"
-    assert lines[3] == "C A T <end>" and "4 of at most 128" in lines[2]
+    assert lines[3] == "C A T <end>" and "4 tokens (limit 128)" in lines[2]
     assert sorted(lines[5].split()) == sorted(set(lines[1].split()) - {"<end>"})
 
 
