@@ -1,4 +1,4 @@
-"""sample_parallel.py: one prompt, many ranks, the same clip: xDiT's parallel modes for a video DiT.
+r"""One prompt, many ranks, the same clip: xDiT's parallel modes for a video DiT.
 
         cfg 0: the prompt (cfg 1: the null text, on ranks that are arranged in the same way)
          pp 0: first half of the blocks     pp 1: second half
@@ -13,28 +13,29 @@
       Ulysses        tokens on ranks; inside attention, heads on ranks [UL]
       parallel VAE   rows of the picture on ranks, to decode the clip [XD]
 
-The model stays as it is and knows nothing about ranks. Only self-attention mixes tokens, so each
-mode is one callable in the place of `block.attend(q, k, v)`, and they nest:
+The model stays as it is and knows nothing about ranks. Only self-attention mixes tokens, so all it
+needs is another callable as `block.attend(q, k, v)`. The callables nest:
     Ulysses( StaleKV( Ring or plain attention ) )
 What is left is a schedule: who works on which tokens when. `emulate`, right below, is the whole
 algorithm in one process, without ranks; many ranks must produce what it produces.
 
 Papers.  [XD] xDiT, arXiv 2411.01738.  [PF] PipeFusion, 2405.14430.  [DF] DistriFusion, 2402.19481.
-[UL] DeepSpeed-Ulysses, 2309.14509.  [RA] Ring Attention, 2310.01889.  [USP] Ulysses in Ring,
+[UL] DeepSpeed-Ulysses, 2309.14509.  [RA] Ring Attention, 2310.01889.  [USP] Ulysses x Ring,
 2405.07719.  [FA] FlashAttention, 2205.14135 (the online softmax).
 
 Contract.  ParallelSampler(model, mesh).sample(x0, text, mask, null, null_mask, guidance, steps)
     x0 (B, ...) noise, fp32; text (B, L, D_text), in the model's precision; mask (B, L) bool, True =
-    attend -> x1 like x0, on every rank. x0 and text are broadcast from rank 0, so a different seed
-    on another rank cannot turn the clip into noise.
+    attend -> x1 like x0, on every rank. Inputs are broadcast from rank 0, so a different seed on
+    another rank cannot turn the clip into noise.
     model: any with these methods (its seams); those on tokens must accept slices of the token axis
         patchify(x) -> (B,N,P)      positions(x.shape) -> (N,D)      condition(t (b,)) -> c
         embed(tokens) -> h (b,n,D)  blocks[i](h, pos, c, text, mask) -> h      head(h, c) -> (B,n,P)
         blocks[i].attend(q, k, v), its self-attention, each (B, heads, n, head_dim): replaceable
         unpatchify(tokens, x.shape) -> x        optional: token_mask(x.shape) -> (N,P) bool or None
+    and with parameters(); `--mode every` also reads cfg.heads
 
 Run.   python sample_parallel.py       # every mode on a tiny model, and a time line   (25 s)
-       torchrun --nproc_per_node 4 sample_parallel.py --workdir runs/toy \\
+       torchrun --nproc_per_node 4 sample_parallel.py --workdir runs/toy \
            --prompt "a red circle moving left" --cfg 2 --ulysses 2 --check    # (25 s to launch)
 
 Which mode.  CFG-parallel first, it is nearly free. Then Ulysses inside a node with fast links,
@@ -42,14 +43,13 @@ PipeFusion across slow ones (its traffic does not grow with depth, and a rank ne
 blocks), Ring where Ulysses runs out of heads. Bytes that one rank sends in a step of the 30b model
 (73,728 tokens, b = 1, bf16, 8 ranks; CFG: 2), by `traffic`: Ring 76 GB while it computes, Ulysses
 19 GB, half of it while it computes, PipeFusion 1.8 GB while it computes (what goes from stage to
-stage is fp32), CFG-parallel 0.02 GB. Ring inside PipeFusion sends its K, V cache round once for
-each patch: M times Ring's traffic in a block, M / pp times for a rank.
+stage is fp32), CFG-parallel 0.02 GB. In PipeFusion, Ring sends its K, V cache round for each
+patch: M times the bytes in a block, M / pp times for a rank.
 
 Differences from the paper.
-    - PipeFusion for video. xDiT has it for image models only; a fork (pds-amd/xDiT) adds Wan 2.2,
-      Raylight Wan 2.1. It is proposed for Wan 2.2 in vLLM-Omni (pull requests 4302, 6098) and for
-      Wan 2.1 in ChituDiffusion (3), which reports banding, warped objects, no consistent speed-up.
-      Patches are bands of frames here by default (--patch-axis), bands of rows in xDiT.
+    - PipeFusion for video. xDiT has it for image models only. For Wan: pds-amd/xDiT, Raylight, pull
+      requests to vLLM-Omni (6098) and ChituDiffusion (3: banding, no consistent speed-up). Patches
+      are bands of frames here by default (--patch-axis), bands of rows in xDiT.
     - Uneven shares everywhere (tokens, heads, patches, blocks), and no padding, since padding would
       be attended to. xDiT and Wan require divisibility, diffusers by default.
     - At least one warm-up step, which is xDiT's default. xDiT also allows none: its first step then
@@ -58,8 +58,9 @@ Differences from the paper.
     - No tensor parallelism (PipeFusion divides the weights), no data parallelism.
 
 Letters.  B samples, b entries of a batch (2B with guidance, B with cfg 2); N video tokens, n those
-of a rank or a patch; P numbers in a token; D width; M patches; S steps; W warm-up steps; U, R
-Ulysses and Ring degrees; L text tokens (in `traffic` and `_steps`: blocks); t flow time.
+of a rank or a patch; P numbers in a token; D width; M patches; S steps; W warm-up steps (in section
+7 width); U, R Ulysses and Ring degrees; H, d heads and their width (in section 7 H: height); L text
+tokens; t flow time.
 """
 import argparse
 import itertools
@@ -98,9 +99,8 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
         exact          all tokens at once: the clip of CFG-parallel, Ulysses, Ring and their hybrids
         pipefusion     patch m sees this step's K, V of patches 0..m, the last step's of the others
         distrifusion   each patch sees this step's K, V of itself, the last step's of all others
-        no_exchange    each patch sees only itself, as independent tiles do (after the warm-up)
-    (Fresh and stale K, V are as in the figures of [PF] and [DF]. The last two are baselines: no
-    ranks run them.)
+        no_exchange    after the warm-up each patch sees only itself, as tiles do
+    (Which K, V are fresh is as in the code of [XD] and [DF]. The last two modes exist only here.)
 
     The number of pipeline stages does not occur here: dividing the *blocks* among ranks changes who
     computes, not what is computed. ParallelSampler is tested against this function."""
@@ -116,14 +116,14 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
     everything = slice(None)
     old, new = {}, {}                        # block -> its K, V of the last step, and of this step
 
-    def attend(block, q, k, v):                         # `part`: the tokens of the loop below
-        if mode in ("exact", "no_exchange"):            # the tokens that are here see each other
+    def attend(block, q, k, v):                         # `part`: set by the loop below
+        if mode in ("exact", "no_exchange"):            # all tokens given see each other
             return attention(q, k, v)
         if part == everything:                          # warm-up: nothing is stale
             new[block] = torch.stack((k, v))
             return attention(q, k, v)
         new[block][..., part, :] = torch.stack((k, v))
-        if mode == "pipefusion":                        # later patches still have the last step's
+        if mode == "pipefusion":                        # of later patches: the last step's
             return attention(q, *new[block])
         seen = old[block].clone()
         seen[..., part, :] = new[block][..., part, :]
@@ -146,7 +146,7 @@ def emulate(mode, model, x0, text, mask=None, null=None, null_mask=None, guidanc
 
 
 def guide(v, guidance):
-    """Guide a batch of prompts, then null texts: v_null + guidance (v_prompt - v_null)."""
+    """Guide v of prompts, then of null texts: v_null + guidance (v_prompt - v_null)."""
     prompt, null = v.chunk(2)
     return null + guidance * (prompt - null)
 
@@ -156,7 +156,7 @@ def both_branches(B, text, mask=None, null=None, null_mask=None):
     The shorter text is padded with tokens that the mask hides."""
     for m in (mask, null_mask):
         if m is not None and m.dtype != torch.bool:
-            raise ValueError(f"mask {m.dtype}: not bool; numbers would be added to scores")
+            raise ValueError(f"mask {m.dtype}: not bool; it would be added to the scores")
     if null is None:
         return text, mask
     L = max(text.shape[1], null.shape[1])
@@ -169,15 +169,15 @@ def both_branches(B, text, mask=None, null=None, null_mask=None):
 
 
 def data_columns(model, shape, rows):
-    """Mark with 1 the columns of these tokens that hold data: (n, P) or (n, 1). If several latents
-    are laid flat, a token also has columns of the others, and there x must stay zero."""
+    """Mark with 1 the columns that hold data, for the tokens `rows`: (n, P) or (n, 1). If x is
+    several latents laid flat, a token's other columns belong to other latents: x stays 0 there."""
     mask = model.token_mask(shape) if hasattr(model, "token_mask") else None
     return torch.ones(len(rows), 1, device=rows.device) if mask is None else mask[rows].float()
 
 
 @contextmanager
 def swapped_attention(attends):
-    """Let each block attend by its callable of {block: callable}, within this context only."""
+    """Replace each block's `attend` by that of {block: callable}, within this context."""
     before = {block: block.attend for block in attends}
     try:
         for block, attend in attends.items():
@@ -196,7 +196,7 @@ def one_of(name, value, choices):
 
 
 def split(n, parts):
-    """Share n things as equally as possible: split(7, 3) = [3, 2, 2]. All shares here follow it."""
+    """Share n things as equally as possible: split(7, 3) = [3, 2, 2]. Every division uses it."""
     return [n // parts + (i < n % parts) for i in range(parts)]
 
 
@@ -239,7 +239,7 @@ class Layout:
         self.counts = torch.tensor([split(n, R * U) for n in split(len(order), M)]).view(M, R, U)
 
     def tokens(self, m, r):
-        """Count the tokens of patch m (None: of all) of each Ulysses member of ring rank r."""
+        """Count patch m's tokens (None: all) on each Ulysses member of ring rank r."""
         return (self.counts[:, r].sum(0) if m is None else self.counts[m, r]).tolist()
 
     def cached(self):
@@ -261,14 +261,14 @@ class Layout:
         return spans(self.counts[:, r].sum(1).tolist())[m]
 
     def splice(self, r):
-        """Permute K, V from the order in which a warm-up's all-to-all delivers them to the cache's.
+        """Give the permutation from the order of a warm-up's all-to-all to that of the cache.
 
-        With PipeFusion x Ulysses a rank needs the K, V of all tokens [XD], so it keeps them as they
-        come out of the exchange. A warm-up delivers rank after rank,
-        u0: p0 p1 | u1: p0 p1. Later an exchange delivers one patch, p0: u0 u1, which must replace
-        its own rows. So the cache is kept by patch, p0: u0 u1 | p1: u0 u1. In the wrong order a
-        patch overwrites half of itself and half of a neighbour, and the clip looks right all the
-        same (0.4 % off on the demo's model, where staleness costs 1 %)."""
+        With PipeFusion x Ulysses a rank needs K, V of all tokens [XD], so it caches those after the
+        all-to-all. In a warm-up they come rank after rank, u0: p0 p1 | u1: p0 p1. Later come those
+        of one patch, p0: u0 u1, which must replace its own rows. So the cache is kept by patch,
+        p0: u0 u1 | p1: u0 u1. In the wrong order a patch overwrites half of itself and half of a
+        neighbour, and the clip looks right all the same (0.4 % off on the demo's model, where
+        staleness costs 1 %)."""
         patch = [torch.full((self.counts[m, r, u],), m, device=self.order.device)
                  for u in range(self.U) for m in range(self.M)]
         return torch.cat(patch).argsort(stable=True)
@@ -290,7 +290,7 @@ class Axis:
 
 def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, guided=True,
                   depth=None, heads=None, steps=None):
-    """Raise ValueError, the same on all ranks and before they communicate, for what cannot work."""
+    """Raise ValueError, the same on all ranks, for what cannot work or leaves some of them idle."""
     product = cfg * pp * ring * ulysses
     for wrong, line in (
             *((n < 1, f"{name} {n}: must be 1 or more") for name, n in
@@ -301,7 +301,7 @@ def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, gu
             (cfg == 2 and not guided, "cfg 2: needs guidance, that is a null text"),
             (patches < 0, f"patches {patches}: must be 1 or more, or 0 for as many as stages"),
             (pp == 1 and patches, f"patches {patches}: needs pp 2 or more (they fill a pipeline)"),
-            (0 < patches < pp, f"patches {patches}: fewer than the pp {pp} stages, some idle"),
+            (0 < patches < pp, f"patches {patches}: fewer than the pp {pp} stages"),
             (steps and warmup > steps, f"warmup {warmup}: more than the {steps} steps"),
             (depth and pp > depth, f"pp {pp}: more stages than the model's {depth} blocks"),
             (heads and ulysses > heads,
@@ -311,7 +311,7 @@ def check_degrees(world, cfg=1, pp=1, ring=1, ulysses=1, patches=0, warmup=1, gu
 
 
 def rank_and_world():
-    """Give this process's number and the number of all; 0 and 1 without torch.distributed."""
+    """Give this process's rank and the number of ranks; 0 and 1 without torch.distributed."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -338,7 +338,7 @@ SENT = Counter()        # bytes that this rank has sent, by purpose: `traffic` p
 
 
 def exchange(parts, shapes, axis, what):
-    """Exchange tensors of any sizes: parts[u] goes to member u, shapes[u] is what comes back.
+    """Exchange tensors of any sizes: parts[u] goes to member u, shapes[u] comes from it.
 
     The call returns at once, and the first use of a result waits. So exchanges that are started
     together overlap with each other and with compute. The gradient is the exchange back."""
@@ -350,8 +350,8 @@ def exchange(parts, shapes, axis, what):
 
 
 def gather(x, sizes, dim, axis, what="gather"):
-    """Join the x of all ranks, of `sizes` along dim, on every rank. In the backward pass each rank
-    gets the sum over ranks of the gradients of its own rows."""
+    """Join the x of all ranks, of `sizes` along dim, on every rank. The gradient of a rank's
+    rows is summed over all ranks."""
     shape = lambda n: [*x.shape[:dim], n, *x.shape[dim + 1:]]
     return torch.cat(exchange([x] * axis.size, [shape(n) for n in sizes], axis, what), dim)
 
@@ -410,10 +410,10 @@ class UlyssesInPieces:
 
 
 def attention_lse(q, k, v):
-    """Attend to some of the keys, and return what is needed to merge the result with the rest:
+    """Attend to some of the keys, and return what a merge with the rest needs:
     o = softmax(q k^T / sqrt(d)) v  and  lse = log sum exp(q k^T / sqrt(d)), (b, heads, n), fp32.
-    The fused kernels compute lse anyway and never build (n, n). On a GPU they take 16-bit numbers
-    only; the definition serves the rest, for small sizes."""
+    The flash kernels compute lse anyway and never build (n, n). On a GPU they take only 16 bits and
+    head_dim 8 k; the definition serves the rest, if small."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
@@ -423,13 +423,13 @@ def attention_lse(q, k, v):
 
 
 class Ring:
-    """Ring attention [RA]: queries stay, K and V travel round in R - 1 hops, each during the
-    attention to the block that is there.
+    """Ring attention [RA]: queries stay, K and V travel round in R - 1 hops, each while the
+    rank attends to those it has.
 
     Two partial softmaxes merge exactly, in fp32 [RA, FA: the online softmax]:
         o += sigmoid(lse_i - lse) (o_i - o),   lse = logaddexp(lse, lse_i)
-    Attention is not causal, so the ranks have equal work and no zigzag order is needed. Both
-    directions of a hop start together: a blocking send before the receive would deadlock."""
+    Attention is not causal, so the ranks have equal work and no zigzag order is needed. Send
+    and receive of a hop start together: a blocking send before the receive would deadlock."""
 
     def __init__(self, axis, sizes):
         self.axis, self.sizes = axis, sizes                     # K, V rows of each ring rank
@@ -438,7 +438,7 @@ class Ring:
         R, r, group = self.axis.size, self.axis.index, self.axis.group
         # The fused op and the messages need contiguous tensors.
         q, kv = q.contiguous(), torch.stack((k, v)).contiguous()            # kv (2, b, h, n_r, d)
-        o = lse = None
+        o, lse = 0, torch.tensor(-math.inf, device=q.device)
         for hop in range(R):
             works = []
             if hop < R - 1:
@@ -449,34 +449,25 @@ class Ring:
                 SENT["ring"] += kv.nbytes
             o_i, lse_i = attention_lse(q, *kv)
             o_i, lse_i = o_i.float(), lse_i[..., None]                  # (b, h, n, d), (b, h, n, 1)
-            if o is None:
-                o, lse = o_i, lse_i
-            else:
-                o = o + torch.sigmoid(lse_i - lse) * (o_i - o)
-                lse = torch.logaddexp(lse, lse_i)
+            o = o + torch.sigmoid(lse_i - lse) * (o_i - o)
+            lse = torch.logaddexp(lse, lse_i)
             for work in works:
                 work.wait()
             kv = coming if works else kv
         return o.to(q.dtype)
 
 
-@dataclass
-class Position:
-    """Where the schedule stands; the attentions read it."""
-    patch: int | None = None        # None: all tokens (warm-up, and without PipeFusion)
-
-
 class StaleKV:
     """PipeFusion's attention [PF]: the queries of one patch meet K, V of all patches, and those of
     later patches are one step old.
 
-    The warm-up attends to everything and keeps K, V. After it patch m writes its rows and attends
-    to the whole cache: patches 0..m are of this step, m+1..M-1 of the last. On average (M+1)/2M of
-    it is fresh, with DistriFusion 1/M (our count). Each sample starts with a new cache, so K, V of
-    another prompt, or of another batch size after guidance was switched, never enter.
+    The warm-up attends to everything and keeps K, V. Later patch m writes its rows, then attends
+    to the whole cache: patches 0..m of this step, m+1..M-1 of the last. On average (M+1)/(2M) of it
+    is fresh, with DistriFusion 1/M (our count). Each sample starts with a new cache, so K, V of
+    another prompt, or of another batch size (guidance on or off), never enter.
 
-    K, V are kept as they come out of the Ulysses exchange (all rows, my heads: no extra traffic),
-    or per Ring rank (my rows, all heads)."""
+    K, V are those after the Ulysses all-to-all (all rows, my heads: no extra traffic); with Ring,
+    of the ring rank's rows."""
 
     def __init__(self, core, layout, r, at):
         self.core, self.layout, self.r, self.at = core, layout, r, at
@@ -510,7 +501,7 @@ class Outbox:
     """Sends messages to one rank, and keeps each tensor alive until it has left.
 
     most: how many may be on their way, which bounds the memory. Fewer than M would deadlock: stage
-    0 receives a patch's latent only when its turn comes again, M patches later."""
+    0 receives a patch's latent only at that patch's next turn, M patches later."""
 
     def __init__(self, what, dst, group, most):
         self.what, self.dst, self.group, self.most, self.flying = what, dst, group, most, deque()
@@ -528,8 +519,8 @@ class Outbox:
 
 
 class Share:
-    """Holds one rank's share of a sample: its tokens, the same in every step, and the text (of both
-    branches of guidance; with cfg 2 of its own branch)."""
+    """Holds one rank's share of a sample: its tokens, the same rows in every step, and the text (of
+    both branches of guidance; with cfg 2 of one)."""
 
     def __init__(self, sampler, x0, text, mask, null, null_mask, ts):
         s, self.model = sampler, sampler.model
@@ -558,14 +549,14 @@ class Share:
 
 
 class ParallelSampler:
-    """Samples any model with the seams of the contract (module docstring) over `make_mesh(...)`.
+    """Samples any model with the methods of the contract (module docstring) over `make_mesh(...)`.
 
         patches     M; 0: as many as stages
         warmup      W whole steps before the pipeline fills
         patch_axis  bands of frames (t), rows (h) or columns (w)
     `settings` are those with which `emulate` makes the same clip. After a sample, `sent` holds the
-    bytes that its steps sent (without the one broadcast of noise and text and the one reduction of
-    the clip), `expected` what `traffic` predicts, `items` the schedule: (step, patch or None)."""
+    bytes that its steps sent (without the broadcast of the inputs and the reduction of the clip),
+    `expected` what `traffic` predicts, `items` the schedule: (step, patch or None)."""
 
     def __init__(self, model, mesh=None, patches=0, warmup=1, patch_axis="t"):
         axis = lambda m: Axis(m.size(), m.get_local_rank(), m.get_group())
@@ -578,8 +569,7 @@ class ParallelSampler:
         check_degrees(self.world, **self.degrees, patches=patches, warmup=warmup, depth=depth)
         one_of("patch-axis", patch_axis, ("t", "h", "w"))
         if getattr(config, "conditioning", None) == "in_context":
-            raise ValueError("conditioning in_context: parallel sampling has no place for its time "
-                             "token")
+            raise ValueError("conditioning in_context: no rank can hold its time token")
         piped = self.pp.size > 1
         self.M = (patches or self.pp.size) if piped else 1
         self.settings = dict(mode="pipefusion" if piped else "exact", patches=self.M,
@@ -593,8 +583,8 @@ class ParallelSampler:
     def _open_links(self, mesh, device):
         """Make a group for each link of a pipeline's circle, used in one direction. NCCL runs the
         messages of a group in the order of the calls: with two links in a group, a send would wait
-        behind the receive of a later patch. It connects two ranks at their first message, for which
-        both wait: so that message is sent here, link after link."""
+        behind the receive of a later patch. NCCL connects two ranks at their first message, which
+        blocks both: so it is sent here, link after link."""
         one = torch.zeros(1, device=device)
         for line in rearrange(mesh.mesh, "c p r u -> (c r u) p").tolist():
             for a, b in zip(line, line[1:] + line[:1]):
@@ -607,7 +597,7 @@ class ParallelSampler:
                     dist.irecv(one, a, group).wait()
 
     def _agree(self, **mine):
-        """Raise ValueError on all ranks if their arguments differ: they would hang later."""
+        """Raise ValueError on all ranks if their arguments differ: ranks would hang later."""
         first, *others = everyone(mine)
         for rank, theirs in enumerate(others, 1):
             for name, value in theirs.items():
@@ -644,7 +634,8 @@ class ParallelSampler:
         self.steps = S = len(share.ts) - 1
         self.items = [(i, None) for i in range(S if self.pp.size == 1 else self.warmup)]
         self.items += [(i, m) for i in range(len(self.items), S) for m in range(self.M)]
-        at, tokens = Position(), []                     # both change with each item
+        # Both change with each item; patch None is all tokens (warm-up, and without PipeFusion).
+        at, tokens = argparse.Namespace(patch=None), []
         attends = {block: self._attend(layout, tokens, at) for block in blocks}
         received, outbox = self._open_mail(share, hidden)
 
@@ -659,13 +650,13 @@ class ParallelSampler:
                 self._work(share, step, at.patch, blocks, guidance, received, outbox)
         if outbox:
             outbox.flush()
-        (B, _, P), N, L = share.x.shape, len(layout.order), len(self.model.blocks)
+        (B, _, P), N, depth = share.x.shape, len(layout.order), len(self.model.blocks)
         self.sent = Counter(SENT)
-        self.expected = traffic(N, hidden.shape[-1], L, P, B, 1 + share.guided, S, self.warmup,
+        self.expected = traffic(N, hidden.shape[-1], depth, P, B, 1 + share.guided, S, self.warmup,
                                 self.M, q.element_size(), hidden.element_size(),
                                 **self.degrees)
         self.equal_shares = not (N % (layout.M * layout.R * layout.U) or q.shape[1] % layout.U
-                                 or L % self.pp.size)
+                                 or depth % self.pp.size)
         return self._assemble(share)
 
     def _probe(self, share, block):
@@ -680,8 +671,8 @@ class ParallelSampler:
 
     def _open_mail(self, share, hidden):
         """Prepare a pipeline stage's messages -> (those to receive, an Outbox). Stage p gets hidden
-        tokens from stage p - 1 for every item; the first stage gets what the last has stepped, for
-        every item but those of the last step."""
+        tokens from stage p - 1 for every item; stage 0 gets latents from the last stage, for every
+        item before the last step."""
         if self.pp.size == 1:
             return None, None
         n = lambda m: share.layout.tokens(m, self.ring.index)[self.ulysses.index]
@@ -701,8 +692,8 @@ class ParallelSampler:
         if m in (None, 0):
             share.c = share.condition(i)
         if self.first:
-            # Step i - 1 of these tokens comes back from the last stage: whole after a warm-up step
-            # (taken with the first patch), else patch by patch.
+            # x after step i - 1 comes from the last stage: all of it after a warm-up step (received
+            # with the first patch), else patch m.
             if received and i > 0 and (m in (None, 0) or i > self.warmup):
                 share.x[:, local(m if i > self.warmup else None)] = next(received)
             h = share.embed(part)                                               # (b, n, D)
@@ -718,7 +709,7 @@ class ParallelSampler:
         v = guide(v, guidance) if share.guided else v                           # (B, n, P)
         share.x[:, part] += (share.ts[i + 1] - share.ts[i]) * v * share.real[part]      # Euler
         if outbox and i < self.steps - 1:
-            outbox.send(share.x[:, part])       # perhaps a view: kept until stage 0 has it
+            outbox.send(share.x[:, part])       # or a view: not changed before it arrived
 
     def _attend(self, layout, tokens, at):
         """Nest a block's attention: Ulysses( StaleKV( Ring or plain ) ), less what has degree 1."""
@@ -729,8 +720,8 @@ class ParallelSampler:
         return UlyssesInPieces(self.ulysses, [cached(), cached()], tokens)
 
     def _assemble(self, share):
-        """Put everybody's final tokens together, on every rank: (B, N, P). Once a sample, since an
-        Euler step needs no other token. Each rank writes its rows into zeros, and the sum over
+        """Join the final tokens of all ranks, on every rank: (B, N, P). Once a sample, since a
+        token's Euler step needs no other. Each rank writes its rows into zeros, and the sum over
         ranks is exact."""
         B, _, P = share.x.shape
         full = share.x.new_zeros(B, len(share.layout.order), P)
@@ -762,13 +753,13 @@ def keep_stage(model, pp, index):
 # ---- 7. Decoding over ranks ----------------------------------------------------------------------
 class Halo(TorchFunctionMode):
     """The parallel VAE of [XD] (DistVAE): runs a decoder on a band of rows as if it had the whole
-    picture. The decoder stays as it is: while this mode is on, it replaces those of torch's
-    functions that look across rows.
+    picture. The decoder stays as it is: in this mode those of torch's functions that look across
+    rows are replaced.
 
         convolution            gets the neighbours' rows; zeros at the picture's own edge
         group norm             mean and variance over all bands
         attention over space   K and V of all bands; attention over time stays as it is
-        NOT_IN_BANDS           raise ValueError, as do strides, and paddings that change the rows
+        NOT_IN_BANDS           ValueError, also for strides, paddings that change the number of rows
     Anything else that looks across rows (a mean in plain arithmetic, a smooth interpolation) is not
     replaced and sees this rank's band alone: check a new decoder once, as `--check` does.
     Pictures are (frames, C, H, W) or (B, C, T, H, W), attention (sequences, heads, tokens, d) with
@@ -783,8 +774,7 @@ class Halo(TorchFunctionMode):
         self.axis, self.rows, self.width = axis, rows, width    # latent rows of each band; columns
         self.replace = dict.fromkeys(self.NOT_IN_BANDS, self.refuse) | {
             F.conv2d: self.conv, F.conv3d: self.conv, F.pad: self.pad,
-            F.group_norm: self.group_norm,
-            F.scaled_dot_product_attention: self.attend}
+            F.group_norm: self.group_norm, attention: self.attend}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self.replace:
@@ -802,7 +792,7 @@ class Halo(TorchFunctionMode):
         reach = dilation[-2] * (weight.shape[-2] - 1)
         if stride[-2] != 1 or p and 2 * p != reach or not p and x.shape[-2] <= reach:
             self.refuse(func)                                       # it changes the number of rows
-        # Without padding it is 1x1, or over time: tae.py calls that with (B, C, T, H W).
+        # Without padding: 1x1, or over time, which tae.py gives as (B, C, T, H W).
         return func(self.extend(x, p) if p else x, weight, bias, stride, padding, dilation, groups)
 
     def extend(self, x, p):
@@ -827,7 +817,7 @@ class Halo(TorchFunctionMode):
 
     def group_norm(self, func, x, num_groups, weight=None, bias=None, eps=1e-5):
         if x.dim() < 4 and not self.over_space(x.shape[-1], len(x), x.device):
-            # The frames of one pixel: no other band has any.
+            # Over time: this band has all frames of its pixels.
             return func(x, num_groups, weight, bias, eps)
         groups = x.float().reshape(x.shape[0], num_groups, -1)
         total = partial(torch.sum, dim=-1, dtype=torch.float64)
@@ -845,7 +835,7 @@ class Halo(TorchFunctionMode):
         """Tell whether a batch of `sequences` of n tokens each is over space, or over time.
 
         Over space n is a multiple of the band's pixels, over time the number of sequences is. One
-        rank may find both possible where another finds one, so they keep what all find possible."""
+        rank may find both possible, another only one: they keep what all find possible."""
         pixels = self.rows[self.axis.index] * self.width
         possible = torch.tensor([n % pixels == 0, sequences % pixels == 0], device=device).int()
         dist.all_reduce(possible, dist.ReduceOp.MIN, group=self.axis.group)
@@ -864,8 +854,8 @@ class Halo(TorchFunctionMode):
 
 
 def can_be_split(shape, world):
-    """Tell whether `halo_decode` can share one latent of this shape among so many ranks: a band of
-    rows for each, not VidTwin's flat latent, and numbers by which `over_space` can tell pixels from
+    """Tell whether `halo_decode` can share one latent of this shape among `world` ranks: a band of
+    rows each, not VidTwin's flat latent, and numbers by which `over_space` can tell pixels from
     frames (8 ranks cannot share small's 8 x 8 x 8)."""
     return len(shape) == 4 and (world == 1 or shape[2] >= world and any(
         shape[1] % (n * shape[3]) for n in split(shape[2], world)))
@@ -897,23 +887,22 @@ def halo_decode(decode, z):
 
 
 # ---- 8. What is sent -----------------------------------------------------------------------------
-def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_bytes=None, cfg=1, pp=1,
+def traffic(N, D, depth, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_bytes=None, cfg=1, pp=1,
             ring=1, ulysses=1):
     """Compute the bytes that one rank sends in S steps, by purpose, for equal shares. The numbers
-    of one step (our count; [XD] gives orders):
+    of one step (our count; [XD]: O(...) only):
 
-        ulysses   4 b n D (U-1)/U L/pp     Q, K, V out and O back; n = N/UR, b entries of a batch
-        ring      2 b n D (R-1) L/pp       K, V, R - 1 hops; in PipeFusion the whole cache, M times
+        ulysses   4 b n D (U-1)/U depth/pp Q, K, V out and O back; n = N/UR, b entries of a batch
+        ring      2 b n D (R-1) depth/pp   K, V, R - 1 hops; in PipeFusion the whole cache, M times
         cfg       B n P                    the output, once a step, fp32
-        hidden    b n D                    a stage to the next. No L: it does not grow with depth
-        latent    B n P                    the last stage to the first, fp32, after all but the last
-                                           step
+        hidden    b n D                    to the next stage; does not grow with depth
+        latent    B n P                    last stage to first, fp32, in every step but the last
     In a pipeline the last stage sends cfg and latent, all others hidden. size: bytes of a number in
-    q, k, v; hidden_bytes: between blocks, where that differs (autocast).
+    q, k, v; hidden_bytes: of one between blocks, if that differs (a residual stream in fp32).
 
     Where compute hides all messages, a pipeline is S / (W + ((S - W) M + pp - 1) / (M pp)) times as
-    fast as one rank (our count); the others as many times as they have ranks."""
-    b, n, layers = B * branches / cfg, N / (ring * ulysses), math.ceil(L / pp)
+    fast as one rank (our count); another mode as many times as it has ranks."""
+    b, n, layers = B * branches / cfg, N / (ring * ulysses), math.ceil(depth / pp)
     rounds = W + (S - W) * M if pp > 1 else S
     sent = {
         "ulysses": 4 * b * n * D * (ulysses - 1) / ulysses * layers * size * S,
@@ -928,8 +917,8 @@ def traffic(N, D, L, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_bytes=Non
 # ---- 9. A run and its check ----------------------------------------------------------------------
 def rounding(model, steps):
     """Bound how far rounding may move a clip, relative to its largest value: 2^-24 in fp32 (2^-8 in
-    bf16) for each of about 6 matrix products in a block and step, all errors adding up; at
-    most 3 %. Measured errors are a tenth of it. In fp32 a wrong algorithm stands out, at 1e-3 or
+    bf16) six times for each block and step, all errors adding up; at most 3 %.
+    Measured errors are a tenth of it. In fp32 a wrong algorithm stands out, at 1e-3 or
     more (the demo shows one); in bf16 it may not."""
     unit = torch.finfo(next(model.parameters()).dtype).eps / 2
     return min(6 * len(model.blocks) * steps * unit, 0.03)
@@ -941,7 +930,7 @@ def difference(a, b):
 
 
 def measure(sampler, **inputs):
-    """Sample once -> (x1, a row of the table: mode, seconds, bytes of the busiest rank, ...)."""
+    """Sample once -> (x1, row of the table: mode, seconds, a rank's most bytes by purpose, ...)."""
     start = time.perf_counter()
     x1 = sampler.sample(**inputs)
     if x1.is_cuda:
@@ -961,8 +950,8 @@ TABLE_HEAD = f"  {'mode':22s} difference {'':12s}   kB/step   formula  {'sent fo
 
 def agrees(row, x1, want):
     """Print a row of the table -> whether x1 is what one process makes, up to rounding, and the
-    bytes are the formula's. Marks: = equal; ! not equal; ~ shares are uneven: the busiest rank
-    sends more than an equal share, and only the purposes are compared."""
+    bytes are the formula's. Marks: = equal; ! not equal; ~ shares are uneven: some rank sends
+    more than an equal share, and only the purposes are compared."""
     sent, expected, off = row["sent"], row["expected"], difference(x1, want)
     right = sent == expected if row["equal"] else sent.keys() == expected.keys()
     mark = "!" if not right else "=" if row["equal"] else "~"
@@ -974,7 +963,7 @@ def agrees(row, x1, want):
 
 
 def sample_every(model, inputs, device="cpu", warmup=1, patch_axis="t"):
-    """Sample once with each mesh that so many ranks and this model allow -> [(x1, row)]."""
+    """Sample once with each mesh that these ranks and this model allow -> [(x1, row)]."""
     (_, world), heads = rank_and_world(), model.cfg.heads
     divisors = [d for d in range(1, world + 1) if world % d == 0]
     modes = [(d, M) for d in itertools.product((1, 2), divisors, divisors, divisors)
@@ -1004,8 +993,8 @@ def verdict(ok, text):
 
 
 def launch(fn, world, *args):
-    """Run fn(*args) on `world` forked ranks, joined by gloo over a file -> their results. The first
-    error ends all, and is raised here. Forking takes 0.1 s."""
+    """Run fn(*args) on `world` forked ranks, joined by gloo over a file -> their results. A first
+    error ends all ranks, and is raised here. Forking takes 0.1 s."""
     import torch._dynamo  # noqa: F401  (else each rank's first exchange imports it, in 1 s)
     with tempfile.TemporaryDirectory() as folder:
         start_processes(_rank, (fn, args, world, folder), world, start_method="fork")
@@ -1017,7 +1006,7 @@ def _rank(rank, fn, args, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world, timeout=timedelta(minutes=2))
     torch.save(fn(*args), f"{folder}/{rank}.pt")
-    dist.barrier()                                  # nobody leaves while another still needs it
+    dist.barrier()                                  # no rank leaves while others need it
     dist.destroy_process_group()
 
 
@@ -1046,7 +1035,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyDiT(nn.Module):
-    """The seams of the contract and nothing more, with random weights."""
+    """The methods of the contract and nothing more, with random weights."""
 
     def __init__(self, channels=2, grid=(8, 8, 8), patch=(1, 2, 4), D=64, depth=4, heads=4):
         super().__init__()
@@ -1123,8 +1112,8 @@ def timeline_rank(model, inputs, pp, patches):
 
 
 def draw_timeline(events, M, path):
-    """Draw above what each stage did when, as recorded in real processes (which share one clock),
-    and below, by PipeFusion's rule, how old the K, V are that each piece of work attends to."""
+    """Draw when each stage worked on what (above; recorded in real processes, which share a clock),
+    and of which step the K, V are that it attended to (below; PipeFusion's rule)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1141,13 +1130,14 @@ def draw_timeline(events, M, path):
     top.set(yticks=range(len(events)), yticklabels=[f"stage {p}" for p in range(len(events))],
             xlabel="milliseconds", ylim=(len(events) - 0.5, -0.5),
             title="PipeFusion as it ran: a box is one stage at work on one patch (gaps: waiting)")
-    ages = [[step - (patch is not None and m > patch) for step, patch in items] for m in range(M)]
-    below.pcolormesh(ages, cmap=color, edgecolors="white")
+    of_step = [[step - (patch is not None and m > patch) for step, patch in items]
+               for m in range(M)]
+    below.pcolormesh(of_step, cmap=color, edgecolors="white")
     for x, (_, patch) in enumerate(items):
         for m in range(M):
             what = "written" if patch in (None, m) else "stale" if m > patch else ""
             below.text(x + 0.5, m + 0.5, what, ha="center", va="center", fontsize=6,
-                       color="white" if ages[m][x] < items[-1][0] else "black")
+                       color="white" if of_step[m][x] < items[-1][0] else "black")
     below.set(yticks=[m + 0.5 for m in range(M)], yticklabels=[f"K, V of p{m}" for m in range(M)],
               xticks=[x + 0.5 for x in range(len(items))], xlabel="step and patch",
               xticklabels=[f"{i}\n{name}" for (i, _), name in zip(items, names)],
@@ -1175,7 +1165,7 @@ def demo(out="out/sample_parallel"):
         clip, bands = decoder(z), torch.cat([decoder(band) for band in z.chunk(4, dim=3)], dim=3)
 
     print("every mode, 8 steps with guidance, against the same algorithm in one process "
-          "(64 tokens, 4 blocks of width 64; bytes of the busiest rank)")
+          "(64 tokens, 4 blocks of width 64; a rank's most bytes by purpose)")
     right = same = modes = 0
     for world in (2, 4):
         ranks = launch(demo_rank, world, model, decoder, inputs, z)
@@ -1212,7 +1202,7 @@ def demo(out="out/sample_parallel"):
     claim("and is below DistriFusion's at equal patches (32 steps, M 2)", f"{errors[32][0]:.4f}",
           f"{errors[32][2]:.4f}", errors[32][0] < errors[32][2])
 
-    # Large enough that a micro-step takes longer than starting it.
+    # Large enough that work on a patch outlasts starting it.
     large = TinyDiT(grid=(8, 16, 16), D=96, depth=8).eval()
     inputs = {"x0": torch.randn(1, 2, 8, 16, 16), "text": torch.randn(1, 2, 96),
               "null": torch.randn(1, 2, 96), "steps": 4}
@@ -1227,7 +1217,7 @@ def demo(out="out/sample_parallel"):
 # ---- 11. Command line ----------------------------------------------------------------------------
 def fail(message):
     """Print one line and exit with status 2. torchrun ends all ranks of a node at the first exit:
-    so ranks above 0 wait, and a mistake that all ranks make is told once."""
+    so ranks above 0 wait, and an error common to all is printed once."""
     if rank := int(os.environ.get("RANK", 0)):
         time.sleep(2)
         message = f"rank {rank}: {message}"
@@ -1308,13 +1298,13 @@ def prompts_of(args):
     """List the prompts of --prompt, then those of --prompt-file."""
     prompts = list(args.prompt)
     if args.prompt_file is not None:
-        try:                                        # utf-8-sig: some editors put a mark in front
+        try:                                        # utf-8-sig: without a byte order mark
             lines = Path(args.prompt_file).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompt-file {args.prompt_file}: {error}") from None
         prompts += [line.strip() for line in re.split(r"\r?\n", lines) if line.strip()]
     if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError("--prompt: needed with --workdir, or --prompt-file; neither may be empty")
+        raise ValueError("--prompt: needed with --workdir (or --prompt-file), and not empty")
     if args.mode == "every" and len(prompts) > 1:
         raise ValueError(f"--mode every: takes one prompt, not {len(prompts)}")
     return prompts
@@ -1325,7 +1315,7 @@ def sample_run(args):
     prompts, world = prompts_of(args), int(os.environ.get("WORLD_SIZE", 1))
     degrees = {axis: getattr(args, axis) for axis in AXES}
     if args.mode == "every":
-        degrees["ring"] = world            # any mesh that fits: `check_every` makes the real ones
+        degrees["ring"] = world            # any mesh that fits: `sample_every` has the real ones
     fits = partial(check_degrees, world, **degrees, patches=args.patches, warmup=args.warmup)
     fits(steps=args.steps)
     try:
@@ -1356,25 +1346,25 @@ def check_run(args, train, prompts, world, fits):
     run = train.load_run(args.workdir, device="meta")           # all shapes, no weights
     config, shape = run.cfg.sample, tuple(run.latent_shape)
     if run.cfg.flow.objective != "flow":
-        raise ValueError(f"--workdir {args.workdir}: trained by diffusion, not a flow to follow")
+        raise ValueError(f"--workdir {args.workdir}: trained as diffusion, not as a flow")
     ts = run.schedule(args.steps or config.steps, args.schedule)
     fits(steps=len(ts) - 1, depth=len(run.dit.blocks), heads=run.dit.cfg.heads)
     bands = can_be_split(shape, world)
     if args.decode == "halo" and not bands:
-        raise ValueError(f"--decode halo: latents {shape} cannot be cut into bands of rows for "
-                         f"{world} ranks, use --decode one")
+        raise ValueError(f"--decode halo: {world} ranks cannot decode latents {shape} in bands of "
+                         "rows, use --decode one")
     if args.decode == "auto":
         args.decode = "halo" if bands and world > 1 else "one"
     if int(os.environ.get("RANK", 0)) == 0:
         if args.mode != "every":                # after all that can be wrong, and before sampling
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         if config.solver != "euler":
-            print(f"the run samples with {config.solver}; here it is Euler", file=sys.stderr)
+            print(f"the run samples with {config.solver}; here with Euler", file=sys.stderr)
     return ts, config.guidance if args.guidance is None else args.guidance
 
 
 def check_every(args, train, prompt, ts, guidance):
-    """Compare each mesh that so many ranks allow with one process -> whether all agree."""
+    """Compare each mesh that these ranks allow with one process -> whether all agree."""
     run = train.load_run(args.workdir, args.device)
     inputs = inputs_of(run, prompt, args.seed, guidance, ts)
     results = sample_every(run.dit, inputs, args.device, args.warmup, args.patch_axis)
@@ -1407,7 +1397,7 @@ def sample_prompts(args, train, prompts, degrees, ts, guidance):
             out = Path(args.out)
             path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{j}")
             T, H, W = run.cfg.clips.shape
-            clip = clip[:, :, :T, :H, :W]                   # without the rows that encode padded
+            clip = clip[:, :, :T, :H, :W]                   # without what encode padded
             train.write_video(path, clip[0].float().cpu(), run.fps_of(prompt))
             print(f"{path}: {prompt}   ({row['seconds']:.1f} s)", flush=True)
         if whole is not None:
