@@ -1225,6 +1225,13 @@ def fail(message):
     sys.exit(2)
 
 
+def open_stderr():
+    """Open stderr if it is closed, as by 2>&-: else the next file opened would get its number."""
+    if sys.stderr is None:
+        os.dup2(1 if sys.stdout else os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+
+
 def number(kind, low, high):
     """Make the type of an argument: a number of this kind between these bounds."""
     def read(word):
@@ -1432,9 +1439,7 @@ def check(model, inputs, z, row, clip, alone):
 
 def main(argv=None):
     """Run the demo or sample a run -> exit status."""
-    if sys.stderr is None:          # closed, as by 2>&-: else the next file opened gets its number
-        os.dup2(1 if sys.stdout else os.open(os.devnull, os.O_WRONLY), 2)
-        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+    open_stderr()
     if hasattr(sys.stdout, "reconfigure"):      # a prompt may have letters that the terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse(argv)

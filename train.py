@@ -2,7 +2,7 @@
 
     stage     reads                   leaves in the run folder
     tae       clips                   tae/: tae.safetensors, the autoencoder with latent statistics
-                                      (image.safetensors, the same before inflation to video)
+                                      (image.safetensors, the weights before inflation to video)
     latents   tae, clips, captions    latents/: mean and logvar of each clip, text features
     coupling  tae, latents            coupling.pt: which noise meets which clip (only sdot)
     dit       tae, latents, coupling  model.safetensors: autoencoder, text, DiT, config
@@ -10,17 +10,17 @@
     report    everything above        report.json, index.html and its pictures: samples.gif,
                                       curves.png, reconstructions/
 
-Besides: config.json, every setting; log.jsonl, one JSON object a line (time, stage, step, then
+Also: config.json, every setting; log.jsonl, one JSON object a line (time, stage, step, then
 loss, lr and grad_norm, or an event); judge.json, how far the toy world's judge can be trusted;
-videos.json, the videos of --data; tae/image/step_*, tae/video/step_* and dit/step_*, the last
-checkpoints of each training, two at most.
+videos.json, the videos of --data; tae/image/step_*, tae/video/step_* and dit/step_*, the last two
+checkpoints of each training (three while one is written); lock, against a second run.
 
 This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, the toy world of
 world.py, and sample_parallel.py for --sp), and adds what they do not have: videos, ranks,
 checkpoints, the loop, the command line. It begins with the loop, `optimize`, which trains both
 models. `Checkpoints` (section 5) writes and reads the step_* folders. `dit_batches` (section 6)
-makes what a step of the DiT trains on, noise, latents and text; `TextToVideo.forward` makes the
-loss out of it. --dp, --replicate and --sp act in `data_parallel`, and in `Mesh`, `place` and
+makes the noise, latents and text of a step of the DiT; `TextToVideo.forward` turns them into the
+loss. --dp, --replicate and --sp act in `data_parallel`, and in `Mesh`, `place` and
 `split_tokens` of section 4. `work` (section 9) goes through the stages.
 
 Run.   torchrun train.py --scale toy                    # all stages; no download, no GPU, no data
@@ -115,10 +115,10 @@ def optimize(run: "Run", stage: str, model: nn.Module, hp: "TrainConfig", steps:
     """Train a model from `place` for `steps` -> its averaged weights, whole, on rank 0.
 
     batch(step) returns a tuple of model.forward's arguments for each part of this rank's clips;
-    forward returns the loss. It is a pure function of the step, so resuming is starting the loop at
-    another number. Checkpoints are written to the run's folder `stage`/step_*.
+    forward returns the loss. `batch` is pure, so a resumed loop only starts at another number.
+    Checkpoints are written to the run's folder `stage`/step_*.
 
-    A step whose loss or gradient is not finite changes nothing; three in a row are a UserError."""
+    Skips a step whose loss or gradient is not finite; UserError after three in a row."""
     weights = dict(model.named_parameters())
     optimizer, net, bad = adamw(weights, hp), data_parallel(run, model), 0
     average = {k: p.detach().clone() for k, p in weights.items()} if hp.ema else {}
@@ -198,8 +198,8 @@ def data_parallel(run: "Run", model: nn.Module) -> nn.Module:
 
 def adamw(weights: dict[str, nn.Parameter], hp: "TrainConfig") -> torch.optim.AdamW:
     """Make AdamW with weight decay for matrices and kernels. Biases have none, nor do tables and
-    embeddings, whose rarely used rows would only shrink. Its state is allocated now, so that a
-    checkpoint can be loaded into it."""
+    embeddings, whose rarely used rows would only shrink. AdamW's state is allocated now, for a
+    checkpoint to be loaded into."""
     table = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
     decay = [p for k, p in weights.items() if p.ndim >= 2 and not table(k)]
     rest = [p for k, p in weights.items() if p.ndim < 2 or table(k)]
@@ -245,9 +245,9 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}       # blocked at the
 
 
 def listen() -> None:
-    """Wait for Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before it takes the machine) in a
-    thread. While a model trains, the first signal makes `optimize` write a checkpoint and stop.
-    Otherwise, and at another one after 3 s or more, the process ends at once: what a later stage
+    """In a thread, wait for Ctrl-C, SIGTERM and SIGUSR1 (SLURM may send one before it ends a job).
+    While a model trains, the first signal makes `optimize` write a checkpoint and stop.
+    Otherwise, and at a later signal (3 s or more), the process ends at once: what a later stage
     reads is written whole or not at all. A handler in the main thread would be delayed by whatever
     that thread waits for."""
 
@@ -259,7 +259,7 @@ def listen() -> None:
             while time.monotonic() < heard + 3:     # Ctrl-C comes again, from torchrun
                 name = signal.Signals(signal.sigwait(SIGNALS)).name
         status = 0 if world_size() == 1 and not STOP.is_set() else 1
-        threading.Timer(2, os._exit, [status]).start()      # if nobody reads what is said
+        threading.Timer(2, os._exit, [status]).start()      # as `say` may block
         say(f"train.py: ended by {name}; start again to continue")
         os._exit(status)
 
@@ -314,7 +314,8 @@ class ClipConfig:
     workers: int = 2  # videos: threads that decode ahead
 
     def __post_init__(self):
-        within(self, 1, math.inf, "frames", "size", "fps", "things", "count", "max_interval")
+        within(self, 1, math.inf, "frames", "fps", "things", "count", "max_interval")
+        within(self, 2, math.inf, "size")
         within(self, 0, math.inf, "workers")
         within(self, 0, 1e9, "images")
         within(self, 0, 1, "signs")
@@ -379,10 +380,10 @@ class TrainTAE(TrainConfig):
 
     image_steps: int = 0  # steps on single frames, before the model is inflated to video
     image_batch: int = 32  # frames in such a step
-    crowd: int = 1  # toy world: objects in a clip while training; background alone teaches nothing
+    crowd: int = 1  # toy world: objects in a training clip; many, as background teaches nothing
     signs: float = 0.4  # toy world: share of signs in such a crowd; letters are the hardest part
     window: int = 16  # frames of a training clip
-    motion: int = 1  # curriculum: clips become up to so many times as fast; 1: off
+    motion: int = 1  # curriculum: clips speed up to this many times; 1: off
     finish: float = 0.0  # share of the steps, at the end, on whole clips without a crowd
 
     def __post_init__(self):
@@ -398,7 +399,7 @@ class TrainDiT(TrainConfig):
     """How the DiT and the toy text encoders are trained."""
 
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of matrix products; fp64: for tests
-    accumulate: int = 1  # parts, one after another, of a rank's clips in a step
+    accumulate: int = 1  # parts of a rank's clips in a step, done one by one
     drop: float = 0.1  # share of clips whose text is dropped, for classifier-free guidance
     drop_each: bool = False  # drop each text encoder by itself, not all three together
     align: float = 0.0  # weight of the loss that aligns the toy MetaCLIP with the clips
@@ -419,7 +420,7 @@ class SampleConfig:
     solver: Literal[tuple(flow.SOLVERS)] = "euler"  # of the ODE
     guidance: float = 3.0  # scale of classifier-free guidance; 1: none
     batch: int = 32  # clips at a time
-    prompts: int = 160  # prompts like training's; toy world: and 3/10 held out, 4/10 with words
+    prompts: int = 160  # prompts like training's; toy world: + 3/10 held out, 4/10 words
 
     def __post_init__(self):
         within(self, 1, 1e6, "steps", "batch", "prompts")
@@ -431,13 +432,13 @@ class Config:
 
     scale: Literal["toy", "small", "1b", "5b", "30b"] = "toy"  # preset of all sizes
     data: str = ""  # folder of captioned videos; without it: the toy world
-    base: str = ""  # run to take the autoencoder from, and latents of the same clips and text
-    init: str = ""  # run whose autoencoder and weights are taken over; stretches position tables
-    seed: int = 0  # of everything random
+    base: str = ""  # run to take autoencoder from, and latents if clips and text agree
+    init: str = ""  # run to take autoencoder and weights from, position tables stretched
+    seed: int = 0  # of data and training
     coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # noise to clips
     variant: Literal["2.5d", "3d", "vidtwin"] = "2.5d"  # the autoencoder
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
-    patch_structure: tuple[int, ...] = (8, 1, 1)  # VidTwin's structure: its 8 "frames" at once
+    patch_structure: tuple[int, ...] = (8, 1, 1)  # VidTwin's structure: 8 of its "frames"
     patch_dynamics: tuple[int, ...] = (1, 4, 2)  # VidTwin's dynamics: 4 frames, 2 rows or columns
     clips: ClipConfig = field(default_factory=ClipConfig)
     tae: autoencoder.TAEConfig = field(default_factory=autoencoder.TAEConfig)
@@ -475,12 +476,13 @@ DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.fr
 # Fields that change how a run is computed, not its result: a resumed run may change them.
 # (accumulate matters with --train_dit.align, which compares the clips of one part on one rank.)
 HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
-       "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload"}
+       "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload", "text.batch",
+       "sdot.memory"}
 STAGES = ("tae", "latents", "coupling", "dit", "sample", "report")
 
 
 def paper_scale(name: str, clips: ClipConfig, train_tae: TrainTAE, train_dit: TrainDiT) -> Config:
-    """Make a config of the papers' sizes, in bf16. They can be planned; none was ever run whole."""
+    """Make a config of the papers' sizes, in bf16. They are planned only, never run whole."""
     return Config(
         scale=name, coupling="independent", patch=(1, 2, 2), clips=clips,
         tae=replace(autoencoder.PRESETS["paper"], checkpointing=True),
@@ -526,7 +528,7 @@ SCALES: dict[str, Callable[[], Config]] = {
         dit=replace(backbone.PRESETS["small"]),
         train_dit=TrainDiT(steps=16_000, batch=16, lr=1.2e-3, warmup=200, decay=0.4, ema=0.999,
                            every=200, align=0.1),
-        flow=FlowConfig(std=1.3, shift=3.0),    # four times the values of the toy's latents
+        flow=FlowConfig(std=1.3, shift=3.0),    # latents have four times the toy's values
         sample=SampleConfig(steps=25, schedule="shifted", guidance=4.0),
     ),
     # 8 GPUs, days: 4 s at 8 frames a second, 256 px; 4 x 16 x 16 = 1024 tokens
@@ -556,7 +558,7 @@ def parts_of(cfg: Config, shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
 
 
 def finish(cfg: Config) -> Config:
-    """Fill in the fields that follow from others; UserError for what no single config can see."""
+    """Fill in the fields that follow from others; UserError for fields that do not agree."""
     c, hp = cfg.clips, cfg.train_tae
     if not cfg.data:
         with named("--clips."):
@@ -581,7 +583,7 @@ def finish(cfg: Config) -> Config:
         raise UserError(f"--coupling {cfg.coupling}: for clips of one shape; with --clips.others "
                         "or --clips.images: independent")
     if len(c.shapes) > 1 and cfg.variant == "vidtwin":
-        raise UserError("--variant vidtwin: its clips have one shape; without --clips.others and "
+        raise UserError("--variant vidtwin: its clips have one shape; drop --clips.others and "
                         "--clips.images")
     streams, parts = [], [parts_of(cfg, shape) for shape in c.shapes]
     for (name, patch), sizes in zip(cfg.patches.items(), zip(*parts)):
@@ -613,8 +615,8 @@ def from_dict(kind, value: dict):
 
 
 def read_config(run: Path | str) -> Config:
-    """Read the config of a run, given its folder or its model.safetensors; fields that are newer
-    than the file have their defaults."""
+    """Read the config of a run, given its folder or its model.safetensors; fields newer than
+    the file get Config's defaults."""
     path = Path(run)
     if path.is_file():
         with opened(path) as f:
@@ -645,12 +647,13 @@ def result_of(run: Path) -> Path:
 # ---- 3. Clips: the toy world, and folders of videos ----------------------------------------------
 # Clip i of a split is a pure function of (seed, split, i), so any rank or thread can make it.
 # Splits: `tae` (the autoencoder's training), `train` (its last steps, and the statistics of its
-# latents), `dit`, `heldout`.
+# latents), `dit` (`train` with another share of signs), `heldout` (toy world: other clips of the
+# same combinations).
 
 
 def read_ahead(fn: Callable, items: Iterable, workers: int = 0) -> Iterator:
-    """Map fn over items, computed ahead by `workers` threads if there are any. Threads are
-    enough: PyAV releases Python's lock while it decodes."""
+    """Map fn over items; `workers` threads, if any, compute ahead. Threads are enough:
+    PyAV releases Python's lock while it decodes."""
     if not workers:
         yield from map(fn, items)
         return
@@ -680,10 +683,8 @@ class ToyClips:
 
     def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
              ) -> tuple[Tensor, str]:
-        """Draw a clip (3, T, H, W) in [-1, 1], or a window of a longer one, and its caption.
-        Splits: `tae` (done is the share of the training that is past: the motion curriculum);
-        `train`; `dit`, the same with another share of signs; `heldout`, other clips of the same
-        combinations."""
+        """Draw a clip (3, T, H, W) in [-1, 1], or a window of a longer one, and its caption. done:
+        the share of the `tae` training that is past, for the motion curriculum."""
         c, hp, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
         rng = random.Random(f"{'train' if split == 'dit' else split}/{self.cfg.seed}/{i}")
         length = max(c.frames, hp.window, T)
@@ -705,12 +706,12 @@ NO_VIDEOS = {".txt", ".csv", ".json", ".jsonl", ".md", ".srt", ".vtt", ".py", ".
 
 class VideoFolder:
     """Clips of captioned videos (`find_videos`). A clip is a random window: T frames at a random
-    start and frame interval, scaled so that the short side is 1 to 1.5 times the size of a clip,
-    and cropped at random. The last fifth of each video, one clip at least, is held out of training,
+    start and frame interval, scaled to 1 to 1.5 times the least size that covers a clip, and
+    cropped at random. The last fifth of each video, one clip at least, is held out of training,
     if a clip is left to train on.
 
-    Frames are decoded when they are needed, one at a time, and scaled at once: memory does not grow
-    with the number, the length or the resolution of the videos.
+    Frames are decoded when needed, one at a time, and scaled immediately: memory does not grow with
+    the number, the length or the resolution of the videos.
     """
 
     def __init__(self, cfg: Config, videos: list[list]):
@@ -765,7 +766,7 @@ class VideoFolder:
         low, high = (cut, frames) if split == "heldout" else (0, cut or frames)
         interval = rng.randint(1, max(1, min(fastest, (high - low) // T)))
         start = rng.randint(low, max(low, high - interval * (T - 1) - 1))
-        covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # its short side
+        covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # short side
         size = max(round(covering * rng.uniform(1.0, 1.5)), math.ceil(covering))
         x = read_window(self.root / name, start, interval, T, size, rate)
         if x.shape[1] < H or x.shape[2] < W:                # its shape has changed on the way
@@ -795,7 +796,7 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
     root, mesh = Path(cfg.data), mesh or Mesh()
     if not root.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder")
-    there = sorted(path for path in root.rglob("*")         # unread links and folders are named
+    there = sorted(path for path in root.rglob("*")         # to name links and folders not read
                    if (path.is_file() or path.is_symlink() or not os.access(path, os.R_OK)
                        or path.suffix.lower() == ".txt")
                    and not any(part.startswith(".") for part in path.relative_to(root).parts)
@@ -837,7 +838,7 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
 
 
 def tell_of_videos(cfg: Config, videos: list[list], passed: list[str], absent: set[str]) -> None:
-    """Say what of --data is used in part, or not at all."""
+    """Say which parts of --data are not used."""
     c = cfg.clips
     for line in passed[:20]:
         say(f"--data: passed over {line}")
@@ -846,7 +847,7 @@ def tell_of_videos(cfg: Config, videos: list[list], passed: list[str], absent: s
     if absent:
         say(f"--data: metadata.csv names {some_of(absent)}: no such file here")
     if short := [name for name, _, frames, *_ in videos if frames < c.frames]:
-        say(f"--data: shorter than {c.frames} frames, the last is repeated: {some_of(short)}")
+        say(f"--data: shorter than {c.frames} frames, the last one is repeated: {some_of(short)}")
     if whole := [name for name, _, frames, *_ in videos
                  if frames >= c.frames and not held_out(longest_window(cfg), frames)]:
         say("--data: too short to hold out a clip for validation, the whole video is used for "
@@ -863,7 +864,7 @@ def same_name(name: str) -> str:
 
 
 def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
-    """Read each metadata.csv -> {file: caption}, files named from `root` on."""
+    """Read each metadata.csv -> {file: caption}, files relative to `root`."""
     captions: dict[str, str] = {}
     real = lru_cache(partial(os.path.realpath))         # of folders, which may be links
     for table in tables:
@@ -874,7 +875,7 @@ def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
             for row in rows:
                 if None in row:
                     raise UserError(f"{table}: line {rows.line_num}: more columns than the first "
-                                    'line has; a text with a comma stands in "..."')
+                                    'line has; put a text with a comma in "..."')
                 if not (file := (row["file_name"] or "").strip()):
                     raise UserError(f"{table}: line {rows.line_num}: no file_name")
                 there = table.parent / file.replace("\\", "/").replace("\0", "")
@@ -927,14 +928,14 @@ def open_video(path: Path):
     if not films:
         container.close()
         raise ValueError("a cover picture and no video" if streams else "no video stream")
-    # FFmpeg's choice, unless that is a cover which is not marked: one frame.
+    # FFmpeg's choice, unless it has one frame: then it is an unmarked cover.
     stream = max(films, key=lambda s: (s.frames != 1, s.index == best.index))
     stream.codec_context.thread_count = 1           # frame threads would hold many decoded frames
     return container, stream
 
 
 def decoded(container, stream) -> Iterator:
-    """Decode the frames of a stream in the order in which they are shown, from where it stands."""
+    """Decode the frames of a stream in the order in which they are shown, from its position on."""
     import av
 
     codec, shown = stream.codec_context, False
@@ -985,7 +986,7 @@ def probe(path: Path) -> tuple[int, float, float]:
     if len(packets) < 2:
         raise ValueError("a still picture")
     if len(packets) < 3 or count:
-        return len(packets), usual if usual < 1000 else 25.0, aspect    # 1000: a clock, no rate
+        return len(packets), usual if usual < 1000 else 25.0, aspect    # more: a clock's tick
     times = torch.tensor(sorted({t for t, _ in packets})).double() * unit
     gaps, span = times.diff(), (times[-1] - times[0]).item()
     mean, median = gaps.mean().item(), gaps.median().item()
@@ -1001,8 +1002,8 @@ def counted(container) -> bool:
 
 
 def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
-    """Give width and height of a frame with square pixels, before it is turned, and how that is
-    done: [a, b, c, d] of the display matrix, which maps (x, y) to (a x + c y, b x + d y)."""
+    """Give width and height of a frame with square pixels, before it is turned, and how to turn
+    it: [a, b, c, d] of the display matrix, which maps (x, y) to (a x + c y, b x + d y)."""
     from av.sidedata.sidedata import SideDataContainer
 
     turn = [1, 0, 0, 1]
@@ -1033,7 +1034,7 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
                 ahead: float = 0) -> Tensor:
     """Read T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
     uint8. Frame k is shown at k / rate seconds; a picture that is shown longer is repeated, and so
-    is the last one if the video ends early. ValueError if it ends a second before `start`.
+    is the last one if the video ends early. ValueError if it ends more than a second before.
 
     Decoding begins at the key frame `ahead` seconds before `start`. If that proves to be too late,
     it begins earlier; if times cannot be trusted, frames are counted from the first one on."""
@@ -1057,7 +1058,7 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
             # frames or more skips numbers.
             due = at + 1 if count else (frame.pts - origin) * unit * rate
             at = round(due) if last is None or due >= at + 2 else at + 1
-            if sought and last is None and at > start:      # a seek goes by the order of decoding
+            if sought and last is None and at > start:      # seeks go by decoding order: too far
                 return again(ahead=2 * ahead + 1)
             while len(out) < T and wanted() < at:
                 out.append(upright(last or frame, size, pixel_aspect))
@@ -1085,7 +1086,7 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def save_gif(path: Path, frames: list, fps: float) -> None:
     """Write Pillow images as a GIF. Its delays are hundredths of a second, and browsers show those
-    below two as ten. So delays alternate, and above 50 frames a second some frames are left out."""
+    below two as ten. So delays vary by one, and above 50 frames a second frames are left out."""
     if fps > 50:
         frames = [frames[int(k * fps / 50)] for k in range(math.ceil(len(frames) * 50 / fps))]
     ends = [round(100 * k / min(fps, 50)) for k in range(len(frames) + 1)]
@@ -1097,14 +1098,14 @@ def save_gif(path: Path, frames: list, fps: float) -> None:
 def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -> None:
     """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times."""
     path = Path(path)
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps {fps}: must be above 0")
+    if not 0.002 <= fps < math.inf:                     # the longest delay of a GIF is 655 s
+        raise ValueError(f"fps {fps}: must be 0.002 or more")
     frames = ((clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     frames = rearrange(frames, "C T H W -> T H W C").numpy()
     if path.suffix == ".gif":
         from PIL import Image
 
-        images = [Image.fromarray(f).quantize(255) for f in frames]         # before they are large
+        images = [Image.fromarray(f).quantize(255) for f in frames]         # before enlarging
         save_gif(path, [i.resize((zoom * i.width, zoom * i.height), Image.Resampling.NEAREST)
                         for i in images], fps)
     elif path.suffix == ".mp4":
@@ -1112,8 +1113,10 @@ def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -
 
         frames = frames.repeat(zoom, 1).repeat(zoom, 2)
         h, w = (n - n % 2 for n in frames.shape[1:3])                       # 4:2:0: even sides
+        if not h * w:
+            raise ValueError(f"{path}: a picture of .mp4 needs 2 x 2 pixels or more")
         with writing(path), av.open(str(path), "w") as container:
-            rate = Fraction(float(fps)).limit_denominator(1001) or Fraction(1, 1001)
+            rate = Fraction(float(fps)).limit_denominator(1001)
             stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
             stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
             for f in frames:
@@ -1184,7 +1187,7 @@ class Mesh:
 def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True,
               device: str = "cpu", timeout: float = 600.0) -> Mesh:
     """Arrange all ranks in a mesh; dp 0: as many as are left. timeout: seconds that a rank waits
-    for the others in a collective, before it takes one of them for hung."""
+    for the others in a collective, before it considers one hung."""
     dp, limit = dp_of(world_size(), dp, sp, replicate), timedelta(seconds=timeout)
     mesh = Mesh(replicate, dp, sp, reshard)
     if dist.is_initialized():
@@ -1194,7 +1197,7 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
                                  mesh_dim_names=("replicate", "shard"))
         groups = init_device_mesh(device, (replicate * dp, sp), mesh_dim_names=("data", "sp"))
         for m, name in ((ranks, "replicate"), (ranks, "shard"), (groups, "sp")):
-            # Else they have torch's: 10 minutes with NCCL, 30 with gloo.
+            # Else torch's time-outs hold: 10 minutes (NCCL), 30 (gloo).
             dist.distributed_c10d._set_pg_timeout(limit, m.get_group(name))
         if dp * sp > 1:
             mesh.fsdp = ranks if replicate > 1 else ranks["shard"]
@@ -1205,7 +1208,7 @@ def make_mesh(dp: int = 0, sp: int = 1, replicate: int = 1, reshard: bool = True
 
 
 def dp_of(ranks: int, dp: int, sp: int, replicate: int) -> int:
-    """Give dp, or if that is 0, the ranks that are left. UserError unless all of them are used."""
+    """Give dp; for 0, as many ranks as are left. UserError unless the product is `ranks`."""
     for flag, n in (("--sp", sp), ("--replicate", replicate)):
         if n < 1 or ranks % n:
             raise UserError(f"{flag} {n}: does not divide the {ranks} ranks")
@@ -1218,8 +1221,8 @@ def dp_of(ranks: int, dp: int, sp: int, replicate: int) -> int:
 
 def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", fresh: bool = True
           ) -> nn.Module:
-    """Build a model on this rank's device, whole or sharded as the mesh says. Sharded by FSDP2,
-    each block of the DiT by itself; products may be in bf16, gradients are summed in fp32.
+    """Build a model on this rank's device, whole or sharded as the mesh says. FSDP2 shards each
+    block of the DiT by itself; its products may be in bf16, gradients are summed in fp32.
 
     Rank 0 initialises the whole model in its host's memory and sends each rank its shards, so the
     model starts the same on any number of ranks, and no device ever holds all of it. `build` also
@@ -1271,7 +1274,7 @@ def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
 
 # ---- 5. Files: text, tensors, checkpoints, the log -----------------------------------------------
 # What a later stage reads is written beside its place and renamed, so that it is there whole or not
-# at all; pictures are not, they are made again. Text is read as utf-8 with or without a byte order
+# at all; pictures are simply made again. Text is read as utf-8 with or without a byte order
 # mark, and written as utf-8.
 
 
@@ -1299,17 +1302,17 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Turn what a library says when it cannot write into a UserError that names the file."""
+    """Turn a library's error about writing into a UserError that names the file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: could not be written ({reason(error)}); free some space or mend "
+        raise UserError(f"{path}: could not be written ({reason(error)}); free some space or fix "
                         "the cause, and start again") from None
 
 
 @contextlib.contextmanager
 def swapped_in(path: Path):
-    """Give a path to write to, which takes the place of `path` when all went well."""
+    """Give a path to write to, which takes the place of `path` if all goes well."""
     part = path.with_name(path.name + ".part")
     try:
         yield part
@@ -1322,7 +1325,7 @@ def swapped_in(path: Path):
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """Do so in a folder that is made if need be, with a UserError for what cannot be written."""
+    """Give the same, in a folder made if need be; UserError for what cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with swapped_in(path) as part:
@@ -1332,7 +1335,7 @@ def replacing(path: Path):
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may be no text
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # for undecodable names
 
 
 def read_json(path: Path):
@@ -1389,7 +1392,7 @@ def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 class SafeUnpickler(pickle.Unpickler):
     """Read the pickled table of contents of a DCP checkpoint, which may name the classes of such a
-    table and nothing else. It has no BytesStorageMetadata: those entries DCP would unpickle."""
+    table and nothing else. Not BytesStorageMetadata: DCP would unpickle its entries."""
 
     allowed = {
         "torch.distributed.checkpoint.metadata": {
@@ -1408,7 +1411,7 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, with that unpickler."""
+    """DCP's reader, with SafeUnpickler."""
 
     def read_metadata(self, *_, **__):
         with (Path(self.path) / ".metadata").open("rb") as f:
@@ -1419,13 +1422,13 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class SummedWriter(dcp.FileSystemWriter):
-    """DCP's writer, and a checksum of each file: DCP notices a file that is cut, but not one bit
-    that is flipped."""
+    """DCP's writer, and a checksum of each file: DCP notices a file that is cut short, but
+    not a flipped bit."""
 
     def write_data(self, plan, planner):
         try:
             written = super().write_data(plan, planner)
-        except RuntimeError as error:       # torch's, over that of the disk
+        except RuntimeError as error:       # torch's, hiding the disk's
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         self.sum(f"__{rank()}_*")
         return written
@@ -1453,13 +1456,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")      
 
 
 def step_of(path: Path) -> int:
-    """Give the steps that were made before the checkpoint step_N."""
+    """Count the steps made before the checkpoint step_N."""
     return int(path.name.removeprefix("step_"))
 
 
 def checkpoints_in(folder: Path, whole: bool = True) -> list[Path]:
     """List the checkpoints that are whole, newest first; if not `whole`, all folders step_N.
-    Folders of other names, such as a copy that somebody made, are none."""
+    Folders of other names, such as a user's copy, are left out."""
     there = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
     return sorted((p for p in there if not whole or (p / ".metadata").exists()), key=step_of,
                   reverse=True)
@@ -1490,7 +1493,7 @@ class Checkpoints:
             process_group=self.mesh.files, no_dist=self.mesh.files is None)
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written; UserError if it cannot be."""
+        """Wait for the checkpoint that is being written; UserError if that fails."""
         if self.pending is None:
             return
         (path, future), self.pending = self.pending, None
@@ -1498,7 +1501,7 @@ class Checkpoints:
             future.result()
         except (Exception, CheckpointException) as error:   # what the file system says, wrapped
             raise UserError(f"{path}: could not be written ({reason(error)}); the one before is "
-                            "kept; free some space or mend the cause, and start again"
+                            "kept; free some space or fix the cause, and start again"
                             ) from None
         if rank() == 0:
             self.damaged.discard(path)
@@ -1519,15 +1522,14 @@ class Checkpoints:
             except (CheckpointException, ValueError, OSError) as error:
                 self.damaged.add(path)
                 if rank() == 0:
-                    say(f"{path}: damaged ({reason(error)}), using the one before it")
+                    say(f"{path}: damaged ({reason(error)}), using the one before if there is one")
         if self.damaged:
             raise UserError(f"{self.folder}: none of its checkpoints can be read; move them away "
                             "to begin again")
         return 0
 
     def check(self, path: Path) -> None:
-        """Raise ValueError, on all ranks, if a file is not what was written; ranks share the files.
-        """
+        """Raise ValueError, on all ranks, if a file is not as written; they share the work."""
         sums, wrong = sorted(path.glob("*.crc32")), ""
         try:
             for file in sums[rank() :: world_size()]:
@@ -1546,10 +1548,10 @@ class Run:
                  mesh: Mesh | None = None):
         self.folder, self.cfg = folder, cfg
         self.device, self.mesh = torch.device(device), mesh or Mesh()
-        self.lock = None                        # of rank 0 of a run that is at work
+        self.lock = None                        # held by rank 0 of a run at work
 
     def has(self, name: str) -> bool:
-        """Tell all ranks whether a file is there, as rank 0 sees it now: they take one branch."""
+        """Tell all ranks whether a file is there, as rank 0 sees it now: all branch alike."""
         return from_rank0((self.folder / name).exists())
 
     def save(self, name: str, tensors: dict[str, Tensor], **metadata: str) -> None:
@@ -1559,7 +1561,7 @@ class Run:
         self.mesh.meet(f"{self.folder / name}")
 
     def log(self, stage: str, step: int, **figures) -> None:
-        """Append a row to log.jsonl. After a kill some steps are in it twice: the last one counts.
+        """Append a row to log.jsonl. After a kill some steps are there twice: the last row counts.
         """
         if rank() == 0:
             path = self.folder / "log.jsonl"
@@ -1655,8 +1657,8 @@ def train_tae(run: Run, clips) -> None:
 
 def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
     """Make the `batch` of the autoencoder: frames in image training; windows in video training,
-    some batches of images [MG s3.1.1], and at the end whole clips as the DiT will see them, but for
-    the share of signs."""
+    each fourth batch images [MG s3.1.1]; at the end whole clips as the DiT sees them, but for the
+    share of signs."""
     cfg, hp = run.cfg, run.cfg.train_tae
     steps, n = (hp.steps, hp.batch) if video else (hp.image_steps, hp.image_batch)
 
@@ -1718,9 +1720,10 @@ def shards_of(clips, count: int) -> dict[str, tuple[tuple[int, int, int], list[i
 
 
 def encode_latents(run: Run, clips) -> None:
-    """Make latents/: shards with mean and logvar of each clip, its caption, and what the frozen
-    part of the text encoders makes of that. Shards that exist are kept; a damaged one is named and
-    encoded again. With --base the folder is a link to that run's, if `same_latents`."""
+    """Make latents/: shards with mean and logvar of each clip, its caption, and its features by
+    the frozen part of the text encoders. Shards that exist are kept, damaged ones encoded again
+    (and named, if the stage was done). With --base the folder is a link to that run's, if
+    `same_latents`."""
     cfg, folder = run.cfg, run.folder / "latents"
     linked = bool(cfg.base) and from_rank0(folder.is_symlink())
     if cfg.base and (linked or not run.has("latents/index.json")) and same_latents(cfg):
@@ -1780,7 +1783,7 @@ def same_latents(cfg: Config) -> bool:
     """Tell whether the latents of --base can serve this run: the same clips and text encoders. Its
     seed, which draws the clips, may differ."""
     free = {"clips.fps", "clips.workers", "text.dim", "text.width", "text.layers", "text.heads",
-            "text.without", "text.offload"}             # what is kept depends on none of these
+            "text.without", "text.offload", "text.batch"}   # what is kept depends on none of these
     other, mine = ({k: v for k, v in flat(asdict(c)).items()
                     if k.startswith(("clips.", "text.", "data")) and k not in free}
                    for c in (read_config(cfg.base), cfg))
@@ -1868,7 +1871,8 @@ def normalizer_of(run: Run) -> autoencoder.Autoencoder:
 
 def couple_latents(run: Run) -> None:
     """Make coupling.pt: the dual weights of the semi-discrete coupling of N(0, I) with the
-    normalised latents, solved within groups of one caption, or of similar ones."""
+    normalised latents, solved within groups of one caption, or of similar ones (sdot-global: not in
+    groups)."""
     cfg, path = run.cfg, run.folder / "coupling.pt"
     if not cfg.coupling.startswith("sdot") or run.has("coupling.pt"):
         return
@@ -1939,7 +1943,7 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
     of all ranks; each rank takes its rows, in --train_dit.accumulate parts."""
     cfg, hp, tae = run.cfg, run.cfg.train_dit, normalizer_of(run)
     mine, buckets, coupling = share(hp.batch, *run.mesh.data), latents.buckets(), None
-    dtype = torch.float64 if hp.precision == "fp64" else torch.float32    # bf16: products alone
+    dtype = torch.float64 if hp.precision == "fp64" else torch.float32    # bf16: products only
     if cfg.coupling.startswith("sdot"):
         path = run.folder / "coupling.pt"
         try:
@@ -1950,7 +1954,7 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
 
     def batch(step: int) -> list[tuple]:
         g = generator(cfg.seed, "dit", step)
-        # All clips of a step have one shape, which is drawn as often as clips have it.
+        # All clips of a step have one shape, drawn in proportion to its clips.
         at = int(torch.randint(len(latents), (), generator=g))
         shape, clips = next(b for b in buckets if at in b[1])
         t = flow.sample_t(hp.batch, cfg.flow, g)[mine]
@@ -1986,14 +1990,17 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
 
 
 def start_from(file: Path, cfg: Config) -> dict[str, Tensor]:
-    """Read the weights of TextToVideo that another run ended with, its position tables stretched to
-    the sizes of this one, as Movie Gen does between its stages."""
+    """Read the weights of TextToVideo that another run ended with, position tables stretched to
+    this run's sizes, as Movie Gen does between its stages."""
     state = {k: v for k, v in load_tensors(file).items() if not k.startswith("tae.")}
     with torch.device("meta"):
         grown = backbone.DiT(read_config(file).dit)
     grown.tables.load_state_dict(only(state, "dit.tables."), strict=False, assign=True)
     grown.expand_positions(*(s.size for s in cfg.dit.streams))
     return state | {f"dit.tables.{k}": v for k, v in grown.tables.state_dict().items()}
+
+
+FPS = re.compile(r"FPS-(\d+(?:\.\d+)?) ")               # in front of a prompt [MG s3.1.4]
 
 
 @dataclass
@@ -2011,9 +2018,13 @@ class Loaded:
         return self.cfg.clips.fps
 
     def fps_of(self, prompt: str) -> int:
-        """Give the frames a second that a prompt asks for: as told in front of it, if at all."""
-        told = re.match(r"FPS-(\d+(?:\.\d+)?) ", prompt) if self.cfg.clips.tell_fps else None
+        """Give the frame rate that a prompt begins with; by default the run's."""
+        told = FPS.match(prompt) if self.tells_fps else None
         return max(1, round(float(told[1]))) if told else self.fps
+
+    @property
+    def tells_fps(self) -> bool:
+        return self.cfg.clips.tell_fps and bool(self.cfg.data)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -2023,8 +2034,8 @@ class Loaded:
         """Encode prompts with the text encoders. ValueError for what is no list of texts."""
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompts {prompts!r}: must be a list of one or more texts")
-        if self.cfg.clips.tell_fps and self.cfg.data:
-            prompts = [p if p.startswith("FPS-") else f"FPS-{self.fps} {p}" for p in prompts]
+        if self.tells_fps:
+            prompts = [p if FPS.match(p) else f"FPS-{self.fps} {p}" for p in prompts]
         return self.text.encode(prompts)
 
     def prompts(self, prompts: list[str], features: dict[str, Tensor] | None = None
@@ -2060,7 +2071,7 @@ class Loaded:
     def generate(self, prompts: list[str], seeds: list[int] | None = None,
                  features: dict[str, Tensor] | None = None) -> Tensor:
         """Sample clips (B, 3, T, H, W) in [-1, 1] for prompts, with classifier-free guidance;
-        steps, solver and scale as configured. seeds: one for each, by default 0 to B - 1. features:
+        steps, solver and scale as configured. seeds: one a prompt, by default 0 to B - 1. features:
         as in `prompts`."""
         s = self.cfg.sample
         P, mask, P0, mask0 = self.prompts(prompts, features)
@@ -2274,7 +2285,7 @@ def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int) 
     for k in range(clips[0].shape[1]):
         sheet = empty.copy()
         for place, clip in zip(places, clips):
-            frame = ((clip[:, k].clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+            frame = ((clip[:, k].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST),
                         place)
         sheets.append(sheet.quantize(255, dither=Image.Dither.NONE))
@@ -2313,17 +2324,14 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
 
 
 SHOWN = {"color": "colour", "text": "letters", "tae": "autoencoder", "dit": "DiT"}
-KINDS_IN_WORDS = {"heldout": "all right on combinations never trained on",
-                  "words": "words of two and three letters that are read",
-                  "words_heldout": "words never trained on that are read"}
 
 
 def in_words(report: dict) -> list[str]:
-    """Say the figures of a report in sentences for people who do not know its keys."""
+    """Put a report's figures into words for people who do not know its keys."""
     percent = lambda d: ", ".join(f"{SHOWN.get(k, k)} {100 * v:.0f} %" for k, v in d.items())
     lines = []
     if seen := dict(report.get("prompt_accuracy", {})):
-        rest = {title: seen.pop(k) for k, title in KINDS_IN_WORDS.items() if k in seen}
+        rest = {title: seen.pop(k) for k, title in KINDS.items() if k in seen}
         lines = [f"Prompts followed: {percent(seen)}",
                  *(f"{title}: {100 * v:.0f} %" for title, v in rest.items()),
                  "the same clips against the prompts of others: "
@@ -2352,9 +2360,9 @@ figcaption { font-size: 11px; line-height: 1.3 }
 
 
 # ---- 8. The plan ---------------------------------------------------------------------------------
-# What the dit stage costs on GPUs that need not be there. Activations and FLOPs are those of a step
-# of the real model with two blocks and with three, on tensors that have a size and no content, and
-# so of any depth; the rest is counted.
+# What the dit stage costs on GPUs that need not be there. Activations and FLOPs of a step are
+# measured with two blocks and with three of the real model, on tensors without content, and
+# extrapolated to any depth; the rest is counted.
 
 
 def tokens_of(cfg: Config, shape: tuple[int, int, int]) -> int:
@@ -2395,8 +2403,8 @@ def one_step(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool = False
 
 def activation_bytes(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool) -> int:
     """Measure the peak bytes of a step with b clips of n tokens, beyond weights and gradients.
-    Gradients of the text are left out: with checkpointing MemTracker counts them with every block,
-    where a real step holds about eight at most."""
+    The text has no gradient here: with checkpointing MemTracker counts one for each block, where a
+    real step holds about eight at most."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -2420,24 +2428,24 @@ def step_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
 
 
 def by_depth(figure: Callable, dit: backbone.DiTConfig, *args) -> int:
-    """Compute figure(dit, *args), linear in the depth, from that of two blocks and of three."""
+    """Extrapolate figure(dit, *args), linear in the depth, from two and three blocks."""
     two, three = (figure(replace(dit, depth=depth), *args) for depth in (2, 3))
     return two + (dit.depth - 2) * (three - two)
 
 
-def plan(cfg: Config, c: "Command") -> dict[str, dict[str, float]]:
-    """Count what the dit stage costs on c.gpus GPUs, for the largest clips -> {"memory": bytes of
-    the fullest rank, "step": sizes, FLOPs and seconds}."""
+def plan(cfg: Config, asked: "Command") -> dict[str, dict[str, float]]:
+    """Count what the dit stage costs on asked.gpus GPUs, for the largest clips -> {"memory": bytes
+    of the fullest rank, "step": sizes, FLOPs and seconds}."""
     hp, dit, L = cfg.train_dit, cfg.dit, text_tokens(cfg)
     with named("--text."), torch.device("meta"):
         model = TextToVideo(cfg)
     params, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.dit.blocks[0]))
     rest = params - dit.depth * block
     N = max(tokens_of(cfg, shape) for shape in cfg.clips.shapes)
-    S = c.gpus // c.replicate                   # ranks of one copy
+    S = asked.gpus // asked.replicate                   # ranks of one copy
     bf16, e = hp.precision == "bf16", 2 if hp.precision == "bf16" else 4
-    n, b = -(-N // c.sp), -(-hp.batch * c.sp // (c.gpus * hp.accumulate))
-    held = 2 if c.reshard else dit.depth        # whole blocks: one at work, one on its way
+    n, b = -(-N // asked.sp), -(-hp.batch * asked.sp // (asked.gpus * hp.accumulate))
+    held = 2 if asked.reshard else dit.depth        # whole blocks: one at work, one on its way
     memory = {
         "weights, gradients, Adam": 16 * params / S,
         "moving average": 4 * bool(hp.ema) * params / S,
@@ -2445,28 +2453,29 @@ def plan(cfg: Config, c: "Command") -> dict[str, dict[str, float]]:
         "whole rest": (S > 1) * 4 * rest, "bf16 copies": (S == 1 and bf16) * 2 * params,
         "activations": by_depth(activation_bytes, dit, b, n, L, bf16)}
     flops = hp.batch * by_depth(step_flops, dit, N, L)
-    seconds = flops / (c.gpus * c.peak * 1e12 * c.utilisation)
+    seconds = flops / (asked.gpus * asked.peak * 1e12 * asked.utilisation)
     return {"memory": memory, "step": {
         "parameters": params, "N": N, "L": L, "clips of a rank": b, "flops": flops,
         "seconds": seconds, "days": hp.steps * seconds / 86400}}
 
 
-def print_plan(cfg: Config, c: "Command") -> None:
+def print_plan(cfg: Config, asked: "Command") -> None:
     """Print a plan, and what does not fit."""
-    memory, step = plan(cfg, c).values()
+    memory, step = plan(cfg, asked).values()
     hp, total = cfg.train_dit, sum(memory.values())
-    shares = c.gpus // c.sp * hp.accumulate
-    print(f"{step['parameters'] / 1e9:.3f} B parameters on {c.gpus} GPUs: {c.replicate} copies, "
-          f"each sharded over {c.gpus // c.replicate}; {c.sp} share the tokens of a clip\n"
-          f"a step: {hp.batch} clips, {step['clips of a rank']} at a time on a rank; "
+    shares = asked.gpus // asked.sp * hp.accumulate
+    print(f"{step['parameters'] / 1e9:.3f} B parameters on {asked.gpus} GPUs: {asked.replicate} "
+          f"copies, each sharded over {asked.gpus // asked.replicate}; {asked.sp} share the tokens "
+          f"of a clip\na step: {hp.batch} clips, {step['clips of a rank']} at a time on a rank; "
           f"{step['N']:,} video tokens and {step['L']} text tokens a clip")
     print(f"memory of a rank: {total / 1e9:.3g} GB")
     print("".join(f"  {k:30} {v / 1e9:10.3f} GB\n" for k, v in memory.items() if v), end="")
-    print(f"a step: {step['flops']:.4g} FLOP, {step['seconds']:.3g} s at {100 * c.utilisation:g} % "
-          f"of {c.peak:g} TFLOP/s\n{hp.steps:,} steps: {step['days']:.3g} days")
+    print(f"a step: {step['flops']:.4g} FLOP, {step['seconds']:.3g} s at "
+          f"{100 * asked.utilisation:g} % of {asked.peak:g} TFLOP/s\n"
+          f"{hp.steps:,} steps: {step['days']:.3g} days")
     for wrong, line in (
-            (total > 1e9 * c.memory, f"{total / 1e9:.3g} GB > {c.memory:g} GB; use less with "
-             "--dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, --gpus"),
+            (total > 1e9 * asked.memory, f"{total / 1e9:.3g} GB > {asked.memory:g} GB; use less "
+             "with --dit.checkpointing true, --train_dit.accumulate, --sp, --reshard true, --gpus"),
             (hp.batch % shares, f"--batch {hp.batch} is no multiple of {shares}: --gpus / --sp x "
              "--train_dit.accumulate")):
         if wrong:
@@ -2482,14 +2491,14 @@ class Command:
 
     workdir: str = ""  # run folder (default: runs/SCALE)
     stage: Literal[(*STAGES, "all")] = "all"  # run up to and including this stage
-    device: Literal["", "cpu", "cuda"] = ""  # without it: cuda if there is one
+    device: Literal["", "cpu", "cuda"] = ""  # by default cuda if there is one, of
     dp: int = 0  # ranks that share out parameters and clips; 0: all that are left
     sp: int = 1  # ranks that share the tokens of a clip, in the dit stage
     replicate: int = 0  # copies of the model; 0: for toy and small as many as fit, else one
     reshard: bool = True  # free a block's parameters after its forward pass
     timeout: float = 600.0  # seconds that a rank waits for the others in a collective
     plan: bool = False  # print what the dit stage would take, and end; needs no GPU
-    gpus: int = 8  # --plan: how many
+    gpus: int = 8  # --plan: GPUs
     memory: float = 80.0  # --plan: of each, GB
     peak: float = 989.0  # --plan: TFLOP/s of each, as the maker says (989: an H100 in bf16)
     utilisation: float = 0.4  # --plan: share of the peak that is reached
@@ -2606,7 +2615,7 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
             setattr(cfg, name, changed(section, f"{name}.", given))
     cfg = changed(cfg, "", given)
     if cfg.data and not had_data and "clips.count" not in given and cfg.scale in ("toy", "small"):
-        cfg.clips = replace(cfg.clips, count=1024)      # a window of a video costs a decoding
+        cfg.clips = replace(cfg.clips, count=1024)      # each window must be decoded
     with named(""):
         return finish(cfg), command
 
@@ -2632,7 +2641,7 @@ def taken_over(given: dict) -> Config | None:
         if name.startswith(fixed):
             value = given[name]
             words = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise UserError(f"--{name} {words}: --{how} {other} has settled it")
+            raise UserError(f"--{name} {words}: --{how} {other} fixes it")
     with named(f"--{how} "):
         if how == "init":
             result_of(Path(other))
@@ -2749,8 +2758,8 @@ def start_ranks(command: Command) -> torch.device:
 
 
 def copies(cfg: Config, command: Command, ranks: int) -> int:
-    """Give --replicate, or if that is 0: as many copies as fit for toy and small, which sends
-    least, and one sharded copy for larger scales."""
+    """Give --replicate; for 0, as many copies as fit for toy and small, which sends least, and else
+    one sharded copy."""
     if command.replicate:
         return command.replicate
     each = command.sp * max(1, command.dp)
@@ -2758,7 +2767,7 @@ def copies(cfg: Config, command: Command, ranks: int) -> int:
 
 
 def known_videos(cfg: Config, folder: Path, mesh: Mesh) -> list[list]:
-    """List the videos a run began with, or a --base whose latents it shares; else look for them."""
+    """List the videos that the run, or a --base with the same latents, began with; else look."""
     places = [folder, Path(cfg.base)] if cfg.base and same_latents(cfg) else [folder]
     tables = from_rank0([p / "videos.json" for p in places if (p / "videos.json").exists()])
     return read_json(tables[0]) if tables else find_videos(cfg, mesh)
@@ -2807,10 +2816,8 @@ class Stderr:
     """stderr, until nobody reads it any more (2>&1 | head): a run does not end for that."""
 
     def __init__(self):
-        if sys.stderr is None:              # closed, by 2>&-: else the next file gets its number
-            os.dup2(os.open(os.devnull, os.O_WRONLY) if sys.stdout is None else 1, 2)
-        self.stream = sys.stderr or open(  # noqa: SIM115
-            2, "w", closefd=False, errors="backslashreplace")
+        sample_parallel.open_stderr()
+        self.stream = sys.stderr
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -2824,7 +2831,7 @@ class Stderr:
 
 
 def first_to_say(line: str) -> bool:
-    """Tell whether no other rank has said this: many errors meet all ranks alike."""
+    """Tell whether no other rank has said this: many errors occur on all ranks."""
     if not dist.is_initialized():
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
     with contextlib.suppress(RuntimeError):
@@ -2833,7 +2840,7 @@ def first_to_say(line: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line -> exit status: 0, or 2 after one line about what the user can mend."""
+    """Run the command line -> exit status: 0, or 2 after one line about what the user can fix."""
     with contextlib.redirect_stderr(Stderr()), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"train.py: {message}")
         try:
