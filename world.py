@@ -31,7 +31,8 @@ Why a judge of our own, and not CLIP or a video metric: those need downloads, gi
 unit, and cannot say which word of the prompt was ignored. Why templates, and not a trained
 classifier: a classifier always names a class, whereas no template fits a shape that is none.
 
-Letters: B batch, T frames, H W height and width, K templates. Positions are (x, y) with y down.
+Letters: B batch, T frames, H W height and width, K templates. t the number of a frame; S pixels
+of a bitmap in one of a picture. Positions are (x, y) with y down.
 """
 import argparse
 import math
@@ -53,7 +54,7 @@ from torch import Tensor
 def draw_and_measure(vx: float, vy: float, T: int = 16, H: int = 32) -> tuple[float, float]:
     """Draw a square that moves by (vx, vy) pixels a frame, then measure its velocity from pixels.
 
-    Everything below is this, with more to draw (`render`) and more to measure (`perceive`)."""
+    Below there is more to draw (`render`), more to measure (`perceive`), and captions for both."""
     t, y, x = torch.meshgrid(torch.arange(T) - (T - 1) / 2, torch.arange(H) - H / 2,
                              torch.arange(H) - H / 2, indexing="ij")
     clip = ((x - vx * t).abs() < 4) & ((y - vy * t).abs() < 4)                          # (T, H, W)
@@ -78,7 +79,7 @@ DIRECTIONS = {  # (x, y), in the order of their angle
     "left": (-1, 0), "up left": (-1, -1), "up": (0, -1), "up right": (1, -1),
 }
 SPEEDS = {"slow": 0.5, "fast": 1.0}  # pixels a frame in a picture 32 pixels high
-LETTERS = tuple("ACEHLNOSTU")  # only ten, so that each occurs often in a short training
+LETTERS = tuple("ACEHLNOSTU")  # only ten, so that a short training sees each often
 WORDS = tuple(
     "AN AS AT HE LO NO SO TO US ACE ANT ASH ATE CAN COT CUE CUT EAT EEL HAS HEN HOT HUT LET LOT "
     "NET NOT NUT OAT ONE OUT SAT SEA SON TAN TEN THE TOE TON TOO USE".split()
@@ -199,9 +200,8 @@ def bitmap(shape: str, word: str, radius: int) -> Tensor:
 
 
 def bitmap_of(thing: Thing, H: int) -> tuple[str, str, int]:
-    """Give the arguments of `bitmap` for a picture H pixels high. On a sign alone short words are
-    larger: at H = 32 capitals of 16, 11 and 8 pixels; Chinese characters, which are wider, of 15
-    and 10."""
+    """Give the arguments of `bitmap` for a picture H pixels high. A lone sign's short words are
+    larger: at H = 32 capitals of 16, 11 and 8 pixels; Chinese, which is wider: 15 and 10."""
     cap = thing.cap or {1: 16, 2: 11}.get(len(thing.word), 8) / 32
     cap -= (not thing.word.isascii()) / 32
     size = cap if thing.shape == "sign" else thing.radius
@@ -236,8 +236,8 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
            start: int = 0) -> Tensor:
     """Draw worlds, H pixels high and wide -> (B, 3, T, H, H) float in [-1, 1].
 
-    start: the first frame drawn. interval: time between two frames; above 1 objects move faster,
-    and bounce off the edges of the picture (`motion_interval`)."""
+    start: the first frame drawn. interval: motion between frames, in frames; above 1 objects move
+    faster, and bounce off the edges of the picture (`motion_interval`)."""
     S = SUPERSAMPLE
     clips = np.empty((len(worlds), 3, T, H, H), np.float32)
     for clip, world in zip(clips, worlds):
@@ -263,13 +263,13 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
 # draw and in which direction it moves, but barely where to put it. For the same reason objects that
 # share a picture pass, in mid-clip, through points of a coarse grid.
 
-LONGEST = 16  # frames in which every object, at its speed, has room: later some would bounce
-WANDER = {"sign": 1 / 32, "shape": 3 / 32}      # how far from the centre a single object may pass
-GRID = 1 / 8                                    # between places of objects that share a picture
+LONGEST = 16  # frames for which every object has room; with more, some would bounce
+WANDER = {"sign": 1 / 32, "shape": 3 / 32}      # how far from the centre a lone object may pass
+GRID = 1 / 8                                    # spacing of the points that sharing objects pass
 
 
 def cap_of(things: int) -> float:
-    """Give the height of capitals in worlds of so many objects; 0: the largest for each length."""
+    """Give the height of capitals with so many objects; 0: as large as each word allows."""
     return 6 / 32 if things > 1 else 0.0
 
 
@@ -281,16 +281,14 @@ def place(thing: Thing, rng: random.Random, frames: int = 16, wander: float = 1.
     for v, size in zip(velocity(thing), extent(thing)):
         travel = v * (frames - 1)
         middle, room = (1 - travel) / 2, max(0.0, min((1 - size - abs(travel)) / 2, wander))
-        if grid:
-            steps = int(room / grid)
-            start.append(middle + grid * rng.randint(-steps, steps))
-        else:
-            start.append(middle + room * rng.uniform(-1, 1))
+        steps = int(room / grid) if grid else 0
+        start.append(middle + (grid * rng.randint(-steps, steps) if grid else
+                               room * rng.uniform(-1, 1)))
     return replace(thing, x=start[0], y=start[1])
 
 
 def apart(a: Thing, b: Thing, frames: int) -> bool:
-    """Tell whether two objects never overlap."""
+    """Tell whether two objects stay apart."""
     (aw, ah), (bw, bh), (avx, avy), (bvx, bvy) = extent(a), extent(b), velocity(a), velocity(b)
     return all(abs(a.x - b.x + t * (avx - bvx)) > (aw + bw) / 2
                or abs(a.y - b.y + t * (avy - bvy)) > (ah + bh) / 2 for t in range(frames))
@@ -299,18 +297,18 @@ def apart(a: Thing, b: Thing, frames: int) -> bool:
 def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
                  heldout: bool | None = False, frames: int = 16, overlap: bool = False,
                  script: str = "latin", cap: float = 0.0) -> World:
-    """Draw a world of several objects, which overlap only if `overlap`. Their colours differ, as
+    """Draw a world of `things` objects, which overlap only if `overlap`. Their colours differ, as
     long as there are enough.
 
-    signs: the share of signs. 70 % of them show one letter, the others words, each length equally
-    often; with a `cap`, the height of their capitals, all lengths are equally frequent. Objects
-    that find no room beside one another (two triangles seldom do) are drawn anew after 20 attempts,
-    which favours signs: 0.42 of two objects for 0.4, 0.6 of three.
+    signs: the share of signs. 70 % of them show one letter, the rest words of each length equally
+    often; with `cap` (height of capitals) one letter is as frequent as each length. Objects without
+    room beside one another (often two triangles) are redrawn after 20 failures, which favours
+    signs: for 0.4, 0.42 of two objects and 0.6 of three.
     heldout: False as in training, True for what is held out, None for both. ValueError for more
-    frames than LONGEST, as objects would bounce and belie their captions, unless `overlap`."""
+    frames than LONGEST, as objects would bounce and contradict their captions, unless `overlap`."""
     if frames > LONGEST and not overlap:
         raise ValueError(f"frames {frames}: at most {LONGEST} in the toy world, or its objects "
-                         "would bounce and belie their captions")
+                         "would bounce and contradict their captions")
     if things > 3 and not overlap:
         raise ValueError(f"things {things}: at most 3 have room to pass one another")
     letters, words, never = SCRIPTS[script]
@@ -318,9 +316,8 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     single = 1 / (1 + len(lengths)) if cap else 0.7
     shares = (single, *[(1 - single) / len(lengths)] * len(lengths))
 
-    def draw(others: list[Thing], shows: Thing | None) -> Thing:
-        """Draw an object to stand beside others; of the shape, word and speed of `shows`, if given.
-        """
+    def draw(others: list[Thing], like: Thing | None) -> Thing:
+        """Draw an object beside others, with shape, word and speed of `like` if given."""
         while True:
             sign = rng.random() < signs
             length = rng.choices((1, *lengths), shares)[0]
@@ -333,20 +330,18 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
                 speed="slow" if sign else rng.choice(list(SPEEDS)),     # a long word has no room
                 word=rng.choice(choice) if sign else "", cap=cap if sign else 0.0,
                 radius=rng.uniform(0.17, 0.19))
-            if shows:
-                thing = replace(thing, shape=shows.shape, word=shows.word, speed=shows.speed,
-                                cap=shows.cap)
+            if like:
+                thing = replace(thing, shape=like.shape, word=like.word, speed=like.speed,
+                                cap=like.cap)
             if heldout is None or is_heldout(thing) == heldout:
                 return thing
 
-    # Shape, word and speed of each object are drawn once; colour, direction and place until all of
-    # them have room. Else what seldom has room, such as a long word, would be rare.
-    drawn: list[Thing] = []
-    shown: dict[int, Thing] = {}            # by the number of the object
-    failures = 0
+    # Shape, word and speed of an object stay; colour, direction and place are redrawn until all
+    # have room. Otherwise long words, which seldom have room, would be rare.
+    drawn, kept, failures = [], {}, 0                           # kept: by the object's number
     while len(drawn) < things:
-        thing = draw(drawn, shown.get(len(drawn)))
-        shown.setdefault(len(drawn), thing)
+        thing = draw(drawn, kept.get(len(drawn)))
+        kept.setdefault(len(drawn), thing)
         wander = WANDER["sign" if thing.shape == "sign" else "shape"] if things == 1 else 1.0
         for _ in range(20):
             thing = place(thing, rng, frames, wander, GRID * (things > 1 and not overlap))
@@ -356,8 +351,8 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
         else:
             drawn.clear()
             failures += 1
-            if failures % 20 == 0:                          # they have no room beside one another
-                shown.clear()
+            if failures % 20 == 0:                          # shapes and words: redraw them, too
+                kept.clear()
     return World(tuple(drawn), background=rng.uniform(0.0, 0.15))
 
 
@@ -386,7 +381,7 @@ def caption(world: World) -> str:
 
 
 def longest_caption(things: int, script: str) -> str:
-    """Write a caption with the most tokens possible: most words, all different, longest signs."""
+    """Write the caption with the most tokens: longest wording, distinct words, longest signs."""
     words = sorted(sum(SCRIPTS[script], ()), key=len, reverse=True)
     ways = ("down right", "up left")                                    # without a common word
     return caption(World(tuple(Thing(color, "sign", ways[i % 2], "slow", word)
@@ -415,9 +410,9 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
     """Draw (kind, prompt) to judge a model by, the same for the same seed.
 
     n of kind `trained` (3/5 shapes, 2/5 one-letter signs); 3n/10 `heldout`, shapes in held-out
-    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects,
-    prompts that need signs have at least one: each object is one with probability 2/5. Their words
-    may have any length, but in `words` at least one has several letters."""
+    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects each
+    is a sign with probability 2/5, and prompts that need signs have at least one. Their words may
+    have any length; `words` has one of several letters."""
     rng = random.Random(f"prompts/{seed}")
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
     out: list[tuple[str, str]] = []
@@ -429,12 +424,10 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
             world = sample_world(rng, things, share, heldout=kind.endswith("heldout"),
                                  frames=frames, script=script, cap=cap_of(things))
             longest = max(len(t.word) for t in world.things)
-            if sign and (longest == 0 or kind != "trained" and longest == 1):
-                continue
-            if sign and things == 1 and kind == "trained" and longest > 1:
-                continue
-            out.append((kind, caption(world)))
-            got += 1
+            fits = longest > 1 if kind != "trained" else longest == 1 or longest and things > 1
+            if fits or not sign:
+                out.append((kind, caption(world)))
+                got += 1
     return out
 
 
@@ -452,8 +445,8 @@ def seen_colors(x: Tensor) -> Tensor:
 
 
 def track(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find an object in each frame: its opacity alpha (T, H, W) -> alpha without faint pixels, and
-    the centre of mass (T,), (T,)."""
+    """Locate an object: opacity alpha (T, H, W) -> alpha without faint pixels, and the centre of
+    mass cx, cy, each (T,)."""
     T, H, W = alpha.shape
     alpha = torch.where(alpha > 0.2, alpha, 0)
     mass = alpha.sum((1, 2)).clamp_min(1e-6)
@@ -466,8 +459,7 @@ def centred_sprite(alpha: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
     """Remove the motion: shift each frame of alpha (T, H, W) so that its (cx, cy) is at the centre,
     and average the frames -> (H, W). An object that flickers or changes its shape is blurred."""
     T, H, W = alpha.shape
-    theta = torch.zeros(T, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1
+    theta = torch.eye(2, 3).repeat(T, 1, 1)
     theta[:, 0, 2], theta[:, 1, 2] = (2 * cx + 1) / W - 1, (2 * cy + 1) / H - 1
     grid = F.affine_grid(theta, (T, 1, H, W), align_corners=False)
     return F.grid_sample(alpha[:, None], grid, align_corners=False).mean((0, 1))
@@ -476,7 +468,7 @@ def centred_sprite(alpha: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
 @cache
 def templates(H: int, script: str, cap: float = 0.0) -> tuple[Tensor, list[tuple[str, str]]]:
     """Make the sprite of every shape, at eight sizes, and of every word -> (K, H * H) unit rows and
-    (shape, word) of each. They are made from rendered clips in the same way as sprites to judge."""
+    (shape, word) of each. They come from rendered clips, made as `perceive` makes its own."""
     shape = Thing("white", "circle", "right", "slow", x=0.4)
     things = [replace(shape, shape=s, radius=r / 200) for s in SHAPES for r in range(26, 42, 2)]
     sign = replace(shape, shape="sign", cap=cap, x=0.38)
@@ -493,10 +485,10 @@ NOTHING = dict.fromkeys(("color", "shape", "direction", "speed", "text"), "none"
 
 def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[str, str]]:
     """Measure colour, shape, direction, speed and text of `things` objects in a clip (3, T, H, W)
-    in [-1, 1], from its pixels alone; "none" where nothing can be seen.
+    in [-1, 1], from its pixels alone; "none" where nothing can be seen (text: or "").
 
-    The background is the median pixel of the rim; objects are what differs from it, in the colours
-    that cover most. Direction and speed come from a straight line through the centres of mass,
+    The background is the median pixel of the rim; objects: pixels unlike it, in the colours that
+    cover most. Direction and speed come from a straight line through the centres of mass,
     shape and text from the template that fits best."""
     x = ((clip.float() + 1) / 2).clamp(0, 1)
     T, H, W = x.shape[1:]
@@ -513,7 +505,7 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
     seen = []
     for color in areas.topk(things).indices.tolist():
         own, cx, cy = track(alpha if things == 1 else torch.where(colors == color, alpha, 0))
-        if own.sum((1, 2)).median() < 0.015 * H * W:            # all objects cover 3 % and more
+        if own.sum((1, 2)).median() < 0.015 * H * W:            # all objects cover 5 % and more
             seen.append(dict(NOTHING))
             continue
         vx, vy = ((c * t).sum() / t.square().sum().clamp_min(0.5) * 32 / H for c in (cx, cy))
@@ -528,13 +520,13 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
 
 def judge(clip: Tensor, prompt: str) -> dict[str, bool]:
     """Compare a clip (3, T, H, W) with a prompt: color, shape, direction, speed, and text if the
-    prompt has a sign. With several objects, told apart by colour, a verdict is True if it is true
-    of all. ValueError for a prompt that is not of the grammar."""
+    prompt has a sign. With several objects, told apart by colour, a verdict holds if it holds
+    for all. ValueError for a prompt that is not of the grammar."""
     wanted = parse(prompt)
     if not wanted:
         raise ValueError(f"prompt {prompt!r}: not of the toy world's grammar")
-    latin = all(w["text"].isascii() for w in wanted)
-    seen = perceive(clip, len(wanted), "latin" if latin else "chinese")
+    chinese = any(set(w["text"]) & set(SCRIPTS["chinese"][0]) for w in wanted)
+    seen = perceive(clip, len(wanted), "chinese" if chinese else "latin")
     if len(wanted) > 1:
         by_color = {s["color"]: s for s in seen}
         seen = [by_color.get(w["color"], NOTHING) for w in wanted]
@@ -544,15 +536,14 @@ def judge(clip: Tensor, prompt: str) -> dict[str, bool]:
 
 def accuracy(verdicts: list[dict[str, bool]]) -> dict[str, float]:
     """Give the share of true verdicts for each key, among the verdicts that have it."""
-    votes = {key: [v[key] for v in verdicts if key in v]
-             for key in ("color", "shape", "direction", "speed", "text")}
+    votes = {key: [v[key] for v in verdicts if key in v] for key in NOTHING}
     return {key: sum(v) / len(v) for key, v in votes.items() if v}
 
 
 def check_judge(seed: int, n: int = 500, things: int = 1, frames: int = 16, size: int = 32,
                 script: str = "latin") -> dict[str, float]:
-    """Measure how often the judge agrees with the truth, on n rendered clips (on fewer, but at
-    least 20, if they are large)."""
+    """Measure how often the judge agrees with the truth, on n rendered clips (fewer if they are
+    large; at least 20)."""
     rng = random.Random(f"judge/{seed}")
     worlds = [sample_world(rng, things, heldout=None, frames=frames, script=script,
                            cap=cap_of(things))
@@ -583,8 +574,8 @@ def draw_sheet(out: Path, seed: int) -> None:
 
 
 def demo(out: Path, seed: int = 0) -> bool:
-    """Draw the sheet; then show that the judge agrees with the truth, and with captions of other
-    clips only as often as those happen to be true."""
+    """Draw the sheet; then show that the judge agrees with the truth, and with other clips'
+    captions only as often as chance allows."""
     draw_sheet(out, seed)
     vx, vy = draw_and_measure(0.5, -0.25)
     claims = [("error of a measured velocity", math.hypot(vx - 0.5, vy + 0.25), "<=", 0.05)]
@@ -613,8 +604,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Draw a sheet of the toy world, test its judge.",
                                      allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"world.py: {message}\n")     # one line, no usage
-    parser.add_argument("--seed", type=int, default=0, help="of the sheet and of the checks")
-    parser.add_argument("--out", type=Path, default=Path("out/world"), help="folder of the figures")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--out", type=Path, default=Path("out/world"), help="folder of world.png")
     args = parser.parse_args()
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ far from that are the samples, the real clips, and what the autoencoder makes of
     bounce     --fast: the share of its speed that a bounce changes; 1 if there is no bounce
 
 "right" is the share of clips in which all is seen that the caption says, "moves" that in which
-direction and speed are. Motion is learnt first: where "moves" no longer rises, a stretch of the
+direction and speed are. Motion is learned first: where "moves" no longer rises, a stretch of the
 run is left in which the errors can go on falling.
 
 A pixel is a 32nd of the picture's height. The figure of a model is the median over its clips, so

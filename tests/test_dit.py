@@ -603,7 +603,7 @@ def run(folder, *args):
 @pytest.mark.slow
 def test_a_demo_that_has_not_learnt_fails(tmp_path):
     done = run(tmp_path, "--steps", "2")
-    assert done.returncode == 1 and "FAIL one clip learnt" in done.stdout
+    assert done.returncode == 1 and "FAIL one clip learned" in done.stdout
     assert "PASS largest output at initialisation: 0 vs 0" in done.stdout
     assert (tmp_path / "out/dit/gates.png").stat().st_size > 10_000
 

@@ -248,6 +248,7 @@ def test_judge_reads_prompts_typed_by_hand():
         verdict = world.judge(clip, right.replace(old, new))
         assert [k for k, held in verdict.items() if not held] == [fact]
     assert not world.judge(clip, right.replace("red", "green"))["color"]
+    assert not world.judge(torch.zeros(3, 8, 32, 32), 'a red sign saying "É" moving left')["text"]
     with pytest.raises(ValueError, match="prompt 'a dog': not of the toy world's grammar"):
         world.judge(clip, "a dog")
 
