@@ -1,6 +1,6 @@
-"""Question: which autoencoder reconstructs moving toys best with the same number of latent values
-and the same training time: Movie Gen's 2.5D, 3D, or VidTwin? And what does a motion curriculum do,
-training clips that become up to eight times as fast?
+"""Question: which autoencoder reconstructs moving objects best with the same number of latent
+values and the same training time: Movie Gen's 2.5D, 3D, or VidTwin? And what does a motion
+curriculum do, with clips up to eight times as fast?
 
 Run:    python studies/autoencoders.py
 Time:   38 minutes on 2 cores; continues where it was stopped

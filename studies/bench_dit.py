@@ -9,7 +9,7 @@ Answer: as fast as Wan's, which does the same work, or faster; at most 14 % abov
 Prints tokens per second, the FLOPs of the matrix products of a forward pass (counted by torch,
 which leaves out attention on a CPU), and the time over that of the bare matrix products and
 attention calls of our blocks, which no model of these FLOPs can beat. All are medians over rounds
-in one process, in each of which the order is another; fp32, random weights. Each transformer treats
+in one process, each in another order; fp32, random weights. Each transformer treats
 text in its own way: Wan and Latte attend to it; CogVideoX carries it along with the video, so it
 has fewer matrices in a block. In Latte not every token sees every other one: half of its blocks
 attend over space and half over time, the latter without text.

@@ -6,7 +6,7 @@ Time:   10 minutes on 2 cores; `--links` needs root and Linux, without it 4 minu
 Answer: with 784 tokens CFG-parallel and PipeFusion gain on every link, Ring and Ulysses on a fast
         one only; with 128 tokens CFG-parallel alone gains on every link.
 
-The same clips in each mode in turn, one thread a rank, the median of the ratios of each round. A
+Each mode samples the same clips in turn, one thread a rank; medians of each round's ratios. A
 link is two network namespaces joined by a veth pair with a token bucket (tbf); where that is not
 possible the script says so and goes on without. Model: that of a run (a folder as argument), else
 one with D 192, 6 heads, 8 layers, 784 tokens and random weights; --clips at a time (1). Guided, 8

@@ -2,19 +2,19 @@
 recipe, in CPU seconds to a given rms mass error? And what do pairing and memory cost?
 
 Run:    OMP_NUM_THREADS=1 python studies/bench_sdot.py
-        python studies/bench_sdot.py --problems 20000x1024    # 7 hours; README.md has a shorter way
+        python studies/bench_sdot.py --problems 20000x1024    # 7 hours; see studies/README.md
 Time:   5 minutes on 2 cores, for 2000 latents of 64 numbers
 Answer: at 2000 x 64 1.8 to 2.8 times as fast as POT with our start and step, at least 10 times
         as POT's defaults; pairing costs little more than its matrix product.
 
-`solve`: a rival has no stopping rule, so it is run for `--levels` 1, 1.3, 2 and 4 times the noises
-a target that the law asks for, 1 / target^2, each time from its start; only the first run that
+`solve`: a rival has no stopping rule, so it is run for `--levels` 1, 1.3, 2 and 4 times 1 / error^2
+noises for each target, each time from its start; only the first run that
 reaches the target counts, and the mass error is measured off the clock, by noise that no solver has
 seen. A run is cut short at `--patience` times our time. `couple`: seconds of the pairing over those
 of the bare matrix product. `memory`: the largest resident set of a process that solves a few steps
 and pairs a batch at N = 10^5, d = 1024, less the imports (the data set itself is 0.38 GiB).
 `step`: the share of a training step of `train.py --scale small` that pairing takes, with 10,000
-clips in captions of 64. Each part adds its figures to out/studies/bench_sdot.json when it is done.
+clips, 64 to a caption. Each part adds its figures to out/studies/bench_sdot.json when it is done.
 """
 
 import json

@@ -7,11 +7,11 @@ Answer: a step takes 1.01 times the bare one; two ranks with a copy each do 1.45
 
 `overhead`: a step of the dit stage (batch made, forward, backward, clipping, optimizer, moving
 average, log, checkpoints) over the bare forward, backward and optimizer step of such a batch, one
-of each in turn in one process. What a checkpoint adds to the step that it is written behind counts
-as often as the preset writes one. `dp 2`, `replicate 2`: clips a second of two ranks, the model
+of each in turn in one process. A checkpoint's extra time counts as often as the preset writes
+one. `dp 2`, `replicate 2`: clips a second of two ranks, the model
 sharded or copied, over those of one, with the preset's batch or --batch; each measurement is a
 process of its own, in turn. `apart`: two processes that do not communicate, at once, each with
-half the batch: what the machine lets two ranks reach. Medians over the rounds. Latents are random
+half the batch: about what two ranks can reach. Medians over the rounds. Latents are random
 numbers: what they are does not change the time.
 """
 

@@ -5,7 +5,7 @@ A variant is a run of train.py in a process of its own, on one thread,
     python train.py --base RUN --workdir OUT/runs/NAME-SEED --seed SEED --coupling independent
         --sample.prompts 80 [the flags in which the variant differs]
 
-so its command says what it is, and a study that was stopped continues where it was: train.py does.
+so its command says what it is, and a study that was stopped continues, as train.py does.
 """
 import argparse
 import json

@@ -1,5 +1,5 @@
-"""Question: which of the four ways to tell the blocks what time it is works best, at equal size
-and equal training time? It is the ablation of [DiT s5], arXiv 2212.09748, on video: text always
+"""Question: which of the four ways to condition the blocks on t works best, at equal size and
+equal training time? It is the ablation of [DiT s5], arXiv 2212.09748, on video: text always
 goes through cross-attention, and t enters as adaLN-Zero, as adaLN, as a token of the text or as a
 token of the video.
 

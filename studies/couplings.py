@@ -1,14 +1,14 @@
-"""Question: what is a coupling worth to the toy: which noise meets which clip, at random, by
-transport within minibatches, by semi-discrete transport within captions (`sdot`) or blind to them
-(`sdot-global`)? And is flow matching better than diffusion, a shifted schedule than others?
+"""Question: what is each pairing of noise and clips worth to the toy: random, by transport within
+minibatches, by semi-discrete transport within captions (`sdot`) or blind to them (`sdot-global`)?
+And are flow matching and a shifted schedule better than the alternatives?
 
 Run:    python studies/couplings.py runs/toy
 Time:   57 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
 Answer: within captions the paths bend 7 % less and samples in few steps are 6 to 14 % nearer to the
-        data, which no accuracy shows; caption-blind transport does harm; diffusion is behind.
+        data, but no accuracy rises; caption-blind transport does harm; diffusion is behind.
 
-Every run is sampled without guidance, whose bent paths would hide the coupling's, in 1 to 50 Euler
-steps on the captions of 64 held-out clips.
+Every run is sampled as the toy is, and without guidance, whose bent paths would hide the
+coupling's, in 1 to 50 Euler steps on the captions of 64 held-out clips.
 """
 import json
 import sys

@@ -3,32 +3,30 @@ values and the same training time? Does the order by reconstruction hold for gen
 
 Run:    python studies/end_to_end.py
 Time:   118 minutes on 2 cores; continues where it was stopped
-Answer: not between neighbours. 2.5D reconstructs 1.7 dB better than 3D, but which of the two makes
-        the better clips is undecided. VidTwin is behind both in reconstructions and in clips; with
+Answer: between 2.5D and 3D undecided, though 2.5D reconstructs 1.7 dB better. VidTwin is behind both in reconstructions and in clips; with
         four times the time it reconstructs like 2.5D, and its clips have not caught up.
 
 Each arm is the toy with `--variant`, on one thread: 240 CPU seconds for the autoencoder, 400 for
-the DiT, which has one width and depth. Short runs measure the seconds of a step first, and so how
-many steps that buys; the table says what was really taken. VidTwin, a transformer from scratch,
+the DiT, of one size for all. Short runs measure the seconds of a step first, which sets the
+steps; the table says what was really taken. VidTwin, a transformer from scratch,
 needs longer: in a fourth arm its autoencoder has four times the time, and trains on clips of one
-object, on which it comes further than on crowds. That arm shows what VidTwin can do; as no other
-has as much, the answer is from the three of equal time. Every arm has 64 tokens of 32 numbers, and
+object, on which it comes further than on crowds. That arm shows what VidTwin can do; the answer is
+from the three of equal time. Every arm has 64 tokens of 32 numbers, and
 no alignment loss, which would pool VidTwin's flat latent in another way. Learning rate, KL weight,
 shift and guidance are the toy's, and so were chosen for 2.5D.
 
 A validation loss compares runs that share a latent, not different ones: it says what share of a
 latent's variance is left open by prompt and noisy latent, detail that nobody sees included. These
 figures mean the same in every arm:
-- one step: what the DiT predicts from pure noise, where no latent has told anything yet, decoded
-  and compared with real clips of the prompt. No prediction is nearer to them than their mean (but
-  what is decoded is the mean of latents, and a decoder may make more or less of that).
+- one step: what the DiT predicts from pure noise, decoded and compared with real clips of the
+  prompt. The best prediction is the clips' mean (decoded is the mean of latents, which may differ).
 - what the judge sees in samples with guidance, and in reconstructions: about the most that a
   generator can reach.
 - energy distance of samples without guidance, which would change the distribution, to real clips of
   other prompts of the same kinds: 0 for one distribution. It does not see which prompt was
   followed. Pixels are features that no arm has trained: all of them, where blur counts, or means
-  over 2 x 4 x 4, where only colour, layout and motion do. What it is above that of reconstructions
-  is the share of the generator.
+  over 2 x 4 x 4, where only colour, layout and motion do. Its excess over that of reconstructions
+  is the generator's.
 A difference is decided where the 95 % interval over the seeds (Student's t, pairs of one seed)
 leaves out 0: with three seeds it has to be large. Of some thirty such intervals one or two leave it
 out by chance.

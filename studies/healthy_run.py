@@ -9,7 +9,7 @@ Answer: a picture to compare your own run with (assets/healthy.png). Colour and 
 
 The dit stage is trained once more on the latents of the run. The averaged weights of a checkpoint
 at each tenth, and at a quarter, are kept while it trains; each makes the same clips from the same
-prompts and noise. With --watch the run itself is what is watched: for one that takes hours.
+prompts and noise. --watch follows the run itself: for one that takes hours.
 """
 import json
 import textwrap

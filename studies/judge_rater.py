@@ -8,12 +8,12 @@ Answer: not run yet
 
 Each arm is trained with five seeds, on the autoencoder and the latents of the run, and makes clips
 of the same prompts from the same noise. Training k of one arm meets training k of the other: of two
-clips, the one in which the judge finds more of what was asked for wins; as much is a tie. This is
+clips, the one in which the judge finds more of what was asked for wins; equal is a tie. This is
 counted for all that a prompt says, and for each verdict alone. In "another seed" training k meets
 training k + 1 of the same arm: what training with another seed changes.
 
-A vote on prompt i in pair k is a mean, plus one number for the prompt, one for the pair and one for
-the rest, of variances P, T and E, which a two-way analysis of variance tells apart. So for n
+A vote is a mean plus effects of its prompt, its pair and a rest, of variances P, T and E, which a
+two-way analysis of variance separates. So for n
 prompts and K trainings of each arm
 
     variance of the net win rate = P / n + T / K + E / (n K)
@@ -23,15 +23,15 @@ and a measured difference d is decided (95 %) if it is more than 1.96 standard d
     n > (P + E / K) / ((d / 1.96)^2 - T / K),   and K > T (1.96 / d)^2, or no n is enough
 
 A true difference d measures less than d half of the time; to decide it in four studies of five,
-1.96 + 0.84 takes the place of 1.96. Both are printed, for P, T and E as if they were known: who has
-to estimate T from few trainings needs more. Prompt i has the same noise in all trainings, so P is
+1.96 + 0.84 takes the place of 1.96. Both are printed as if P, T and E were known; with T
+estimated from few trainings n is larger. Prompt i has the same noise in all trainings, so P is
 of prompts and noises; T is of trainings of the DiT on one autoencoder.
 
-An interval over prompts alone, as one has with one training of each arm, leaves T out. The other
-has Student's t in place of 1.96, since five pairs estimate T poorly (Satterthwaite's formula); for
-the same reason the number of prompts is given at both ends of an 80 % interval of T, too. Training
-k of every arm has the same seed: first weights, order of the clips, noise. Guidance and steps are
-the toy's, chosen for flow matching.
+An interval over prompts alone, as one has with one training of each arm, leaves T out. The interval
+over prompts and trainings has Student's t in place of 1.96, since five pairs estimate T poorly
+(Satterthwaite's formula); for the same reason the number of prompts is given at both ends of an 80
+% interval of T, too. Training k of every arm has the same seed: first weights, order of the clips,
+noise. Guidance and steps are the toy's, chosen for flow matching.
 """
 import math
 from concurrent.futures import ThreadPoolExecutor

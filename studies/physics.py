@@ -3,7 +3,7 @@ falling when more training no longer raises the accuracy of prompts?
 
 Run:    python studies/physics.py runs/toy [RUN ...]; and the same with --fast
 Time:   40 minutes on 2 cores for each run of the toy; continues where it was stopped
-Answer: yes. In the second half of the toy's steps, where direction and speed are right to the judge
+Answer: yes. In the second half of the toy's steps, where the judge finds direction and speed right
         in 98 to 100 % of the clips, the physical errors fall by 25 to 57 %, the validation loss by
         14 %. They end at 1.8 to 14 times those of reconstructions. (--fast was not run yet.)
 
@@ -19,17 +19,17 @@ far from that are the samples, the real clips, and what the autoencoder makes of
     direction  of the line, against the direction that the caption says, in degrees
     bounce     --fast: the share of its speed that a bounce changes; 1 if there is no bounce
 
-"right" is the share of clips in which all is seen that the caption says, "moves" that in which
-direction and speed are. Motion is learned first: where "moves" no longer rises, a stretch of the
-run is left in which the errors can go on falling.
+"right": the share of clips that show all the caption says; "moves": its direction and speed. Motion
+is learned first: where "moves" no longer rises, a stretch of the run is left in which the errors
+can go on falling.
 
 A pixel is a 32nd of the picture's height. The figure of a model is the median over its clips, so
 that a few which show something else do not decide it. Clips in which an object is not seen in half
-of the frames have no errors; the table says their share. Signs have one letter: which letters stand
-on longer ones is no physics. With --fast the dit stage learns from clips with twice the motion,
-where fast objects bounce off the edge once; the fitted line may turn round once. The autoencoder
-stays. --finished compares finished runs, and trains nothing: of one scale and several lengths, for
-example. (Runs of two scales differ in their task, too: in objects, signs and size.)
+of the frames have no errors; the table says their share. Signs have one letter: spelling longer
+words is not physics. With --fast the dit stage learns from clips with twice the motion, where fast
+objects bounce off the edge once; the fitted line may turn round once. The autoencoder stays.
+--finished compares finished runs (of several lengths, say) and trains nothing. (Runs of two scales
+differ in their task, too: in objects, signs and size.)
 """
 import itertools
 import math

@@ -6,7 +6,7 @@ Answer: 10 minutes, 0.49 of the time of edb935f; 0.98 of the shapes and 0.95 of 
         combinations are right, and 0.11 of the words of two and three letters.
 
 The speed-run. `torchrun --nproc_per_node 2 train.py --scale toy`, a rank on each of two cores, runs
-whole in a fresh folder, once for each seed, one run after the other. The row says the seconds of
+whole in a fresh folder, once for each seed, one run after the other. The row gives the seconds of
 the whole job (their median) and of each stage, and what share of the prompts the clips follow (mean
 +- spread over the seeds). It is a record if the means reach LEAST and the judge can be trusted as
 before. Data, grammar, judge and prompts are those of world.py: who changes them starts a new table.
@@ -14,7 +14,7 @@ before. Data, grammar, judge and prompts are those of world.py: who changes them
 Seconds hold for one machine only. So --against runs another commit of this repository, with the
 first seed, before our own runs, and prints the ratio of the times: `python train.py --scale toy`,
 one process with a thread on each core. Nothing else may run meanwhile. A study that was stopped
-begins its unfinished run anew, since its time would be wrong.
+repeats its unfinished run, whose time would be wrong.
 """
 import json
 import platform

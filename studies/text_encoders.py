@@ -4,8 +4,8 @@ than signs in Latin letters, one byte each, through an autoencoder that saw only
 
 Run:    python studies/text_encoders.py runs/toy
 Time:   58 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
-Answer: without the byte encoder letters are at chance; words and concepts replace each other;
-        Chinese signs are learned, but later.
+Answer: without the byte encoder letters are at chance; word and concept encoders are
+        interchangeable here; Chinese signs are learned, but later.
 """
 import common
 

@@ -8,21 +8,18 @@ Answer: not run yet
 Clips of eight frames show one shape, which moves by half a pixel a frame (slow) or by two (fast)
 and never meets an edge, so that the judge reads both alike. The toy's autoencoder trains on crowds
 of six shapes, then on clips, all of one pace. With the curriculum the crowds begin slow and become
-as fast as the fast clips, whatever the pace; the clips at the end have the one pace again. On
-each of these four autoencoders one DiT trains on slow clips and one on fast ones, on latents that
-are normalised by the statistics of the autoencoder's pace (so of the other pace they have another
-variance than 1, which is a part of the cost). Measured are, for held-out clips of the DiT's pace
-and their captions:
+as fast as the fast clips, whatever the pace; the last clips have the one pace again. On each of
+these four autoencoders one DiT trains on slow clips and one on fast ones, on latents that are
+normalised by the statistics of the autoencoder's pace (so at the other pace their variance is not
+1: part of the cost). Measured are, for held-out clips of the DiT's pace and their captions:
 - reconstruction: PSNR;
 - reconstructions and samples: how often all is right to the judge, colour, shape, direction and
-  speed; of samples also each of them. To the judge any speed above 0.8 is fast; so also the medians
-  of physics.py: how far their centres of mass are from a line at constant speed, and that speed
-  from the one asked for;
+  speed; of samples also each of them. To the judge any speed above 0.8 is fast; so the medians of
+  physics.py, too: distance from a line at constant speed, and that speed's error;
 - energy distance to other held-out clips, of reconstructions and of samples without guidance (which
   would change the distribution): 0 for one distribution. In all pixels, where blur counts, or in
   means over 2 x 4 x 4, where only colour, layout and motion do.
-In the rows "same less other" a cost is positive where more is better, in dB and shares, and
-negative elsewhere.
+In "same less other" a positive number is a cost for dB and shares, a negative one elsewhere.
 """
 import random
 import sys
@@ -86,8 +83,8 @@ class Paced(train.ToyClips):
 # ---- 2. An autoencoder, and a DiT for each pace --------------------------------------------------
 
 def moves(clips, captions):
-    """What share of the clips the judge finds right in each respect and in all; and the medians of
-    how far they are from their line and their speed."""
+    """Give the share of clips that the judge finds right in each respect and in all, and medians of
+    their distance from a line and of their speed's error."""
     pairs = list(zip(clips, captions))
     seen = [world.judge(*pair) for pair in pairs]
     e = torch.tensor([errors(*pair) for pair in pairs])

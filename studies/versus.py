@@ -18,7 +18,7 @@ checks that are hidden among the pairs, one of each kind for every ten prompts:
 The page versus.html holds all clips, needs no server, and does not say which run is which: that is
 in key.json beside it, which the counter needs and raters should not have. Sides and order come from
 a secret key, and in each kind A stands on the left as often as B. A difference between two runs
-holds for these two: how far training with another seed would move it, no rater can say.
+holds for these two: no rater can say how another seed would move it.
 """
 import base64
 import contextlib

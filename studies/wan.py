@@ -3,7 +3,7 @@
 Run:    pip install diffusers && python studies/wan.py               # one rank
         torchrun --nproc_per_node 4 studies/wan.py --cfg 2 --ulysses 2      # the same on four
 Time:   20 seconds on 2 cores
-Answer: yes. These are the seams of sample_parallel.py, put onto diffusers' Wan in thirty lines, in
+Answer: yes. Thirty lines give diffusers' Wan the methods that sample_parallel.py asks for, in
         fp32 or as `from_pretrained` loads it in bf16.
 
 The script gives a small Wan with random weights to ParallelSampler, and compares with an Euler loop
