@@ -3,8 +3,9 @@ values and the same training time? Does the order by reconstruction hold for gen
 
 Run:    python studies/end_to_end.py
 Time:   118 minutes on 2 cores; continues where it was stopped
-Answer: between 2.5D and 3D undecided, though 2.5D reconstructs 1.7 dB better. VidTwin is behind both in reconstructions and in clips; with
-        four times the time it reconstructs like 2.5D, and its clips have not caught up.
+Answer: between 2.5D and 3D undecided, though 2.5D reconstructs 1.7 dB better. VidTwin is behind
+        both in reconstructions and in clips; with four times the time it reconstructs like 2.5D,
+        and its clips have not caught up.
 
 Each arm is the toy with `--variant`, on one thread: 240 CPU seconds for the autoencoder, 400 for
 the DiT, of one size for all. Short runs measure the seconds of a step first, which sets the
