@@ -26,8 +26,8 @@ Contract
     ->    v, of the shape and dtype of x
 `forward` casts x and text to the precision of the weights, and calls patchify, positions,
 condition, embed, blocks, head and unpatchify, all public. Only `block.attend` mixes video tokens;
-everything else acts on each token alone, and on tokens may be called on a slice of their axis (but
-for `in_context`). So a sampler can spread this model over many ranks without a change to this file.
+all else that gets tokens acts on each alone, and may be called on a slice of their axis (but for
+`in_context`). So a sampler can spread this model over many ranks without a change to this file.
 
     python dit.py     # zero output at first, overfits one clip; out/dit/gates.png  25 s on 2 cores
 
@@ -120,7 +120,7 @@ class DiTConfig:
     dim: int = 192                  # width of the residual stream
     depth: int = 6                  # blocks
     heads: int = 6                  # heads of self-attention and of cross-attention
-    ffn: int = 0                    # width of the SwiGLU; 0: 8/3 dim (LLaMa), up to 32 more
+    ffn: int = 0                    # of the SwiGLU; 0: 8/3 dim (LLaMa), to a multiple of 32
     text_dim: int = 0               # width of the text tokens; 0: dim
     adaln: str = "shared"           # shared: one Linear, and a table for each block | per_block
     conditioning: str = "adaln_zero"  # how t enters: adaln_zero, adaln, cross_attention, in_context
@@ -187,7 +187,7 @@ class Linear32(nn.Linear):
 
 
 class Linear(nn.Linear):
-    """Apply a Linear in the dtype of its weight, or in autocast's. Without bias, as in LLaMa."""
+    """Apply a Linear in the dtype of its weight, or in autocast's. LLaMa's have no bias."""
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__(d_in, d_out, bias)

@@ -709,7 +709,7 @@ class ParallelSampler:
         v = guide(v, guidance) if share.guided else v                           # (B, n, P)
         share.x[:, part] += (share.ts[i + 1] - share.ts[i]) * v * share.real[part]      # Euler
         if outbox and i < self.steps - 1:
-            outbox.send(share.x[:, part])       # or a view: not changed before it arrived
+            outbox.send(share.x[:, part])       # perhaps a view: not changed until it has arrived
 
     def _attend(self, layout, tokens, at):
         """Nest a block's attention: Ulysses( StaleKV( Ring or plain ) ), less what has degree 1."""
@@ -1305,7 +1305,7 @@ def prompts_of(args):
     """List the prompts of --prompt, then those of --prompt-file."""
     prompts = list(args.prompt)
     if args.prompt_file is not None:
-        try:                                        # utf-8-sig: without a byte order mark
+        try:                                        # utf-8-sig: a byte order mark is dropped
             lines = Path(args.prompt_file).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompt-file {args.prompt_file}: {error}") from None

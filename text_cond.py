@@ -326,7 +326,7 @@ class TextConditioner(nn.Module):
         The tensors are on the CPU, to be kept with the latents and indexed by row. Prompts longer
         than an encoder's limit are truncated, with a warning."""
         if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"prompts {prompts[:60]!r}: not a list of 1 or more")
+            raise ValueError(f"prompts {prompts[:60]!r}: not a list of 1 or more texts")
         seen, out = [seen_by(prompt) for prompt in prompts], {}
         for name in ENCODERS:
             texts = [s[name] for s in seen]

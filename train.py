@@ -528,7 +528,7 @@ SCALES: dict[str, Callable[[], Config]] = {
         dit=replace(backbone.PRESETS["small"]),
         train_dit=TrainDiT(steps=16_000, batch=16, lr=1.2e-3, warmup=200, decay=0.4, ema=0.999,
                            every=200, align=0.1),
-        flow=FlowConfig(std=1.3, shift=3.0),    # latents have four times the toy's values
+        flow=FlowConfig(std=1.3, shift=3.0),    # latents hold four times the toy's values
         sample=SampleConfig(steps=25, schedule="shifted", guidance=4.0),
     ),
     # 8 GPUs, days: 4 s at 8 frames a second, 256 px; 4 x 16 x 16 = 1024 tokens
@@ -571,8 +571,8 @@ def finish(cfg: Config) -> Config:
         raise UserError(f"--sample.solver {cfg.sample.solver}: diffusion is sampled with euler")
     if cfg.variant == "vidtwin":                        # whole clips of one size, and no images
         if cfg.loss.opl:
-            raise UserError(f"--loss.opl {cfg.loss.opl}: not with --variant vidtwin, whose latents "
-                            "have no frames")
+            raise UserError(f"--loss.opl {cfg.loss.opl}: not with --variant vidtwin, whose latent "
+                            "is flat")
         cfg.vidtwin = replace(cfg.vidtwin, frames=c.frames, size=c.size)
         cfg.train_tae = replace(hp, window=c.frames, image_steps=0)
     else:
@@ -1034,7 +1034,7 @@ def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: 
                 ahead: float = 0) -> Tensor:
     """Read T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
     uint8. Frame k is shown at k / rate seconds; a picture that is shown longer is repeated, and so
-    is the last one if the video ends early. ValueError if it ends more than a second before.
+    is the last one if the video ends early, unless more than a second before `start`: ValueError.
 
     Decoding begins at the key frame `ahead` seconds before `start`. If that proves to be too late,
     it begins earlier; if times cannot be trusted, frames are counted from the first one on."""
@@ -1948,6 +1948,7 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
         path = run.folder / "coupling.pt"
         try:
             coupling = sdot.Coupling.load(path, tae.normalize(latents.mean))
+            coupling.cfg = cfg.sdot                             # --sdot.memory may be another now
         except ValueError as error:
             raise UserError(f"{error}; remove it, and the next start solves it again") from None
     number = {c: i for i, c in enumerate(latents.captions)} if cfg.coupling == "minibatch" else {}
@@ -2000,7 +2001,7 @@ def start_from(file: Path, cfg: Config) -> dict[str, Tensor]:
     return state | {f"dit.tables.{k}": v for k, v in grown.tables.state_dict().items()}
 
 
-FPS = re.compile(r"FPS-(\d+(?:\.\d+)?) ")               # in front of a prompt [MG s3.1.4]
+FPS = re.compile(r"FPS-(\d+(?:\.\d+)?(?:e\+\d+)?)(?!\S)")       # in front of a prompt [MG s3.1.4]
 
 
 @dataclass
@@ -2326,12 +2327,17 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
 SHOWN = {"color": "colour", "text": "letters", "tae": "autoencoder", "dit": "DiT"}
 
 
+KINDS_IN_WORDS = {"heldout": "all correct on combinations never trained on",
+                  "words": "words of two and three letters that are read",
+                  "words_heldout": "words never trained on that are read"}
+
+
 def in_words(report: dict) -> list[str]:
     """Put a report's figures into words for people who do not know its keys."""
     percent = lambda d: ", ".join(f"{SHOWN.get(k, k)} {100 * v:.0f} %" for k, v in d.items())
     lines = []
     if seen := dict(report.get("prompt_accuracy", {})):
-        rest = {title: seen.pop(k) for k, title in KINDS.items() if k in seen}
+        rest = {title: seen.pop(k) for k, title in KINDS_IN_WORDS.items() if k in seen}
         lines = [f"Prompts followed: {percent(seen)}",
                  *(f"{title}: {100 * v:.0f} %" for title, v in rest.items()),
                  "the same clips against the prompts of others: "
@@ -2491,7 +2497,7 @@ class Command:
 
     workdir: str = ""  # run folder (default: runs/SCALE)
     stage: Literal[(*STAGES, "all")] = "all"  # run up to and including this stage
-    device: Literal["", "cpu", "cuda"] = ""  # by default cuda if there is one, of
+    device: Literal["", "cpu", "cuda"] = ""  # by default cuda if there is one; or one of
     dp: int = 0  # ranks that share out parameters and clips; 0: all that are left
     sp: int = 1  # ranks that share the tokens of a clip, in the dit stage
     replicate: int = 0  # copies of the model; 0: for toy and small as many as fit, else one
@@ -2641,7 +2647,7 @@ def taken_over(given: dict) -> Config | None:
         if name.startswith(fixed):
             value = given[name]
             words = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise UserError(f"--{name} {words}: --{how} {other} fixes it")
+            raise UserError(f"--{name} {words}: --{how} {other} has settled it")
     with named(f"--{how} "):
         if how == "init":
             result_of(Path(other))

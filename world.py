@@ -412,7 +412,7 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
     n of kind `trained` (3/5 shapes, 2/5 one-letter signs); 3n/10 `heldout`, shapes in held-out
     combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects each
     is a sign with probability 2/5, and prompts that need signs have at least one. Their words may
-    have any length; `words` has one of several letters."""
+    have any length; `words` has at least one of several letters."""
     rng = random.Random(f"prompts/{seed}")
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
     out: list[tuple[str, str]] = []

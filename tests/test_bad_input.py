@@ -28,7 +28,7 @@ OUT_OF_BOUNDS = """
     --phases progressive / --export x.safetensors / --dit.num_classes 3 / --step 5
     --workdir '' / --data '' / --base '' / --init '' / --data none / --base none / --init none
     --clips.frames 0 / --clips.frames -1 / --clips.size 0 / --clips.size -32 / --clips.fps 0
-    --clips.things 0 / --clips.things 4 / --clips.count 0 / --clips.max_interval 0
+    --clips.size 1 / --clips.things 0 / --clips.things 4 / --clips.count 0 / --clips.max_interval 0
     --clips.workers -1 / --clips.signs 1.1 / --clips.images -1 / --clips.script greek
     --clips.others 8x32 / --clips.others 0x32x32 / --clips.others 8x32x-2 / --clips.others 8,32,32
     --coupling sdot --clips.others 8x32x32 / --coupling sdot-global --clips.images 0.1
@@ -211,13 +211,13 @@ for one in ("base", "init"):
         (lambda here: sketch(here / "run"), f"--{one} run --workdir new --scale small",
          "--scale small: run is a run of --scale toy"),
         (lambda here: sketch(here / "run"), f"--{one} run --workdir new --tae 3d",
-         f"--variant 3d: --{one} run fixes it"),
+         f"--variant 3d: --{one} run has settled it"),
         (lambda here: sketch(here / "run"), f"--{one} run --workdir new --train_tae.steps 9",
-         f"--train_tae.steps 9: --{one} run fixes it"),
+         f"--train_tae.steps 9: --{one} run has settled it"),
         (lambda here: sketch(here / "run"), f"--{one} run --workdir new --loss.kl 1",
-         f"--loss.kl 1.0: --{one} run fixes it"),
+         f"--loss.kl 1.0: --{one} run has settled it"),
         (lambda here: sketch(here / "run"), f"--{one} run --workdir new --tae.channels 32",
-         f"--tae.channels 32: --{one} run fixes it"),
+         f"--tae.channels 32: --{one} run has settled it"),
         (lambda here: sketch(here / "run"), f"--{one} run --workdir run", "run"),
         (lambda here: file(here, "x.safetensors", b"no tensors"), f"--{one} x.safetensors",
          "x.safetensors: damaged or missing"),
@@ -231,15 +231,15 @@ PLACES += [
      "--base, --init: one or the other"),
     (lambda here: sketch(here / "run"), "--base run --workdir new", "run: no run with an auto"),
     (lambda here: sketch(here / "run"), "--init run --workdir new --dit.dim 128",
-     "--dit.dim 128: --init run fixes it"),
+     "--dit.dim 128: --init run has settled it"),
     (lambda here: sketch(here / "run"), "--init run --workdir new --text pretrained",
-     "--text.mode pretrained: --init run fixes it"),
+     "--text.mode pretrained: --init run has settled it"),
     (lambda here: sketch(here / "run"), "--init run --workdir new",
      "run: not finished; continue it"),
     (lambda here: sketch(here / "run"), "--init run --workdir new --patch 1 4 4",
-     "--patch 1 4 4: --init run fixes it"),
+     "--patch 1 4 4: --init run has settled it"),
     (lambda here: sketch(here / "run", "--tae", "vidtwin"), "--base run --workdir new "
-     "--clips.size 64", "--clips.size 64: --base run fixes it"),
+     "--clips.size 64", "--clips.size 64: --base run has settled it"),
 ]
 RANKS = [       # with so many ranks
     (2, "--batch 63", "--batch 63: not a multiple of 2"),

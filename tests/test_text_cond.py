@@ -80,7 +80,7 @@ def test_what_is_no_text_is_one_line(toy, prompt, says):
 
 @pytest.mark.parametrize("prompts", [[], "abc"])
 def test_a_list_of_prompts_is_asked_for(toy, prompts):
-    with pytest.raises(ValueError, match="not a list of 1 or more"):
+    with pytest.raises(ValueError, match="not a list of 1 or more texts"):
         toy.encode(prompts)
 
 

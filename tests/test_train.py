@@ -344,6 +344,16 @@ def test_how_a_run_is_computed_may_change(finished, tmp_path):
     assert not (folder / "coupling.pt").exists()
 
 
+def test_the_coupling_may_take_less_memory(finished, tmp_path, monkeypatch):
+    folder, asked, assign = tmp_path / "run", set(), train.sdot.assign
+    fork(finished, folder, "--coupling", "sdot")
+    before = losses(folder)
+    forget(folder, "dit", "model.safetensors", "log.jsonl")
+    monkeypatch.setattr(train.sdot, "assign", lambda *a: asked.add(a[3]) or assign(*a))
+    fork(finished, folder, "--coupling", "sdot", "--sdot.memory", "1")
+    assert asked == {1} and losses(folder) == before
+
+
 def test_another_configuration_is_refused_and_named(copy, capfd):
     before = (copy / "config.json").read_bytes()
     assert run(copy, "--seed", "7", "--train_dit.lr", "0.5", "--train_dit.accumulate", "4") == 2

@@ -529,6 +529,8 @@ def test_what_is_written_is_read_again(tmp_path, suffix):
             train.write_video(path, moving(2), fps)
     with pytest.raises(ValueError, match="v.png: not .mp4 or .gif"):
         train.write_video(tmp_path / "v.png", moving(2), 8)
+    with pytest.raises(ValueError, match="thin.mp4: a picture of .mp4 needs 2 x 2 pixels or more"):
+        train.write_video(tmp_path / "thin.mp4", moving(2)[:, :, :1], 8)
 
 
 # ---- windows of a folder -------------------------------------------------------------------------
