@@ -40,11 +40,7 @@ Run.   python sample_parallel.py       # every mode on a tiny model, and a time 
 
 Which mode.  CFG-parallel first, it is nearly free. Then Ulysses inside a node with fast links,
 PipeFusion across slow ones (its traffic does not grow with depth, and a rank needs only its own
-blocks), Ring where Ulysses runs out of heads. Bytes that one rank sends in a step of the 30b model
-(73,728 tokens, b = 1, bf16, 8 ranks; CFG: 2), by `traffic`: Ring 76 GB while it computes, Ulysses
-19 GB, half of it while it computes, PipeFusion 1.8 GB while it computes (what goes from stage to
-stage is fp32), CFG-parallel 0.02 GB. In PipeFusion, Ring sends its K, V cache round for each
-patch: M times the bytes in a block, M / pp times for a rank.
+blocks), Ring where Ulysses runs out of heads. Section 8 counts the bytes.
 
 Differences from the paper.
     - PipeFusion for video. xDiT has it for image models only. For Wan: pds-amd/xDiT, Raylight, pull
@@ -887,6 +883,11 @@ def halo_decode(decode, z):
 
 
 # ---- 8. What is sent -----------------------------------------------------------------------------
+# Bytes that one rank sends in a step of the 30b model (73,728 tokens, b = 1, bf16, 8 ranks; CFG:
+# 2): Ring 76 GB while it computes, Ulysses 19 GB, half of it while it computes, PipeFusion 1.8 GB
+# while it computes (what goes from stage to stage is fp32), CFG-parallel 0.02 GB. In PipeFusion,
+# Ring sends its K, V cache round for each patch: M times the bytes in a block, M / pp times for a
+# rank.
 def traffic(N, D, depth, P, B=1, branches=2, S=1, W=1, M=1, size=2, hidden_bytes=None, cfg=1, pp=1,
             ring=1, ulysses=1):
     """Compute the bytes that one rank sends in S steps, by purpose, for equal shares. The numbers

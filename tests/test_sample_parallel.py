@@ -418,7 +418,7 @@ def test_traffic_by_hand():
     assert per(pp=8, M=8) == pytest.approx(0.906, abs=0.01)      # and half as deep, alone, the same
     shallow = sp.traffic(73728, 6144, 24, 64, B=1, branches=1, S=1, size=2, pp=8, M=8)
     assert sum(shallow.values()) / 1e9 == pytest.approx(0.906, abs=0.01)
-    assert per(pp=8, M=8, hidden_bytes=4) == pytest.approx(1.81, abs=0.01)       # under autocast
+    assert per(pp=8, M=8, hidden_bytes=4) == pytest.approx(1.81, abs=0.01)       # residual: fp32
     assert per(cfg=2) == pytest.approx(0.019, abs=0.001)
 
 
