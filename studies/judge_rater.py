@@ -3,8 +3,10 @@ better than diffusion, and the whole training than half of it? How many prompts 
 it take to decide a difference of five points?
 
 Run:    python studies/judge_rater.py runs/toy
-Time:   70 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
-Answer: not run yet
+Time:   75 minutes on 2 cores, after `python train.py --scale toy`; continues where it was stopped
+Answer: flow matching by 6.5 +- 2.0 points, the whole training by 25.5 +- 4.0. Two trainings of one
+        arm differ by up to 3.3. Five points take three trainings of each arm and 72 to 320 prompts
+        if measured, five and 110 to 650 if they are the truth.
 
 Each arm is trained with five seeds, on the autoencoder and the latents of the run, and makes clips
 of the same prompts from the same noise. Training k of one arm meets training k of the other: of two
