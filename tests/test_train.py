@@ -1286,12 +1286,14 @@ def test_a_checkpoint_is_taken_up_by_another_number_of_ranks(finished, tmp_path)
     """2 ranks, then 1, then 4, six steps each: the curve of one rank alone."""
     flags = on(finished, "--steps", "18", "--train_dit.every", "6", "--train_dit.precision", "fp64",
                "--train_dit.align", "0", "--stage", "dit")
-    plain, folder = on_ranks(1, tmp_path / "whole", *flags), tmp_path / "parts"
+    folder, pool = tmp_path / "parts", ThreadPoolExecutor(1)
+    plain = pool.submit(on_ranks, 1, tmp_path / "whole", *flags)
     for ranks, again in ((2, ["dit/step_0000012"]), (1, []), (4, [])):
         on_ranks(ranks, folder, *flags, *(["--dp", ranks] if ranks > 1 else []))
         forget(folder, "model.safetensors", *again)
     assert events(folder, "resume") == [("dit", 6), ("dit", 12)]
-    assert torch.allclose(plain, torch.tensor(losses(folder), dtype=plain.dtype), rtol=1e-9, atol=0)
+    mine = torch.tensor(losses(folder), dtype=torch.float64)
+    assert torch.allclose(plain.result(), mine, rtol=1e-9, atol=0)
 
 
 @pytest.mark.slow
@@ -1395,9 +1397,11 @@ def test_torchrun_killed_takes_its_ranks_along(finished, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_found_by_the_timeout(finished, tmp_path):
     folder = tmp_path / "run"
-    p = torchrun(2, folder, *on(finished, "--steps", "100000", "--timeout", "5"),
-                 TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")        # for 30 s else, before its SIGKILL
+    p = torchrun(2, folder, *on(finished, "--steps", "100000", "--timeout", "5"))
     wait_for(p, lambda: checkpoints(folder / "dit"))
-    os.kill(children(p)[-1], signal.SIGSTOP)
+    waits, hangs = children(p)
+    os.kill(hangs, signal.SIGSTOP)
+    wait_for(p, lambda: waits not in children(p))       # ended by the collective's time-out
+    os.kill(hangs, signal.SIGKILL)                      # as torchrun would, in another 30 s
     status, said = done(p)
     assert status != 0 and checkpoints(folder / "dit"), said
