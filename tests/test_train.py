@@ -1250,8 +1250,8 @@ def test_any_number_of_ranks_trains_the_same_dit(finished, tmp_path):
                          "--train_dit.accumulate", parts)
         return curve, train.load_tensors(folder / "model.safetensors")
 
-    meshes = ("", "--dp 3", "--dp 4 --reshard false", "--sp 2", "--replicate 2", "--dp 2 --sp 2",
-              "--replicate 2 --dp 2", "--replicate 2 --sp 2")
+    meshes = ("", "--dp 2", "--dp 3", "--dp 4", "--dp 4 --reshard false", "--sp 2",
+              "--replicate 2", "--dp 2 --sp 2", "--replicate 2 --dp 2", "--replicate 2 --sp 2")
     with ThreadPoolExecutor(2) as pool:                 # half of the time is torchrun's beginning
         (plain, weights), *others = pool.map(one, meshes)
     assert len(plain) == 20 == len(plain.unique())
