@@ -1084,6 +1084,11 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     return x.round().byte().movedim(1, 3)
 
 
+def in_bytes(x: Tensor) -> Tensor:
+    """Round pixels in [-1, 1] to uint8, on the CPU."""
+    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def save_gif(path: Path, frames: list, fps: float) -> None:
     """Write Pillow images as a GIF. Its delays are hundredths of a second, and browsers show those
     below two as ten. So delays vary by one, and above 50 frames a second frames are left out."""
@@ -1100,8 +1105,7 @@ def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -
     path = Path(path)
     if not 0.002 <= fps < math.inf:                     # the longest delay of a GIF is 655 s
         raise ValueError(f"fps {fps}: must be 0.002 or more")
-    frames = ((clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    frames = rearrange(frames, "C T H W -> T H W C").numpy()
+    frames = rearrange(in_bytes(clip), "C T H W -> T H W C").numpy()
     if path.suffix == ".gif":
         from PIL import Image
 
@@ -2286,7 +2290,7 @@ def contact_sheet(path: Path, clips: list[Tensor], titles: list[str], fps: int) 
     for k in range(clips[0].shape[1]):
         sheet = empty.copy()
         for place, clip in zip(places, clips):
-            frame = ((clip[:, k].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            frame = in_bytes(clip[:, k]).permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST),
                         place)
         sheets.append(sheet.quantize(255, dither=Image.Dither.NONE))
@@ -2325,8 +2329,6 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
 
 
 SHOWN = {"color": "colour", "text": "letters", "tae": "autoencoder", "dit": "DiT"}
-
-
 KINDS_IN_WORDS = {"heldout": "all correct on combinations never trained on",
                   "words": "words of two and three letters that are read",
                   "words_heldout": "words never trained on that are read"}

@@ -99,7 +99,7 @@ def spoilt(clip):
 def sheet(clip):
     """Lay the frames of a clip (3, T, H, W) in [-1, 1] side by side -> the PNG as a data URL."""
     from PIL import Image
-    frames = ((clip.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    frames = train.in_bytes(clip)
     file = io.BytesIO()
     Image.fromarray(rearrange(frames, "C T H W -> H (T W) C").numpy()).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
