@@ -15,7 +15,8 @@ normalised by the statistics of the autoencoder's pace (so at the other pace the
 - reconstruction: PSNR;
 - reconstructions and samples: how often all is right to the judge, colour, shape, direction and
   speed; of samples also each of them. To the judge any speed above 0.8 is fast; so the medians of
-  physics.py, too: distance from a line at constant speed, and that speed's error;
+  physics.py, too: distance from a line at constant speed, and that speed's error, of samples with
+  guidance and without (guidance makes slow things faster);
 - energy distance to other held-out clips, of reconstructions and of samples without guidance (which
   would change the distribution): 0 for one distribution. In all pixels, where blur counts, or in
   means over 2 x 4 x 4, where only colour, layout and motion do.
@@ -44,7 +45,7 @@ PHYSICS = {"line": ERRORS.index("line"), "pace": ERRORS.index("speed")}
 ENERGIES = ("coarse_again", "coarse_made", "fine_again", "fine_made")
 HEAD = ("clips of the DiT", "autoencoder's", "curriculum", "reconstruction, dB",
         "reconstructions: all", *JUDGED,
-        "off the line, px", "off the speed, px a frame",
+        "off the line, px", "off the speed, px a frame", "without guidance: line", "speed",
         "energy distance, coarse: reconstructions", "samples", "all pixels: reconstructions",
         "samples")
 
@@ -104,6 +105,7 @@ def measure(folder, clips, n=160, others=640):
     for what, clips_of in (("real", x), ("again", again)):
         row |= {f"{key}_{what}": share for key, share in moves(clips_of, captions).items()}
     made = common.sampled(run, captions, guidance=1.0)
+    row |= {f"{key}_plain": share for key, share in moves(made, captions).items()}
     for name, features in FEATURES.items():
         for key, mine in (("again", again), ("made", made), ("real", x)):
             row[f"{name}_{key}"] = energy_distance(features(mine), features(real))
@@ -140,14 +142,15 @@ def tell(rows, path):
     grid = [(clips, trained, on) for clips in SPEEDS for trained in TRAINED for on in (False, True)]
     of = {at: [row for row in rows if (row["clips"], row["trained"], row["curriculum"]) == at]
           for at in grid}
-    keys, word = ("psnr", "all_again", *JUDGED, *PHYSICS, *ENERGIES), {False: "off", True: "on"}
+    keys = ("psnr", "all_again", *JUDGED, *PHYSICS, *(f"{key}_plain" for key in PHYSICS), *ENERGIES)
+    word = {False: "off", True: "on"}
     print(f"| {' | '.join(HEAD)} |\n" + "|---" * len(HEAD) + "|")
     for (clips, trained, on), mine in of.items():
         print(f"| {clips} | {trained} | {word[on]} | {cells(mine, keys)} |")
     for clips in SPEEDS:
         print(f"| {clips} | real clips | | " + cells(
             [row for row in rows if row["clips"] == clips],
-            ("", "", *(f"{key}_real" for key in (*JUDGED, *PHYSICS)), "", "coarse_real", "",
+            ("", "", *(f"{key}_real" for key in (*JUDGED, *PHYSICS)), "", "", "", "coarse_real", "",
              "fine_real")) + " |")
     for clips, _, on in [at for at in grid if at[1] == "other"]:
         pairs = zip(of[clips, "same", on], of[clips, "other", on])
@@ -172,8 +175,9 @@ def tell(rows, path):
         ax.set_xticks([0, 1], [f"{name} clips" for name in SPEEDS])
         ax.set(title=title, xlim=(-0.5, 1.5))
         ax.grid(alpha=0.3)
-    axes[0].legend(*(part[:4] for part in axes[0].get_legend_handles_labels()), fontsize=6)
-    figure.tight_layout(); figure.savefig(path, dpi=120); plt.close(figure)
+    figure.legend(*(part[:4] for part in axes[0].get_legend_handles_labels()), fontsize=8, ncol=4,
+                  loc="lower center")
+    figure.tight_layout(rect=(0, 0.07, 1, 1)); figure.savefig(path, dpi=120); plt.close(figure)
     print(f"wrote {path}; dashed: real clips")
 
 

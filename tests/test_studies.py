@@ -360,7 +360,8 @@ def test_the_figures_of_an_end_to_end_study(tmp_path, capsys):
 def test_the_figures_of_a_study_of_unseen_motion(tmp_path, capsys):
     import unseen_motion as study
     keys = ["psnr", "all_again", *study.JUDGED, *study.PHYSICS, *study.ENERGIES, "coarse_real",
-            "fine_real", *(f"{key}_real" for key in (*study.JUDGED, *study.PHYSICS))]
+            "fine_real", *(f"{key}_real" for key in (*study.JUDGED, *study.PHYSICS)),
+            *(f"{key}_plain" for key in study.PHYSICS)]
     rows = [{"clips": clips, "trained": trained, "curriculum": on, "seed": seed,
              **dict.fromkeys(keys, 2.0 + (trained == "same") + 0.01 * seed)}
             for clips in study.SPEEDS for trained in study.TRAINED for on in (False, True)
