@@ -2,11 +2,11 @@
 autoencoder was trained on? Does a motion curriculum help?
 
 Run:    python studies/unseen_motion.py
-Time:   100 minutes on 2 cores; continues where it was stopped
+Time:   95 minutes on 2 cores; continues where it was stopped
 Answer: fast clips through an autoencoder of slow ones cost 4.6 dB, and samples inherit that loss
-        (0.40 pixels a frame off the speed); slow clips through one of fast ones cost 1.3 dB, and
-        nothing without guidance, but with it more of them are too fast. A curriculum takes 2.0 of
-        the 4.6 dB back, and costs 1.3 where the paces agree and are fast.
+        (0.40 pixels a frame off the speed). Slow clips through one of fast ones cost 1.3 dB;
+        samples lose nothing without guidance, and with it more of them are too fast. A curriculum
+        takes 2.0 of the 4.6 dB back, and costs 1.3 where both paces are fast.
 
 Clips of eight frames show one shape, which moves by half a pixel a frame (slow) or by two (fast)
 and never meets an edge, so that the judge reads both alike. The toy's autoencoder trains on crowds
