@@ -1286,11 +1286,12 @@ def test_a_checkpoint_is_taken_up_by_another_number_of_ranks(finished, tmp_path)
     """2 ranks, then 1, then 4, six steps each: the curve of one rank alone."""
     flags = on(finished, "--steps", "18", "--train_dit.every", "6", "--train_dit.precision", "fp64",
                "--train_dit.align", "0", "--stage", "dit")
-    folder, pool = tmp_path / "parts", ThreadPoolExecutor(1)
-    plain = pool.submit(on_ranks, 1, tmp_path / "whole", *flags)
-    for ranks, again in ((2, ["dit/step_0000012"]), (1, []), (4, [])):
-        on_ranks(ranks, folder, *flags, *(["--dp", ranks] if ranks > 1 else []))
-        forget(folder, "model.safetensors", *again)
+    folder = tmp_path / "parts"
+    with ThreadPoolExecutor(1) as pool:                 # the whole run beside its parts
+        plain = pool.submit(on_ranks, 1, tmp_path / "whole", *flags)
+        for ranks, again in ((2, ["dit/step_0000012"]), (1, []), (4, [])):
+            on_ranks(ranks, folder, *flags, *(["--dp", ranks] if ranks > 1 else []))
+            forget(folder, "model.safetensors", *again)
     assert events(folder, "resume") == [("dit", 6), ("dit", 12)]
     mine = torch.tensor(losses(folder), dtype=torch.float64)
     assert torch.allclose(plain.result(), mine, rtol=1e-9, atol=0)
