@@ -522,7 +522,7 @@ SCALES: dict[str, Callable[[], Config]] = {
         tae=replace(autoencoder.PRESETS["small"]),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["small"]),
         loss=replace(autoencoder.LOSSES["small"]),
-        train_tae=TrainTAE(steps=8000, batch=4, lr=2e-3, image_steps=300, crowd=30, signs=0.7,
+        train_tae=TrainTAE(steps=10_000, batch=4, lr=2e-3, image_steps=300, crowd=30, signs=0.7,
                            window=8, finish=0.2),
         text=replace(text_cond.PRESETS["small"]),
         dit=replace(backbone.PRESETS["small"]),
