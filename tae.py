@@ -10,12 +10,12 @@
 
 Papers. Movie Gen, arXiv 2410.13720, s3.1.1 [MG]; latent diffusion, 2112.10752 [LDM], whose image
 autoencoder is the trunk; VidTwin, 2412.17726 [VT]; VQGAN, 2012.09841 [VQ], for the adaptive weight
-of the GAN loss; PatchGAN, 1611.07004. "2.5D" [MG]: every 2D convolution is followed by a 1D
-convolution along time, every spatial attention by a temporal one. "3D": joint convolutions and
-joint attention, the alternative, which [MG] found slightly better but too expensive. Both start
-from an image autoencoder (`inflate`). VidTwin splits a clip into two latents (section 6): structure
-(content, global movement) and dynamics (fine detail, fast movement). The loss is reconstruction +
-KL + outlier penalty [MG] + GAN loss (section 7).
+of the GAN loss; PatchGAN, 1611.07004; DC-AE, 2410.10733 [DC], for the shortcut. "2.5D" [MG]: every
+2D convolution is followed by a 1D convolution along time, every spatial attention by a temporal
+one. "3D": joint convolutions and joint attention, the alternative, which [MG] found slightly better
+but too expensive. Both start from an image autoencoder (`inflate`). VidTwin splits a clip into two
+latents (section 6): structure (content, global movement) and dynamics (fine detail, fast movement).
+The loss is reconstruction + KL + outlier penalty [MG] + GAN loss (section 7).
 
 Contract
     encode(x)        x (B,3,T,H,W) float in [-1,1], any T >= 1 (an image is T = 1), any H and W
@@ -40,6 +40,8 @@ Differences from the papers
   0.001 of a sum) are not taken over: the first needs a download, the others a trained autoencoder.
   Norms see one frame at a time. A ResBlock's 1x1 skip convolution has no temporal one. Of n frames
   that two tiles share, the later tile gives frame k the weight (k + 1/2) / n.
+  TAEConfig.shortcut, off in every preset, adds one linear map of whole patches to the encoder and
+  one to the decoder. [DC] has shortcuts at each change of resolution, and none has weights.
   Toy and small compress 4x4x4 and 2x8x8, not 8x8x8, and fold 4x4 pixels into channels first,
   because convolutions at full resolution are what costs time on a CPU. They are trained on the
   squared error, which reached a given PSNR sooner than L1 did.
@@ -116,6 +118,7 @@ class TAEConfig:
     decoder_extra: int = 1                          # additional ResBlocks of each decoder level
     latent_channels: int = 16                       # C
     heads: int = 1                                  # heads of the attention in the middle
+    shortcut: bool = False                          # add a linear one (toy, small with --data: on)
     checkpointing: bool = False                     # recompute blocks in the backward pass
 
     def __post_init__(self):
@@ -597,6 +600,13 @@ class TAE(Autoencoder):
         super().__init__(cfg.latent_channels)
         self.cfg = cfg
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        # A small deep autoencoder of real videos takes very long to become as good as the best
+        # linear one of patches. So add a linear one, and let the deep one learn what it misses: the
+        # idea of [DC]'s residual autoencoding.
+        if cfg.shortcut:
+            C, patch = cfg.latent_channels, (cfg.time_factor, *(cfg.space_factor,) * 2)
+            self.linear_in = nn.Conv3d(3, 2 * C, patch, patch)
+            self.linear_out = nn.ConvTranspose3d(C, 3, patch, patch)
         for p in self.parameters():
             if p.ndim >= 4:
                 last = torch.channels_last if p.ndim == 4 else torch.channels_last_3d
@@ -622,6 +632,9 @@ class TAE(Autoencoder):
         if H % f or W % f:
             x = F.pad(x, (0, -W % f, 0, -H % f, 0, 0), mode="replicate")
         moments = encode_stream(self.encoder, x) if stream else self.encoder(x)
+        if self.cfg.shortcut:
+            more = -x.shape[2] % self.cfg.time_factor
+            moments = moments + self.linear_in(F.pad(x, (0, 0, 0, 0, 0, more), mode="replicate"))
         mean, logvar = moments.float().chunk(2, 1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
@@ -636,6 +649,9 @@ class TAE(Autoencoder):
             x = decode_stream(self.decoder, z, num_frames)
         else:
             x = self.decoder(z)[:, :, :num_frames]
+        if self.cfg.shortcut:
+            used = max(1, -(-x.shape[2] // self.cfg.time_factor))
+            x = x + self.linear_out(z[:, :, :used])[:, :, : x.shape[2]]
         return x if size is None else x[..., : size[0], : size[1]]
 
 
@@ -654,6 +670,8 @@ def inflate(image_tae: TAE, variant: str = "2.5d") -> TAE:
     video = TAE(replace(image_tae.cfg, variant=variant)).to(image_tae.lat_mean)  # dtype, device
     state = video.state_dict()
     for name, w in image_tae.state_dict().items():
+        if name == "linear_in.weight":              # a patch begins with that frame
+            w = F.pad(w, (0, 0, 0, 0, 0, state[name].shape[2] - 1))
         state[name].copy_(centre_slice(w) if w.ndim < state[name].ndim else w)
     return video
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 
 import tae
 from tae import LOSSES, PRESETS, TAE, VIDTWIN_PRESETS, LossConfig, TAEConfig, VidTwin, inflate
@@ -17,11 +17,13 @@ from tae import LOSSES, PRESETS, TAE, VIDTWIN_PRESETS, LossConfig, TAEConfig, Vi
 TINY = TAEConfig(channels=8, mult=(1, 2, 2, 2), res_blocks=(1, 1, 1, 1), decoder_extra=0,
                  latent_channels=4)
 TINY3D = replace(TINY, variant="3d")
+SHORT = replace(TINY, shortcut=True)
 TWIN = replace(VIDTWIN_PRESETS["toy"], width=32, patch=4, structure_down=1, dynamics_down=1)
 BOTH = pytest.mark.parametrize("cfg", [TINY, TINY3D], ids=["2.5d", "3d"])
-ALL_STREAMED = pytest.mark.parametrize("cfg", [TINY, TINY3D, PRESETS["toy"]],
-                                       ids=["2.5d", "3d", "toy"])
-ALL = pytest.mark.parametrize("cfg", [TINY, TINY3D, TWIN], ids=["2.5d", "3d", "vidtwin"])
+ALL_STREAMED = pytest.mark.parametrize("cfg", [TINY, TINY3D, SHORT, PRESETS["toy"]],
+                                       ids=["2.5d", "3d", "shortcut", "toy"])
+ALL = pytest.mark.parametrize("cfg", [TINY, TINY3D, SHORT, TWIN],
+                              ids=["2.5d", "3d", "shortcut", "vidtwin"])
 
 
 def clips(n, T=16):
@@ -121,7 +123,7 @@ def test_a_clip_that_cannot_be_is_one_line():
 # ---- inflation and time --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [TINY, PRESETS["toy"]], ids=["8x8x8", "toy"])
+@pytest.mark.parametrize("cfg", [TINY, SHORT, PRESETS["toy"]], ids=["8x8x8", "shortcut", "toy"])
 def test_inflation_is_exact(cfg):
     torch.manual_seed(0)
     image = TAE(replace(cfg, variant="2d")).eval()
@@ -137,9 +139,10 @@ def test_inflation_is_exact(cfg):
         assert (y[:, :, ::f] - image.decode(z)).abs().max() < 1e-5
 
 
-def test_inflating_to_3d_leaves_images_as_they_are():
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_inflating_to_3d_leaves_images_as_they_are(shortcut):
     torch.manual_seed(0)
-    image = TAE(replace(PRESETS["toy"], variant="2d")).eval()
+    image = TAE(replace(PRESETS["toy"], variant="2d", shortcut=shortcut)).eval()
     video = inflate(image, "3d").eval()
     x = torch.randn(2, 3, 1, 32, 32)
     with torch.no_grad():
@@ -151,6 +154,32 @@ def test_inflating_to_3d_leaves_images_as_they_are():
         mixed = video.encode(clip).mean - image.encode(clip).mean[:, :, ::4]
     assert (y[:, :, :1] - image.decode(z.mean)).abs().max() < 1e-5
     assert mixed.abs().max() > 1e-3      # joint attention sees all frames
+
+
+@pytest.mark.parametrize("T", [16, 13])
+def test_the_shortcut_can_be_the_best_linear_autoencoder(T):
+    """Principal components of patches lose what the truncated SVD leaves out (Eckart and Young), if
+    the deep part gives 0. 13 frames are 16, the last one repeated."""
+    model = TAE(replace(SHORT, latent_channels=16)).double().eval()
+    for conv in (model.encoder.conv_out.temporal, model.decoder.conv_out.temporal):
+        for p in conv.parameters():
+            p.data.zero_()
+    x = clips(8, T).double()
+    whole = torch.cat([x, x[:, :, -1:].repeat(1, 1, 16 - T, 1, 1)], 2)
+    patches = rearrange(whole, "b c (t f) (h p) (w q) -> (b t h w) (c f p q)", f=8, p=8, q=8)
+    mean = patches.mean(0)
+    _, values, parts = torch.linalg.svd(patches - mean, full_matrices=False)
+    parts = parts[:16]                                                  # (16, 3 8 8 8)
+    state = {k: torch.zeros_like(v) for k, v in model.state_dict().items() if "linear" in k}
+    state["linear_in.weight"][:16] = parts.view(16, 3, 8, 8, 8)
+    state["linear_in.bias"][:16] = -parts @ mean
+    state["linear_out.weight"][:] = parts.view(16, 3, 8, 8, 8)
+    model.load_state_dict(state, strict=False)
+    with torch.no_grad():                   # the mean patch, which has its own place in each patch
+        again = model.decode(model.encode(x).mean) + repeat(
+            mean, "(c f p q) -> c (t f) (h p) (w q)", c=3, f=8, p=8, q=8, t=2, h=4, w=4)
+    lost = (again - whole).square().sum()
+    assert torch.allclose(lost, values[16:].square().sum(), rtol=1e-3)      # a Posterior is fp32
 
 
 def test_cost_of_2_5d_against_3d():
