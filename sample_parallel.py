@@ -755,6 +755,7 @@ class Halo(TorchFunctionMode):
         convolution            gets the neighbours' rows; zeros at the picture's own edge
         group norm             mean and variance over all bands
         attention over space   K and V of all bands; attention over time stays as it is
+        transposed convolution allowed where its patches do not overlap: it sees no other row
         NOT_IN_BANDS           ValueError, also for strides, paddings that change the number of rows
     Anything else that looks across rows (a mean in plain arithmetic, a smooth interpolation) is not
     replaced and sees this rank's band alone: check a new decoder once, as `--check` does.
@@ -762,14 +763,15 @@ class Halo(TorchFunctionMode):
     tokens row by row."""
 
     NOT_IN_BANDS = (
-        F.conv_transpose2d, F.conv_transpose3d, F.avg_pool2d, F.avg_pool3d, F.max_pool2d,
-        F.max_pool3d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.instance_norm)
+        F.avg_pool2d, F.avg_pool3d, F.max_pool2d, F.max_pool3d, F.adaptive_avg_pool2d,
+        F.adaptive_avg_pool3d, F.instance_norm)
 
     def __init__(self, axis, rows, width):
         super().__init__()
         self.axis, self.rows, self.width = axis, rows, width    # latent rows of each band; columns
         self.replace = dict.fromkeys(self.NOT_IN_BANDS, self.refuse) | {
             F.conv2d: self.conv, F.conv3d: self.conv, F.pad: self.pad,
+            F.conv_transpose2d: self.conv_transpose, F.conv_transpose3d: self.conv_transpose,
             F.group_norm: self.group_norm, attention: self.attend}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -790,6 +792,14 @@ class Halo(TorchFunctionMode):
             self.refuse(func)                                       # it changes the number of rows
         # Without padding: 1x1, or over time, which tae.py gives as (B, C, T, H W).
         return func(self.extend(x, p) if p else x, weight, bias, stride, padding, dilation, groups)
+
+    def conv_transpose(self, func, x, weight, bias=None, stride=1, padding=0, output_padding=0,
+                       groups=1, dilation=1):
+        rows = [a if isinstance(a, int) else a[-2]
+                for a in (stride, padding, output_padding, dilation)]
+        if rows != [weight.shape[-2], 0, 0, 1]:
+            self.refuse(func)
+        return func(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
     def extend(self, x, p):
         """Join p rows of the band above, x, p rows of the band below; zeros beyond the picture."""

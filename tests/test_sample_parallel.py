@@ -527,12 +527,12 @@ def test_halo_norm_of_a_picture_that_was_flattened():
     assert sp.difference(launch(sp.halo_decode, 2, decode, z)[0], want) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["2.5d", "3d"])
-def test_halo_decode_of_the_repositorys_tae(kind):
+@pytest.mark.parametrize("kind, shortcut", [("2.5d", False), ("2.5d", True), ("3d", False)])
+def test_halo_decode_of_the_repositorys_tae(kind, shortcut):
     tae = pytest.importorskip("tae")
     torch.manual_seed(0)
     cfg = tae.PRESETS["toy"]
-    model = tae.TAE(type(cfg)(**{**vars(cfg), "variant": kind})).eval()
+    model = tae.TAE(type(cfg)(**{**vars(cfg), "variant": kind, "shortcut": shortcut})).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1) if not p.any() else None
     z = torch.randn(1, 8, 4, 8, 8)
@@ -555,6 +555,11 @@ def test_halo_refuses_what_it_cannot_split():
         "strided": lambda z: strided(z[:, :, 0])[:, :, None],
         "pooled": lambda z: F.avg_pool2d(z[:, :, 0], 3, 1, 1)[:, :, None],
         "largest": lambda z: F.max_pool2d(z[:, :, 0], 3, 1, 1)[:, :, None],
+        "overlapping": lambda z: F.conv_transpose2d(z[:, :, 0], w, stride=2)[:, :, None],
+        "transposed, padded": lambda z: F.conv_transpose2d(z[:, :, 0], w, stride=3,
+                                                           padding=1)[:, :, None],
+        "transposed, dilated": lambda z: F.conv_transpose2d(z[:, :, 0], w, stride=3,
+                                                            dilation=2)[:, :, None],
         "thin": lambda z: F.conv2d(z[:, :, 0], torch.randn(2, 2, 7, 7), padding=3)[:, :, None],
         "ambiguous": lambda z: F.scaled_dot_product_attention(*[z.reshape(8, 1, 8, 1)]
                                                               * 3).view(z.shape)}
