@@ -118,7 +118,7 @@ class TAEConfig:
     decoder_extra: int = 1                          # additional ResBlocks of each decoder level
     latent_channels: int = 16                       # C
     heads: int = 1                                  # heads of the attention in the middle
-    shortcut: bool = False                          # add a linear one (toy, small with --data: on)
+    shortcut: bool = False                          # add linear maps to the deep ones (section 5)
     checkpointing: bool = False                     # recompute blocks in the backward pass
 
     def __post_init__(self):

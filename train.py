@@ -2617,7 +2617,7 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
         cfg = SCALES[given.get("scale", "toy")]()
         if cfg.scale == "small" and (command.plan or device_of(command).type == "cuda"):
             cfg.train_tae.precision = cfg.train_dit.precision = "bf16"
-        cfg.tae.shortcut = "data" in given and cfg.scale in ("toy", "small")    # studies/README.md
+        cfg.tae.shortcut = "data" in given and cfg.scale in ("toy", "small")    # helps real videos
     had_data = bool(cfg.data)
     for name, section in list(vars(cfg).items()):
         if is_dataclass(section):
