@@ -798,7 +798,7 @@ class Halo(TorchFunctionMode):
         rows = [a if isinstance(a, int) else a[-2]
                 for a in (stride, padding, output_padding, dilation)]
         if rows != [weight.shape[-2], 0, 0, 1]:
-            self.refuse(func)
+            self.refuse(func)                                       # its patches overlap
         return func(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
     def extend(self, x, p):

@@ -23,7 +23,8 @@ Contract
                      takes one size, and its z is flat, (B,n): two latents, which `split` separates
     decode(z, num_frames, size)      -> (B,3,T,H,W); surplus frames and padding are dropped
     encode, decode   take stream=True: the same result up to rounding, frame by frame: memory for
-                     activations grows with the latent frames only. (VidTwin ignores it.)
+                     activations grows with the latent frames only. (VidTwin ignores it; a shortcut
+                     sees whole clips.)
     normalize(z)     makes each channel mean 0 and std 1, with `latent_stats` in its buffers
 
 Run.   python tae.py     # image training, inflation, video training, long clip; 40 s on 2 CPU cores
@@ -670,7 +671,7 @@ def inflate(image_tae: TAE, variant: str = "2.5d") -> TAE:
     video = TAE(replace(image_tae.cfg, variant=variant)).to(image_tae.lat_mean)  # dtype, device
     state = video.state_dict()
     for name, w in image_tae.state_dict().items():
-        if name == "linear_in.weight":              # a patch begins with that frame
+        if name == "linear_in.weight":      # a patch begins with that frame; linear_out repeats it
             w = F.pad(w, (0, 0, 0, 0, 0, state[name].shape[2] - 1))
         state[name].copy_(centre_slice(w) if w.ndim < state[name].ndim else w)
     return video

@@ -2612,19 +2612,17 @@ def parse(argv: list[str]) -> tuple[Config, Command]:
     for name in ("data", "workdir", "base", "init"):
         if given.get(name) == "":
             raise UserError(f"--{name} '': no such folder")
-    cfg = taken_over(given)
-    if not cfg:
-        cfg = SCALES[given.get("scale", "toy")]()
-        if cfg.scale == "small" and (command.plan or device_of(command).type == "cuda"):
-            cfg.train_tae.precision = cfg.train_dit.precision = "bf16"
-        cfg.tae.shortcut = "data" in given and cfg.scale in ("toy", "small")    # helps real videos
-    had_data = bool(cfg.data)
+    taken = taken_over(given)
+    cfg = taken or SCALES[given.get("scale", "toy")]()
+    if not taken and cfg.scale == "small" and (command.plan or device_of(command).type == "cuda"):
+        cfg.train_tae.precision = cfg.train_dit.precision = "bf16"
+    if "data" in given and not cfg.data and cfg.scale in ("toy", "small"):
+        cfg.clips.count = 1024                          # each window must be decoded
+        cfg.tae.shortcut |= not taken                   # an autoencoder stays as it was trained
     for name, section in list(vars(cfg).items()):
         if is_dataclass(section):
             setattr(cfg, name, changed(section, f"{name}.", given))
     cfg = changed(cfg, "", given)
-    if cfg.data and not had_data and "clips.count" not in given and cfg.scale in ("toy", "small"):
-        cfg.clips = replace(cfg.clips, count=1024)      # each window must be decoded
     with named(""):
         return finish(cfg), command
 
