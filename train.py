@@ -526,7 +526,7 @@ SCALES: dict[str, Callable[[], Config]] = {
                            window=8, finish=0.2),
         text=replace(text_cond.PRESETS["small"]),
         dit=replace(backbone.PRESETS["small"]),
-        train_dit=TrainDiT(steps=16_000, batch=16, lr=1.2e-3, warmup=200, decay=0.4, ema=0.999,
+        train_dit=TrainDiT(steps=20_000, batch=16, lr=1.2e-3, warmup=200, decay=0.4, ema=0.999,
                            every=200, align=0.1),
         flow=FlowConfig(std=1.3, shift=3.0),    # latents hold four times the toy's values
         sample=SampleConfig(steps=25, schedule="shifted", guidance=4.0),
