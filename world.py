@@ -6,10 +6,10 @@
                       |                                                                  ^
                       '-----> caption --> "a red circle moving left" --> parse --> facts asked for
 
-A text-to-video model learns from captioned clips, and what matters in the end is whether a new clip
-shows what its prompt asks for. Here both are exact. A World is a list of facts: from them the clip
-is drawn and the caption written; `judge` measures the facts again from pixels. So prompt following
-is a number, on a laptop, in milliseconds per clip.
+A text-to-video model learns from captioned clips, and what matters is whether a new clip shows what
+its prompt asks for. A World is a list of facts: from them the clip is drawn and the caption
+written; `judge` measures the facts again from pixels. So prompt following is a number, on a laptop,
+in milliseconds per clip.
 
 What is in it. One or more objects, each with a colour and a direction, move at constant velocity in
 front of a dark background: circles, squares and triangles, slow or fast, and signs with a word.
@@ -31,8 +31,8 @@ Why a judge of our own, and not CLIP or a video metric: those need downloads, gi
 unit, and cannot say which word of the prompt was ignored. Why templates, and not a trained
 classifier: a classifier always names a class, whereas no template fits a shape that is none.
 
-Letters: B batch, T frames, H W height and width, K templates. t the number of a frame; S pixels
-of a bitmap in one of a picture. Positions are (x, y) with y down.
+Letters: B batch, T frames, H W height and width, K templates. t the number of a frame; S bitmap
+pixels to a pixel of the picture. Positions are (x, y) with y down.
 """
 import argparse
 import math
@@ -236,8 +236,8 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
            start: int = 0) -> Tensor:
     """Draw worlds, H pixels high and wide -> (B, 3, T, H, H) float in [-1, 1].
 
-    start: the first frame drawn. interval: motion between frames, in frames; above 1 objects move
-    faster, and bounce off the edges of the picture (`motion_interval`)."""
+    start: the first frame drawn. interval: factor of the motion; above 1 (`motion_interval`)
+    objects may bounce off the edges of the picture."""
     S = SUPERSAMPLE
     clips = np.empty((len(worlds), 3, T, H, H), np.float32)
     for clip, world in zip(clips, worlds):
@@ -301,9 +301,9 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
     long as there are enough.
 
     signs: the share of signs. 70 % of them show one letter, the rest words of each length equally
-    often; with `cap` (height of capitals) one letter is as frequent as each length. Objects without
-    room beside one another (often two triangles) are redrawn after 20 failures, which favours
-    signs: for 0.4, 0.42 of two objects and 0.6 of three.
+    often; with `cap` (height of capitals) all lengths are equally frequent. Objects that find no
+    room (often two triangles) are redrawn after 20 failures, which favours signs: 0.4 becomes 0.42
+    with two objects, 0.6 with three.
     heldout: False as in training, True for what is held out, None for both. ValueError for more
     frames than LONGEST, as objects would bounce and contradict their captions, unless `overlap`."""
     if frames > LONGEST and not overlap:
@@ -328,23 +328,23 @@ def sample_world(rng: random.Random, things: int = 1, signs: float = 0.4,
                 shape="sign" if sign else rng.choice(SHAPES),
                 direction=rng.choice(list(DIRECTIONS)),
                 speed="slow" if sign else rng.choice(list(SPEEDS)),     # a long word has no room
-                word=rng.choice(choice) if sign else "", cap=cap if sign else 0.0,
+                word=rng.choice(choice) if sign else "", cap=cap,
                 radius=rng.uniform(0.17, 0.19))
             if like:
-                thing = replace(thing, shape=like.shape, word=like.word, speed=like.speed,
-                                cap=like.cap)
+                thing = replace(thing, shape=like.shape, word=like.word, speed=like.speed)
             if heldout is None or is_heldout(thing) == heldout:
                 return thing
 
-    # Shape, word and speed of an object stay; colour, direction and place are redrawn until all
-    # have room. Otherwise long words, which seldom have room, would be rare.
+    # Shape, word and speed of an object stay; the rest is redrawn until all have room.
+    # Otherwise long words, which seldom have room, would be rare.
+    grid = GRID if things > 1 and not overlap else 0.0
     drawn, kept, failures = [], {}, 0                           # kept: by the object's number
     while len(drawn) < things:
         thing = draw(drawn, kept.get(len(drawn)))
         kept.setdefault(len(drawn), thing)
         wander = WANDER["sign" if thing.shape == "sign" else "shape"] if things == 1 else 1.0
         for _ in range(20):
-            thing = place(thing, rng, frames, wander, GRID * (things > 1 and not overlap))
+            thing = place(thing, rng, frames, wander, grid)
             if overlap or all(apart(thing, d, frames) for d in drawn):
                 drawn.append(thing)
                 break
@@ -410,9 +410,9 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
     """Draw (kind, prompt) to judge a model by, the same for the same seed.
 
     n of kind `trained` (3/5 shapes, 2/5 one-letter signs); 3n/10 `heldout`, shapes in held-out
-    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects each
-    is a sign with probability 2/5, and prompts that need signs have at least one. Their words may
-    have any length; `words` has at least one of several letters."""
+    combinations; n/5 `words` of several letters and n/5 `words_heldout`. With several objects,
+    prompts that need signs have at least one, and each object is one with probability 2/5. Their
+    words may have any length; `words` has at least one of several letters."""
     rng = random.Random(f"prompts/{seed}")
     want = {"trained": n, "heldout": 3 * n // 10, "words": n // 5, "words_heldout": n // 5}
     out: list[tuple[str, str]] = []
@@ -424,7 +424,8 @@ def test_prompts(seed: int, n: int = 160, things: int = 1, frames: int = 16,
             world = sample_world(rng, things, share, heldout=kind.endswith("heldout"),
                                  frames=frames, script=script, cap=cap_of(things))
             longest = max(len(t.word) for t in world.things)
-            fits = longest > 1 if kind != "trained" else longest == 1 or longest and things > 1
+            fits = longest > 1 if kind != "trained" else (
+                longest == 1 or longest > 1 and things > 1)
             if fits or not sign:
                 out.append((kind, caption(world)))
                 got += 1
@@ -473,10 +474,8 @@ def templates(H: int, script: str, cap: float = 0.0) -> tuple[Tensor, list[tuple
     things = [replace(shape, shape=s, radius=r / 200) for s in SHAPES for r in range(26, 42, 2)]
     sign = replace(shape, shape="sign", cap=cap, x=0.38)
     things += [replace(sign, word=w) for words in SCRIPTS[script] for w in words]
-    rows = []
-    for thing in things:
-        (clip,) = render([World((thing,))], H=H)
-        rows.append(centred_sprite(*track((clip[0] + 1) / 2)).flatten())
+    rows = [centred_sprite(*track((render([World((thing,))], H=H)[0, 0] + 1) / 2)).flatten()
+            for thing in things]
     return F.normalize(torch.stack(rows), dim=1), [(t.shape, t.word) for t in things]
 
 
@@ -487,8 +486,8 @@ def perceive(clip: Tensor, things: int = 1, script: str = "latin") -> list[dict[
     """Measure colour, shape, direction, speed and text of `things` objects in a clip (3, T, H, W)
     in [-1, 1], from its pixels alone; "none" where nothing can be seen (text: or "").
 
-    The background is the median pixel of the rim; objects: pixels unlike it, in the colours that
-    cover most. Direction and speed come from a straight line through the centres of mass,
+    The background is the median pixel of the rim; objects are the other pixels, by the commonest
+    colours. Direction and speed come from a straight line through the centres of mass,
     shape and text from the template that fits best."""
     x = ((clip.float() + 1) / 2).clamp(0, 1)
     T, H, W = x.shape[1:]
@@ -589,9 +588,10 @@ def demo(out: Path, seed: int = 0) -> bool:
     asked = [caption(w) for w in worlds[1:] + worlds[:1]]
     wrong = accuracy([judge(clip, prompt) for clip, prompt in zip(render(worlds), asked)])
     pairs = [(parse(caption(w))[0], parse(prompt)[0]) for w, prompt in zip(worlds, asked)]
+    chance = accuracy([{key: a[key] == b[key] for key in b if b[key]} for a, b in pairs])
     for key, share in wrong.items():            # chance: how often two captions agree
-        chance = accuracy([{key: a[key] == b[key]} for a, b in pairs if b[key]])[key]
-        claims.append((f"shuffled captions, judge agrees on {key}", share, "<=", chance + 0.03))
+        claims.append((f"shuffled captions, judge agrees on {key}", share, "<=",
+                       chance[key] + 0.03))
 
     held = [value >= bound if sign == ">=" else value <= bound for _, value, sign, bound in claims]
     for (text, value, sign, bound), good in zip(claims, held):
@@ -609,9 +609,10 @@ def main() -> int:
     args = parser.parse_args()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        ok = demo(args.out, args.seed)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
-    return 0 if demo(args.out, args.seed) else 1
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":
