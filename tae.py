@@ -22,10 +22,10 @@ Contract
                      -> Posterior over z; z (B,C,T',H',W'), T' = ceil(T / time factor). VidTwin
                      takes one size, and its z is flat, (B,n): two latents, which `split` separates
     decode(z, num_frames, size)      -> (B,3,T,H,W); surplus frames and padding are dropped
-    encode, decode   take stream=True: the same result up to rounding, frame by frame: memory for
+    encode, decode   take stream=True: frame by frame, the same result up to rounding; memory for
                      activations grows with the latent frames only. (VidTwin ignores it; a shortcut
                      sees whole clips.)
-    normalize(z)     makes each channel mean 0 and std 1, with `latent_stats` in its buffers
+    normalize(z)     makes each channel mean 0, std 1; `latent_stats` are in lat_mean, lat_std
 
 Run.   python tae.py     # image training, inflation, video training, long clip; 40 s on 2 CPU cores
 
@@ -34,17 +34,17 @@ Differences from the papers
   size in time (ours: 3), where the temporal strides are (ours: after the spatial ones), how new
   layers start (ours: convolutions as the identity, attention as zero, so that inflation is exact),
   and over what the outlier penalty takes mean and deviation (ours: a frame, detached).
-  All losses are averages over elements, so weights do not depend on the clip's size. [MG]'s weight
+  All losses are averages, so weights do not depend on the clip's size. [MG]'s weight
   1e5 of the outlier penalty seems meant for a loss that is summed over the pixels of a frame, as in
-  [LDM]'s code; beside an average 0.1 to 1 does the same. Perceptual loss, GAN loss and outlier
-  penalty are off in every preset, also in "paper", and VidTwin's published weights (0.05, 0.05, KL
-  0.001 of a sum) are not taken over: the first needs a download, the others a trained autoencoder.
-  Norms see one frame at a time. A ResBlock's 1x1 skip convolution has no temporal one. Of n frames
-  that two tiles share, the later tile gives frame k the weight (k + 1/2) / n.
+  [LDM]'s code; beside an average 0.1 to 1 does the same. Perceptual loss (needs a download),
+  GAN loss and outlier penalty (need a trained autoencoder) are off in every preset, also in
+  "paper", and VidTwin's published weights (0.05, 0.05, KL 0.001 of a sum) are not taken over.
+  Norms see one frame at a time. A ResBlock's 1x1 skip convolution has no temporal one. Where two
+  tiles share n frames, frame k of the later tile has the weight (k + 1/2) / n.
   TAEConfig.shortcut, off in every preset, adds one linear map of whole patches to the encoder and
   one to the decoder. [DC] has shortcuts at each change of resolution, and none has weights.
-  Toy and small compress 4x4x4 and 2x8x8, not 8x8x8, and fold 4x4 pixels into channels first,
-  because convolutions at full resolution are what costs time on a CPU. They are trained on the
+  Toy and small compress 4x4x4 and 2x8x8, not 8x8x8. They fold 4x4 pixels into channels first: on a
+  CPU convolutions at full resolution would take most of the time. They are trained on the
   squared error, which reached a given PSNR sooner than L1 did.
   VidTwin: no dropout in the Q-Former, no learned scale of the loss, Kaiming initialisation between
   the backbones; in evaluation the mean is decoded, as in the paper but not in the released code. A
@@ -109,7 +109,7 @@ def at_least(cfg, **bounds: float) -> None:
 class TAEConfig:
     """Sizes of the convolutional autoencoders. The defaults are Movie Gen's, where published."""
 
-    variant: Variant = "2.5d"                       # 2d: each frame alone; others start from 2d
+    variant: Variant = "2.5d"                       # 2d: frames alone; the others start from it
     channels: int = 128                             # width of the first level, a multiple of 4
     mult: tuple[int, ...] = (1, 2, 4, 4)            # width of each level, in units of `channels`
     space_stride: tuple[int, ...] = (2, 2, 2)       # in space, between levels: 1 or 2
@@ -135,9 +135,8 @@ class TAEConfig:
         if self.channels % 4:
             raise ValueError(f"channels {self.channels}: must be a multiple of 4")
         m, n, extra = self.mult, self.res_blocks, self.decoder_extra
-        pairs = list(zip(m, m[1:], n, n[1:]))           # each level and the next coarser one
-        if len(n) != len(m) or any(a != b and not (coarse and fine + extra)
-                                   for a, b, fine, coarse in pairs):
+        if len(n) != len(m) or any(a != b and not (coarse and fine + extra)     # level, coarser one
+                                   for a, b, fine, coarse in zip(m, m[1:], n, n[1:])):
             raise ValueError(f"res_blocks {' '.join(map(str, self.res_blocks))}: must be a number "
                              f"for each of {len(m)} levels, 1 or more where widths change")
         if self.channels * self.mult[-1] % self.heads:
@@ -199,7 +198,7 @@ class VidTwinConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the losses. Each loss is an average over elements; weight 0 switches it off."""
+    """Weights of the losses. Each loss is an average; weight 0 switches it off."""
 
     l1: float = 1.0             # weight of the absolute error
     l2: float = 0.0             # weight of the squared error
@@ -396,8 +395,8 @@ class Attention(nn.Module):
         H, W = x.shape[2:]
         h = rearrange(self.norm(x), self.pattern, t=T)                          # (sequences, n, C)
         h = self.out(attend(*self.qkv(h).chunk(3, -1), self.heads))
-        back = " -> ".join(reversed(self.pattern.split(" -> ")))
-        return x + rearrange(h, back, t=T, h=H, w=W)
+        left, right = self.pattern.split(" -> ")
+        return x + rearrange(h, f"{right} -> {left}", t=T, h=H, w=W)
 
 
 class Middle(nn.Module):
@@ -484,7 +483,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         T, s = x.shape[2], self.cfg.stem
-        x = rearrange(x, "b c t (h p) (w q) -> (b t) (c p q) h w", p=s, q=s)  # (F, 3 s s, H/s, W/s)
+        x = rearrange(x, "b c t (h p) (w q) -> (b t) (c p q) h w", p=s, q=s)  # (BT, 3ss, H/s, W/s)
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last), T)
         blocks = itertools.chain(*self.levels, [self.middle])
         h, T = run_blocks(blocks, h, T, self.cfg.checkpointing)
@@ -601,9 +600,8 @@ class TAE(Autoencoder):
         super().__init__(cfg.latent_channels)
         self.cfg = cfg
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        # A small deep autoencoder of real videos takes very long to become as good as the best
-        # linear one of patches. So add a linear one, and let the deep one learn what it misses: the
-        # idea of [DC]'s residual autoencoding.
+        # On real videos a small network takes very long to match the best linear map of patches. So
+        # add such a map; the network learns the rest: the idea of [DC]'s residual autoencoding.
         if cfg.shortcut:
             C, patch = cfg.latent_channels, (cfg.time_factor, *(cfg.space_factor,) * 2)
             self.linear_in = nn.Conv3d(3, 2 * C, patch, patch)
@@ -615,7 +613,7 @@ class TAE(Autoencoder):
 
     @property
     def last_weight(self) -> nn.Parameter:
-        """Give the last layer's parameter, at whose gradients the GAN loss is scaled."""
+        """Give the last layer's weight, whose gradients set the weight of the GAN loss."""
         conv = self.decoder.conv_out
         return conv.temporal.weight if self.cfg.variant == "2.5d" else conv.weight
 
@@ -643,8 +641,7 @@ class TAE(Autoencoder):
                size: tuple[int, int] | None = None, stream: bool = False) -> Tensor:
         """(B,C,T',H',W') -> (B,3,T,H,W). The decoder makes T' * (time factor) frames, of which the
         first `num_frames` are kept [MG]: so an image costs as much as (time factor) frames. With
-        `stream`, the frames after them are not computed. `size` (H, W) crops what `encode`
-        padded."""
+        `stream` no others are computed. `size` (H, W) crops what `encode` padded."""
         z = z.to(self.last_weight.dtype)                # a Posterior is fp32, whatever the model is
         if stream:
             x = decode_stream(self.decoder, z, num_frames)
@@ -671,7 +668,7 @@ def inflate(image_tae: TAE, variant: str = "2.5d") -> TAE:
     video = TAE(replace(image_tae.cfg, variant=variant)).to(image_tae.lat_mean)  # dtype, device
     state = video.state_dict()
     for name, w in image_tae.state_dict().items():
-        if name == "linear_in.weight":      # a patch begins with that frame; linear_out repeats it
+        if name == "linear_in.weight":      # an image is a patch's first frame
             w = F.pad(w, (0, 0, 0, 0, 0, state[name].shape[2] - 1))
         state[name].copy_(centre_slice(w) if w.ndim < state[name].ndim else w)
     return video
@@ -708,9 +705,9 @@ class TokenAttention(nn.Module):
 
 
 class STBlock(nn.Module):
-    """Attention within each frame, causal attention along time, MLP [VT D.1]. The norms have no
-    weights of their own: a learned table shifts, scales and gates (but not in time), as in a DiT
-    without a timestep."""
+    """Apply attention within each frame, causal attention along time, and an MLP [VT D.1]. Norms
+    have no weights: a learned table gives shift, scale and gate (none in time), as in a DiT without
+    a timestep."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -853,7 +850,7 @@ class StructureBranch(nn.Module):
     def forward(self, s: Tensor) -> Tensor:
         B, n = s.shape[0], self.grid
         u = self.convs(rearrange(s, "b c n h w -> (b n) c h w"))
-        at = (u.shape[-1] - n) // 2                                          # 4 -> 8 -> 7: cropped
+        at = (u.shape[-1] - n) // 2                                          # e.g. 8, cropped to 7
         u = F.relu(self.widen(rearrange(u[..., at : at + n, at : at + n],
                                         "(b n) c h w -> b h w n c", b=B)))      # (B, h, w, n_q, D)
         u = F.relu(self.frames(rearrange(u, "b h w n d -> b h w d n")))         # (B, h, w, D, T)
@@ -903,7 +900,7 @@ class VidTwin(Autoencoder):
                     nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
                     nn.init.zeros_(m.bias)
         for head in (self.structure_encoder.convs[-1], self.dynamics_encoder.head):
-            nn.init.constant_(head.bias[len(head.bias) // 2 :], -6.0)   # noise starts at std e^-3
+            nn.init.constant_(head.bias[len(head.bias) // 2 :], -6.0)   # noise starts near std e^-3
 
     @property
     def last_weight(self) -> nn.Parameter:
@@ -984,8 +981,8 @@ def outlier_penalty(mean: Tensor, r: float = 3.0) -> Tensor:
     Without it the encoder stores global information at a few positions of very high norm, which
     decode to spots. On Gaussian latents the distance is sqrt(C) and the threshold r sqrt(C), so
     nothing is penalised; a scalar Std in place of the norm would penalise nearly everything.
-    (B, C, T, H, W) -> scalar. Zero for frames of fewer than 16 positions (up to 10, no distance
-    can exceed the threshold at r = 3), and for VidTwin's flat latents.
+    (B, C, T, H, W) -> scalar. Zero for frames of fewer than 16 positions, too few for a std (up to
+    10 no distance can exceed the threshold at r = 3), and for VidTwin's flat latents.
     """
     if mean.ndim != 5 or mean.shape[-2] * mean.shape[-1] < 16:
         return mean.new_zeros(())
@@ -1021,16 +1018,16 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def vgg_perceptual() -> Callable[[Tensor, Tensor], Tensor]:
-    """Make a distance of clips: squared, of VGG16's features after each of five stages, scaled to
-    unit length at each position, which is LPIPS with equal weights. Downloads torchvision's VGG16;
-    ValueError if that fails."""
+    """Make a distance of clips: LPIPS with equal weights, on VGG16's features after five stages,
+    each of unit length at each position. Downloads torchvision's VGG16; ValueError if that fails.
+    """
     try:
         from torchvision.models import VGG16_Weights, vgg16
         net = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features.eval().requires_grad_(False)
     except Exception as error:      # no compiled operators, no network or no disk
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"perceptual: needs torchvision's VGG16 weights ({line})") from None
-    stages = [net[a:b] for a, b in ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))]
+    stages = [net[a:b] for a, b in itertools.pairwise((0, 4, 9, 16, 23, 30))]
     mean, std = (torch.tensor(v).view(3, 1, 1)
                  for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -1136,7 +1133,7 @@ def decode_tiled(tae: TAE, z: Tensor, num_frames: int | None = None,
 
 # Streaming (ours) gives the same result as the whole clip, up to rounding. Frames pass one by one;
 # a temporal convolution needs the next frame, so its output is one frame late. Written as
-# generators, all layers fit into one function, and each holds a few frames. Only the attention in
+# iterators, all layers fit into one function, and each holds a few frames. Only the attention in
 # the middle needs all frames, but there they are small.
 
 
@@ -1148,7 +1145,7 @@ def windows(frames: Iterable[Tensor], stride: int = 1) -> Iterator[tuple[Tensor,
     for i in itertools.count():
         after = next(frames, None)
         last = now if after is None else after
-        if i % stride == 0:     # advance first, to hold only two frames while the caller works
+        if i % stride == 0:     # advance first, or `past` would stay while the caller works
             yield past, (past := now), (now := last)
         else:
             past, now = now, last
@@ -1203,9 +1200,8 @@ def stream(layer: nn.Module, frames: Iterable[Tensor]) -> Iterator[Tensor]:
 def encode_stream(encoder: Encoder, x: Tensor) -> Tensor:
     """Do what Encoder.forward does, frame by frame up to the middle."""
     s = encoder.cfg.stem
-    cut = lambda x: rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=s, q=s)
-    frames = (cut(x[:, :, t]).contiguous(memory_format=torch.channels_last)
-              for t in range(x.shape[2]))
+    frames = (rearrange(frame, "b c (h p) (w q) -> b (c p q) h w", p=s, q=s)
+              .contiguous(memory_format=torch.channels_last) for frame in x.unbind(2))
     frames = list(stream(encoder.levels, stream(encoder.conv_in, frames)))
     h, T = fold(torch.stack(frames, 2)), len(frames)
     h = encoder.conv_out(encoder.norm_out(encoder.middle(h, T)), T)
@@ -1240,17 +1236,16 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def latent_stats(tae: Autoencoder, posteriors: Iterable[Posterior]) -> tuple[Tensor, Tensor]:
-    """Measure mean and std (C,) of each channel of posterior samples, in float64.
+    """Measure mean and std (C,) of each channel under the posteriors, summed in float64.
 
     Why: the flow mixes latents with unit noise, so their scale sets the signal-to-noise ratio at
     each time t."""
-    sums, over = torch.zeros(3, len(tae.lat_mean), dtype=torch.float64), (0, 2, 3, 4)
+    sums = torch.zeros(3, len(tae.lat_mean), dtype=torch.float64)
     for posterior in posteriors:
         mean, var = posterior.mean.double(), posterior.logvar.double().exp()
         parts = zip(*(tae.split(v.cpu()) for v in (mean, mean.square() + var)))
-        sums += torch.cat([
-            torch.stack([torch.full_like(m.sum(over), m.numel() / m.shape[1]), m.sum(over),
-                         s.sum(over)]) for m, s in parts], 1)
+        sums += torch.cat([torch.stack([torch.ones_like(m), m, s]).sum((1, 3, 4, 5))
+                           for m, s in parts], 1)
     n, total, square = sums
     mean = total / n
     return mean.float(), (square / n - mean**2).clamp_min(1e-12).sqrt().float()
@@ -1360,11 +1355,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of weights and clips")
     parser.add_argument("--out", type=Path, default=Path("out/tae"), help="folder of the figure")
     args = parser.parse_args()
+    if not 0 <= args.seed < 10**9:
+        parser.error(f"--seed {args.seed}: must be 0 to 999999999")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        ok = demo(args.out, args.seed)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
-    return 0 if demo(args.out, args.seed) else 1
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":

@@ -769,3 +769,12 @@ def test_other_precisions(dtype):
         objective(x[:1, :, :2].to(dtype)).backward()
     with pytest.raises(ValueError, match="clip of torch.uint8: expected floats"):
         video.encode((x + 1).byte())
+
+
+def test_a_seed_has_bounds(monkeypatch, capsys):
+    """It is multiplied by 1000 and given to torch."""
+    for seed in ("-1", "99999999999999999999"):
+        monkeypatch.setattr(sys, "argv", ["tae.py", "--seed", seed])
+        with pytest.raises(SystemExit) as e:
+            tae.main()
+        assert e.value.code == 2 and f"--seed {seed}: must be 0 to" in capsys.readouterr().err
