@@ -14,7 +14,7 @@
 The block is LLaMa3's with three changes: cross-attention to the text before the FFN, an adaptive
 layer norm that carries t, and full bidirectional attention [MG s3.1.3]. At initialisation the
 gates (adaLN-Zero), the last Linear of CrossAttention and that of the head are 0: a block returns
-h + pos, the model exactly 0.
+h + pos, the model returns 0.
 
 Papers: Movie Gen, arXiv 2410.13720 [MG]; DiT, arXiv 2212.09748 [DIT]; PixArt-alpha, arXiv
 2310.00426 (the shared adaLN); SwiGLU, arXiv 2002.05202.
@@ -27,7 +27,8 @@ Contract
 `forward` casts x and text to the precision of the weights, and calls patchify, positions,
 condition, embed, blocks, head and unpatchify, all public. Only `block.attend` mixes video tokens;
 all else that gets tokens acts on each alone, and may be called on a slice of their axis (but for
-`in_context`). So a sampler can spread this model over many ranks without a change to this file.
+`unpatchify` and `in_context`). So a sampler can spread this model over many ranks, and this file
+needs no change.
 
     python dit.py     # zero output at first, overfits one clip; out/dit/gates.png  25 s on 2 cores
 
@@ -44,7 +45,7 @@ Differences from the paper
 
 Letters: B batch, C latent channels, T H W latent frames, height and width (in `to_tokens` counted
 in tokens), p q r the size of a patch, N video tokens, Cpqr numbers in a token (C p q r), D width, L
-text tokens, h (B,N,D) the residual stream, in a rearrange h d heads and their width; t flow time.
+text tokens, h (B,N,D) the residual stream, in a rearrange h heads of width d; t flow time.
 """
 import argparse
 import math
@@ -78,7 +79,7 @@ def adaln_zero(h, modulation, attention, cross_attention, ffn):
 
 # ---- 2. Sizes ------------------------------------------------------------------------------------
 
-# The four ways for t to enter the blocks (section 6), from the best to the worst in [DIT fig. 5].
+# Four ways for t to enter the blocks (sections 4, 6), from the best to the worst in [DIT fig. 5].
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 
 
@@ -98,7 +99,8 @@ class Stream:
     def __post_init__(self):
         for name in ("patch", "size"):                  # lists, when they come from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if any(n % p for n, p in zip(self.size, self.patch)):
+        if len(self.patch) != 3 or min(self.patch) < 1 or any(
+                n % p for n, p in zip(self.size, self.patch)):
             raise ValueError(f"patch {self.patch}: does not divide the latent size {self.size}")
 
     @property
@@ -120,7 +122,7 @@ class DiTConfig:
     dim: int = 192                  # width of the residual stream
     depth: int = 6                  # blocks
     heads: int = 6                  # heads of self-attention and of cross-attention
-    ffn: int = 0                    # of the SwiGLU; 0: 8/3 dim (LLaMa), to a multiple of 32
+    ffn: int = 0                    # of the SwiGLU; 0: 8/3 dim (LLaMa), rounded up to 32s
     text_dim: int = 0               # width of the text tokens; 0: dim
     adaln: str = "shared"           # shared: one Linear, and a table for each block | per_block
     conditioning: str = "adaln_zero"  # how t enters: adaln_zero, adaln, cross_attention, in_context
@@ -200,14 +202,14 @@ class Linear(nn.Linear):
 
 
 def rms_norm(x):
-    """Compute x / sqrt(mean(x^2) + 1e-6); the modulation or the next Linear has the weight."""
+    """Compute x / sqrt(mean(x^2) + 1e-6); the modulation or the next Linear scales it."""
     return F.rms_norm(fp32(x), x.shape[-1:], eps=1e-6)
 
 
 def timestep_embedding(t, dim=256):
     """Embed t (B,) as cat[cos, sin](1000 t 1e4^(-i / (dim/2))) (B, dim), cosines first as in DiT.
 
-    Why 1000: the periods run from 6 to 60,000. Without the factor nearly all entries would be
+    Why 1000: periods are 6 to 60,000. For t in [0, 1] itself nearly all entries would be
     constant: the cosine similarity of t = 0.4 and t = 0.5 would be 0.9997, and not 0.46."""
     i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
     angle = 1000 * fp32(t)[:, None] * torch.exp(-math.log(1e4) * i / (dim // 2))    # (B, dim/2)
@@ -387,9 +389,9 @@ class DiT(nn.Module):
                 nn.init.ones_(m.qk_weight)
         nn.init.normal_(self.time[0].weight, std=0.02)
         nn.init.normal_(self.time[2].weight, std=0.02)
-        # Positions add up over the blocks, to about the size of the tokens. With std 0.02, usual
-        # for word embeddings, attention is slow to learn them. With three times our std they
-        # dominate the normalised input, and the demo's loss ends four times higher.
+        # Positions add up over the blocks, to std 1.7 after the last. With std 0.02, usual for word
+        # embeddings, attention is slow to learn them. With three times our std they dominate the
+        # normalised input, and the demo's loss ends four times higher.
         for w in self.tables.parameters():
             nn.init.normal_(w, std=1 / len(self.blocks))
         for name, w in self.named_parameters():
@@ -413,7 +415,7 @@ class DiT(nn.Module):
 
     def condition(self, t):
         """Map t (B,) to c (B, 1+6, D): the embedding of t, then the modulation that all blocks
-        share (4 without gates, for AdaLN). Without a shared one: (B, 1, D)."""
+        share (for AdaLN 4: no gates). Without a shared one: (B, 1, D)."""
         e = self.time(timestep_embedding(t))                                        # (B, D)
         if self.adaln is None:
             return e[:, None]                                                       # (B, 1, D)
@@ -458,8 +460,8 @@ class DiT(nn.Module):
 
 
 # ---- 6. Variants: other ways for t to enter, several latents -------------------------------------
-# Text always enters by cross-attention. `python studies/conditionings.py` compares the ways for t
-# at equal size and training time.
+# Text always enters by cross-attention. `python studies/conditionings.py runs/toy` compares the
+# ways for t at equal size and training time.
 
 class PerBlockAdaLN(Block):
     """Compute the six vectors by a Linear in each block: DiT's own adaLN-Zero."""
@@ -628,7 +630,7 @@ def demo(out, steps):
             gates.append([[block.modulation(c)[i].abs().mean().item() for i in (2, 5)]
                           for block in model.blocks])
     print(f"  {steps} steps in {time.time() - began:.0f} s: loss {losses[0]:.3f} -> "
-          f"{sum(losses[-10:]) / 10:.3f}")
+          f"{sum(losses[-10:]) / len(losses[-10:]):.3f}")
 
     with torch.no_grad():                               # ten Euler steps from new noise
         x = torch.randn(x1.shape)
@@ -689,9 +691,10 @@ def main():
         parser.error(f"--steps {args.steps}: must be 1 or more")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        ok = demo(args.out, args.steps)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
-    sys.exit(0 if demo(args.out, args.steps) else 1)
+    sys.exit(0 if ok else 1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 
 Papers.  [MG] Movie Gen, arXiv 2410.13720 (s3.1.2 objective, s3.4.2 linear-quadratic schedule).
 [FM] Flow Matching, 2210.02747 (s4 the conditional-OT path).  [RF] Rectified Flow, 2209.03003
-(straightness).  [CFM] OT-CFM, 2302.00482 (minibatch coupling).  [C2OT] 2503.10636 (by caption).
+(straightness).  [CFM] OT-CFM, 2302.00482 (minibatch coupling).  [C2OT] 2503.10636 (in captions).
 [SD3] 2403.03206 (logit-normal time, resolution shift).  [PD] 2202.00512 (v-prediction).  [DDIM]
 2010.02502.  [ZSNR] 2305.08891 (zero terminal SNR).  [CFG] 2207.12598.  [AF] AlignFlow, 2510.15038.
 
@@ -81,7 +81,7 @@ def loss(v_fn: VFn, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = Non
 
     x0 and t are drawn where they are not given. For a coupling, pass x0 and x1 as pairs:
     `minibatch_pairing` permutes the noise of a batch, so that each x1 keeps its caption; with the
-    semi-discrete coupling each noise has picked its x1 before.
+    semi-discrete coupling each noise has already picked its x1.
     A network that returns 0 has loss 1 + E x1^2: expect 2 for normalised latents at step 0
     (diffusion: 1).
     """
@@ -128,9 +128,8 @@ def sample(v_fn: VFn, x0: Tensor, ts: Tensor, solver: str = "euler", trajectory:
         if solver != "euler":
             raise ValueError(f"solver {solver}: a diffusion model is sampled with euler (DDIM)")
         step = ddim
-    dtype = torch.promote_types(x0.dtype, torch.float32)
-    f = lambda x, t: v_fn(x, torch.full((len(x),), t, device=x.device, dtype=dtype)).to(dtype)
-    x, times = x0.to(dtype), ts.tolist()
+    f = lambda x, t: v_fn(x, x.new_full((len(x),), t)).to(x.dtype)
+    x, times = fp32(x0), ts.tolist()
     path = [x]
     for t, end in zip(times, times[1:]):
         x = step(f, x, t, end - t)
@@ -163,7 +162,7 @@ class FlowConfig:
 
     SD3 and Open-Sora raise `shift` with the resolution; none was found in [MG]."""
 
-    sigma_min: float = 1e-5    # std of the noise left at t = 1: invisible, but gives x_1 a density
+    sigma_min: float = 1e-5    # std of the noise left at t = 1: invisible; there x_t has a density
     time: Times = "auto"       # distribution of t; auto: logit_normal, or uniform for diffusion
     mean: float = 0.0          # mean of logit(t); above 0, more times near the data
     std: float = 1.0           # standard deviation of logit(t)
@@ -265,7 +264,7 @@ def rk4(f, x, t, h):
 
 
 # Dormand-Prince 5(4): DP_A has a row for each stage after the first; the last row is the 5th-order
-# step. DP_E is that row less the embedded 4th-order step: an estimate of the error, which sets h.
+# step. DP_E is that row minus the 4th-order one: it estimates the error, which sets h.
 DP_T = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DP_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
         (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
@@ -444,7 +443,8 @@ class MLP(torch.nn.Module):
 
 
 def semi_discrete(y: Tensor, generator: torch.Generator, steps: int = 1500) -> Tensor:
-    """Find h (N,) such that argmax_j <x, y_j> + h_j gives each y_j equal noise: a small sdot.py."""
+    """Find dual weights h (N,) such that argmax_j <x, y_j> + h_j gives each y_j equal noise: a
+    small sdot.py, with Adam, as 2-D needs."""
     h, N = -y.square().sum(1) / 2, len(y)
     h.requires_grad_()
     optimiser = torch.optim.Adam([h], lr=0.3)
@@ -545,8 +545,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         ok = demo(args.out, args.steps, args.seed)
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         parser.error(str(e))
+    except OSError as e:
+        parser.error(f"--out {args.out}: {e}")
     sys.exit(0 if ok else 1)
 
 

@@ -36,16 +36,15 @@ Contract.  latents (M, ...) normalised like the model's data, fp32; from a VAE t
 share a caption (or a `cluster` of captions). x0 (B, ...) ~ N(0, I), shaped like a latent, never
 changed. couple(x0, groups) -> (B,) int64 rows of the data set.  Draw the group by its frequency,
 then the noise independently of it; then the noise picks the clip. So x0 given a group is N(0, I).
-Flips and other augmentations that can be listed enter as rows of their own (clip = row % number of
-clips): flip the clip, then encode it, since a flipped latent is not the latent of
-the flipped clip.
+Flips and other augmentations that can be listed enter as rows of their own (row r: clip r % n, of n
+clips): flip the clip, then encode it, since a flipped latent is not the latent of the flipped clip.
 
 Run.   python sdot.py      # cells.gif, convergence beside POT, an epoch of pairs: 20 s on one core
 
 Differences from the paper.  [AF] runs Adam (amsgrad) on a softmax-smoothed histogram from g = 0 for
 a fixed number of steps, with an exponential average. Here: hard cells, a start and a step size from
 a formula (section 4, ours), Polyak's average, and a stop by measured mass error: 130 to 163 noises
-per clip for 10 %, without those that measure. The CIFAR-10 recipe of [AF] draws 1000 (about 3 %, by
+per clip for 10 %, measuring not counted. The CIFAR-10 recipe of [AF] draws 1000 (about 3 %, by
 its released weights); shortened to 400 it ends far above 10 % (studies/bench_sdot.py). [AF] pairs
 the noise before training and stores (seed, index): `pairs` does so, while train.py calls `couple`
 in its loop. `rebalance` moves surplus noise by optimal transport, [AF] to any cell that is short of
@@ -84,7 +83,7 @@ def smallest(Y: Tensor, steps: int = 200, batch: int = 1024) -> Tensor:
     counting allows: 5 % error after 400 noises per target.
     """
     sigma = (Y - Y.mean(0)).norm(dim=1)                          # (N,) std of <x, y_j - mean>
-    h = average = -3 * sigma                 # level best scores: the best of 500 is about 3 sigma
+    h = average = -3 * sigma                 # equal chances: the best of 500 is about 3 sigma
     for step in range(1, steps + 1):
         cell = (torch.randn(batch, Y.shape[1]).to(Y) @ Y.T + h).argmax(1)  # (batch,) draw noise,
         p = torch.bincount(cell, minlength=len(Y)) / batch                 # (N,) count its cells,
@@ -108,12 +107,12 @@ class SDOTConfig:
 
     solver: Solver = "auto"    # auto: sgd, then adam if the error is above 1.5 targets
     target: float = 0.1        # rms relative mass error; below 0.22 SD-FM gained nothing
-    budget: float = 4.0        # noises drawn at most, in N / target^2 (pot: at most 2)
+    budget: float = 4.0        # noises drawn to solve at most, in N / target^2 (pot: 2)
     lr: float = 0.0            # first step; 0: 0.5, adam 0.3
     temperature: float = 0.0   # of a softmax (half of AlignFlow's eps); 0: argmax
     ema: float = 0.0           # factor of an exponential average of h (AlignFlow's); 0: Polyak's
     cluster: int = 32          # clips in a group, at least, where most captions are unique
-    memory: int = 64           # MiB for one block of scores: bounds memory whatever N is
+    memory: int = 64           # MiB for one block of scores in `assign`
     seed: int = 0              # seed of the noise that is drawn to solve
 
     def __post_init__(self):
@@ -183,15 +182,15 @@ def rms(chi2: float) -> float:
 
 
 # ---- 4. Where to start and how far to step -------------------------------------------------------
-# Both follow from one approximation, which is ours. The cell of x is the largest of z_j + h_j. The
+# Both follow from one approximation, which is ours. x is in the cell of the largest z_j + h_j. The
 # scores z_j = <x, y_j - mean> are Gaussian with standard deviation sigma_j. In many dimensions they
 # are nearly independent, and then cell j has the mass
 #     p_j = int pdf(u) cdf((sigma_j u + h_j) / sigma)^(N-1) du     (of the standard normal),
-# if the others have one sigma. Integrate its derivatives at sigma_j = sigma, h_j = 0 by parts, with
-# m = E max of N standard normals:
-#     dp_j/dh_j = (1/N) m / sigma          dp_j/dsigma_j = (1/N) (E max^2 - 1) / sigma.
+# if the others have one sigma, and h = 0. Integrate its derivatives at sigma_j = sigma, h_j = 0 by
+# parts, with m = E max of N standard normals:
+#     dp_j/dh_j = (1/N) m / sigma          dp_j/dsigma_j = (1/N) (E[max^2] - 1) / sigma.
 # * Start: a target far from the mean (large sigma_j) wins too often. h_j = -q sigma_j with
-#   q = (E max^2 - 1) / m corrects that. Mass error of this start, N = 500: 0.59 in 64 dimensions
+#   q = (E[max^2] - 1) / m corrects that. Mass error of this start, N = 500: 0.59 in 64 dimensions
 #   and 0.36 in 1024. The start g = 0 of [AF] and POT has 2.6 and 10.7. In few dimensions scores
 #   are far from independent and the start is poor; adam repairs it, with more noise.
 # * Step: with tau_j = sigma_j / m, h_j -= tau_j (p_j / b_j - 1) is a Newton step with the Hessian's
@@ -241,7 +240,8 @@ def in_own_span(Y: Tensor) -> Tensor:
     Inner products of the centred targets do not change, and only they matter: the 20 clips of one
     caption, 2048 numbers each, are exactly a problem in 19 dimensions.
     """
-    y = Y.double() - Y.double().mean(0)
+    y = Y.to(torch.float64, copy=True)
+    y -= y.mean(0)
     lam, V = torch.linalg.eigh(y @ y.T)
     keep = lam > 1e-10 * lam[-1].clamp_min(1e-300)
     return (V[:, keep] * lam[keep].sqrt()).float()
@@ -266,14 +266,14 @@ def solve(targets: Tensor, mass: Tensor | None = None, cfg: SDOTConfig | None = 
     """Solve one problem by stochastic ascent of the dual, as [AF] does, with another step and stop.
 
     targets (N, ...), mass (N,) or uniform. `key` gives each problem noise of its own. ranks: share
-    each step's noise among the ranks of torch.distributed, if a step draws 512 or more. The weights
-    are the same bits on any number of ranks, and when a solve is repeated, because noise is keyed
-    and counts are integers (with a temperature: up to rounding). on_step(samples, h) sees each
+    each step's noise among the ranks of torch.distributed, if a step draws 512 or more. Weights are
+    the same bits on any number of ranks and in a repeated solve, because noise is keyed and counts
+    are integers (with a temperature: up to rounding). on_step(samples, h) sees each
     iterate (not of POT).
     """
     cfg = cfg or SDOTConfig()
     problem = Problem(targets, mass, cfg, key, ranks, on_step)
-    if problem.Y.shape[1] == 0:                          # one target, or identical ones
+    if problem.Y.shape[1] == 0:                          # one target, or a few identical ones
         return Solution(torch.zeros_like(problem.b))
     if cfg.solver == "pot":
         return solve_with_pot(problem)
@@ -310,7 +310,7 @@ class Problem:
         self.needed = N / cfg.target ** 2                # S where sqrt(N / S) is the target
         self.budget = cfg.budget * self.needed
         # A step's own counting error is sqrt(N / batch) tau. Averaging removes it for any batch
-        # size if there are 64 steps or more: batches are max(512, N / 4), or what 64 steps allow.
+        # size if there are 64 steps or more: batches are max(512, N / 4), or less, for 64 steps.
         self.batch = max(32, min(max(2 * BLOCK, N // 4), int(self.needed / 64)))
         # chi_square has standard deviation sqrt(2 N) / noises. We draw enough to make that a
         # quarter of target^2, but at most needed / 4: small groups are measured more roughly, and
@@ -488,8 +488,7 @@ def rebalance(x: Tensor, index: Tensor, Y: Tensor, h: Tensor, b: Tensor, u: floa
     share = b.double() * n
     quota, count = share.floor().long(), torch.bincount(index, minlength=N)
     # Rounding down leaves some places. If all remainders are equal, cells with a surplus get them;
-    # where masses differ, systematic sampling gives them out, or the same clips would lose each
-    # time.
+    # else systematic sampling gives them out, so that not the same clips lose each time.
     left, rest = n - quota.sum().item(), share - quota
     if rest.max() - rest.min() > 1e-6:
         quota = split_evenly(n * b.double().cumsum(0) / b.sum(), u)
@@ -540,7 +539,7 @@ class Coupling:
             device=None, **flags) -> "Coupling":
         """Solve each group: latents (M, ...), groups (M,) ids or None for one, mass (M,) or None.
 
-        ranks: share the noise of groups of 32,768 target^2 clips or more among the ranks of
+        ranks: share the noise of groups of 328 clips or more (at target 0.1) among the ranks of
         torch.distributed. device: where to solve, if not where the latents are. flags: fields of
         the config.
         """
@@ -616,7 +615,7 @@ class Coupling:
     def pairs(self, epoch: int = 0, repeat: int = 1) -> tuple[Tensor, Tensor]:
         """Pair a whole epoch before training [AF stage 2] -> (keys, rows), both (repeat M,) int64.
 
-        Use: loaders that fix their own order of clips. Rebalancing inside groups gives each clip
+        For loaders that fix the order of clips. Rebalancing inside groups gives each clip
         `repeat` times (where masses differ, in proportion and averaged over epochs).
         `noise(keys)` draws the noise of pairs again. Pairs are sorted by group: shuffle them.
         """
@@ -653,7 +652,7 @@ class Coupling:
         if found["chi2"] > 2.25 * self.cfg.target ** 2:
             what = "choose another solver" if self.cfg.solver == "pot" else "raise budget"
             lines.append(f"WARNING: the mass error missed its target of {self.cfg.target}: some "
-                         f"clips are drawn too rarely (all but one of identical clips); {what}")
+                         f"clips are drawn too rarely (copies of a clip: never); {what}")
         if found["expected"] < 0.02:
             why = ("most groups have fewer than three clips" if 2 * len(sizes) > M else
                    "the gain falls as m(N) / sqrt(d)")
@@ -680,7 +679,8 @@ class Coupling:
             s = torch.load(path, weights_only=True, map_location="cpu")        # cannot run code
         except Exception as e:
             raise ValueError(f"{path}: not a readable coupling ({type(e).__name__})") from e
-        if not isinstance(s, dict) or s.get("format") != 2:
+        if (not isinstance(s, dict) or s.get("format") != 2
+                or set(s["cfg"]) - set(vars(SDOTConfig()))):
             raise ValueError(f"{path}: not a coupling of this version")
         if s["found"]["latents"] != fingerprint(latents):
             raise ValueError(f"{path}: solved for other latents than these {tuple(latents.shape)}")

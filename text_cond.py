@@ -102,7 +102,7 @@ class TextConfig:
     precision: str = "bf16"     # pretrained: bf16 | fp32, of the frozen encoders and their features
     offload: str = "disk"       # pretrained: unused encoders go to: disk | cpu | never (stay)
     batch: int = 16             # pretrained: prompts at a time
-    without: str = ""           # words | bytes | concepts: one to leave out (its null token stays)
+    without: str = ""           # words | bytes | concepts: run, but replaced by its null token
 
     def __post_init__(self):
         one_of("mode", self.mode, ("toy", "pretrained"))
@@ -125,7 +125,7 @@ class TextConfig:
 PRESETS = {
     "toy":   TextConfig("toy", 160, layers=0),
     "small": TextConfig("toy", 256, layers=1),  # one layer binds each object's words together
-    "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # "disk": loaded at each call
+    "1b":    TextConfig("pretrained", 1536, offload="cpu"),     # "disk" reloads at each call
     "5b":    TextConfig("pretrained", 3072, offload="cpu"),
     "30b":   TextConfig("pretrained", 6144, offload="cpu"),
 }
@@ -134,8 +134,8 @@ PRESETS = {
 
 # Straight, curly (German: from low to high; Swedish: twice the same), guillemets (French; German:
 # the other way round), CJK corner brackets, full-width. Single quotes do not count: most of them
-# are apostrophes. Nor does an unclosed quote, or the inch mark of a 5" sign.
-QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|”([^”]*)”|«([^»]*)»|»([^«]*)«|'
+# are apostrophes. Nor does a last unclosed quote, or the inch mark of a 5" sign.
+QUOTES = re.compile(r'(?<!\d)"([^"]*)"|[“„]([^“„”]*)[”“]|(?<!\d)”([^”]*)”|«([^»]*)»|»([^«]*)«|'
                     '「([^」]*)」|『([^』]*)』|｢([^｣]*)｣|＂([^＂]*)＂')
 
 
@@ -161,12 +161,12 @@ def seen_by(prompt):
 
 def byte_ids(text):
     """Tokenize as ByT5 does: each UTF-8 byte + 3, then 1 for the end (0 pads, 2 is unused). A
-    character takes up to 4 tokens; an empty text, unlike ByT5's, none."""
+    character takes up to 4 tokens; an empty text none (in ByT5: 1)."""
     return [b + 3 for b in text.encode("utf-8")] + [1] if text else []
 
 
 def words_of(text):
-    """Split a text into lower-case words without punctuation; `<quoted>` stands for each quoted
+    """Split a text into lower-case words without .,;:!?(); `<quoted>` stands for each quoted
     string, `<end>` is last.
 
     Why not the quoted letters: to a table of whole words "CAT" is an opaque symbol. With it, the
@@ -202,10 +202,8 @@ def truncate(ids, limit, name, text):
 
 def pad(rows):
     """Stack rows [(L_i, ...)] to (R, L, ...), with zeros after each; L is at least 1."""
-    out = rows[0].new_zeros(len(rows), max(1, *map(len, rows)), *rows[0].shape[1:])
-    for i, row in enumerate(rows):
-        out[i, :len(row)] = row
-    return out
+    one = rows[0].new_zeros(1, *rows[0].shape[1:])
+    return nn.utils.rnn.pad_sequence([*rows, one], batch_first=True)[:-1]
 
 
 # ---- 5. Toy encoders -----------------------------------------------------------------------------
@@ -326,7 +324,7 @@ class TextConditioner(nn.Module):
         The tensors are on the CPU, to be kept with the latents and indexed by row. Prompts longer
         than an encoder's limit are truncated, with a warning."""
         if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"prompts {prompts[:60]!r}: not a list of 1 or more texts")
+            raise ValueError(f"prompts {prompts!r:.60}: not a list of 1 or more texts")
         seen, out = [seen_by(prompt) for prompt in prompts], {}
         for name in ENCODERS:
             texts = [s[name] for s in seen]
@@ -405,7 +403,7 @@ class TextConditioner(nn.Module):
                 first = torch.arange(x.shape[1], device=x.device) == 0
                 x = torch.where((dropped & first)[..., None], self.null[name].to(x.dtype), x)
                 mask = torch.where(dropped, first, mask)                        # (B, L)
-            L = int(mask.sum(1).max())                          # no longer than this batch needs
+            L = int(mask.sum(1).max())                          # dropped rows are short
             mask = mask[:, :L]
             P.append(self.project[name](x[:, :L]) * mask[..., None])
             masks.append(mask)
@@ -505,7 +503,7 @@ def check_sources(cfg):
             raise ValueError(f"{name} {source}: a model of type {found}, not {kind}")
         load_tokenizer(name, source)
         if Path(source).is_dir() and not any(                   # an LFS pointer is a few bytes
-                f.suffix in (".safetensors", ".bin") and f.stat().st_size > 1024
+                f.suffix in (".safetensors", ".bin") and f.is_file() and f.stat().st_size > 1024
                 for f in Path(source).iterdir()):
             raise ValueError(f"{name} {source}: no weights there (model.safetensors), or only "
                              "Git LFS pointers")
@@ -532,7 +530,7 @@ def add_long_positions(clip, limit, keep=20):
     The second table copies the first 20 positions and stretches the others, which captions in
     CLIP's training rarely reached [LC]. Prompts of up to 77 tokens use the first table and are
     encoded exactly as MetaCLIP was trained to; only longer ones use the second."""
-    inner = getattr(clip, "text_model", clip)           # only transformers 5.0 has this level
+    inner = getattr(clip, "text_model", clip)           # older transformers have this level
     old = inner.embeddings.position_embedding.weight                            # (77, width)
     clip.short = len(old)
     tail = F.interpolate(old[keep:].float().T[None], size=max(limit, clip.short) - keep,
@@ -703,9 +701,10 @@ def main():
             parser.error(str(error))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        ok = demo(args.out, args.steps)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
-    sys.exit(0 if demo(args.out, args.steps) else 1)
+    sys.exit(0 if ok else 1)
 
 
 if __name__ == "__main__":

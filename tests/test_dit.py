@@ -586,8 +586,9 @@ def test_wrong_configs_are_one_line(change, says):
     with pytest.raises(ValueError) as e:
         replace(SMALL, **change)
     assert says in str(e.value)
-    with pytest.raises(ValueError, match="does not divide the latent size"):
-        Stream(4, (1, 3, 2), (4, 8, 8))
+    for patch in ((1, 3, 2), (0, 2, 2), (2, 2)):
+        with pytest.raises(ValueError, match="does not divide the latent size"):
+            Stream(4, patch, (4, 8, 8))
 
 
 # ---- the command line ----

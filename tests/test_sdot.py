@@ -523,7 +523,8 @@ def test_unreadable_files_are_named(tmp_path):
     torch.save(print, path)                                          # code, from a stranger
     with pytest.raises(ValueError, match="c.pt: not a readable coupling"):
         Coupling.load(path, Y)
-    for thing in (torch.ones(3), {"anything": 1}, {"format": 1}):
+    for thing in (torch.ones(3), {"anything": 1}, {"format": 1},
+                  {"format": 2, "cfg": {"a_later_setting": 1}}):
         torch.save(thing, path)
         with pytest.raises(ValueError, match="c.pt: not a coupling of this version"):
             Coupling.load(path, Y)

@@ -55,6 +55,7 @@ def test_toy_encoders_in_another_precision(dtype, layers):
     ('saying "CAT"', "CAT"), ("saying “CAT”", "CAT"), ("sagt „KATZE“", "KATZE"),
     ("dit «CHAT»", "CHAT"), ("»CAT« und »DOG«", "CAT\nDOG"), ("säger ”KATT”", "KATT"),
     ("｢猫｣", "猫"), ('a 5" tall sign saying "CAT"', "CAT"),
+    ("a 5” tall sign saying “CAT”", "CAT"),
     ("写着「猫」", "猫"), ("写着『小猫』", "小猫"), ("＂猫＂", "猫"),
     ('"A" and "B C"', "A\nB C"), ('signs "A" 「B」', "A\nB"), ("a dog's life", ""), ('5" tall', ""),
     ('an open "quote', ""), ('""', ""), ('" "', ""), ('"👋🏽"', "👋🏽"), ('"שלום"', "שלום")])
@@ -78,7 +79,7 @@ def test_what_is_no_text_is_one_line(toy, prompt, says):
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("prompts", [[], "abc"])
+@pytest.mark.parametrize("prompts", [[], "abc", None])
 def test_a_list_of_prompts_is_asked_for(toy, prompts):
     with pytest.raises(ValueError, match="not a list of 1 or more texts"):
         toy.encode(prompts)
