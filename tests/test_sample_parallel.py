@@ -339,6 +339,14 @@ def test_several_latents_laid_flat():
     compare(model, inputs, [dict(ulysses=2), dict(ring=2), dict(pp=2, patches=3)], 2)
 
 
+def test_every_mesh_leaves_a_token_for_each_share():
+    model = sp.TinyDiT(grid=(2, 2, 4)).eval()                                      # two tokens
+    inputs = {"x0": torch.randn(1, 2, 2, 2, 4), "text": torch.randn(1, 2, 64),
+              "null": torch.randn(1, 2, 64), "steps": 2}
+    run = lambda: [row["mode"] for _, row in sp.sample_every(model, inputs)]
+    assert launch(run, 2)[0] == ["ulysses 2", "ring 2", "pp 2 x M 2", "cfg 2"]
+
+
 def test_in_context_conditioning_is_refused():
     model, _ = dit_case([(4, (1, 2, 2), (4, 8, 8))], conditioning="in_context")
     with pytest.raises(ValueError, match="in_context"):
@@ -525,6 +533,17 @@ def test_halo_norm_of_a_picture_that_was_flattened():
     with torch.no_grad():
         want = decode(z)
     assert sp.difference(launch(sp.halo_decode, 2, decode, z)[0], want) < 1e-5
+
+
+def test_halo_sees_arguments_by_name():
+    torch.manual_seed(0)
+    w, z = torch.randn(4, 2, 3, 3), torch.randn(1, 2, 1, 6, 7)
+
+    def decode(z):
+        h = F.conv2d(input=z[:, :, 0], weight=w, padding=1).flatten(2).mT[:, None]   # (1, 1, n, 4)
+        h = F.scaled_dot_product_attention(query=h, key=h, value=h)
+        return h[:, 0].mT.view(1, 4, 1, *z.shape[3:])
+    assert sp.difference(launch(sp.halo_decode, 2, decode, z)[0], decode(z)) < 1e-5
 
 
 @pytest.mark.parametrize("kind, shortcut", [("2.5d", False), ("2.5d", True), ("3d", False)])
@@ -793,6 +812,15 @@ def test_a_decoded_clip_has_the_runs_frames(fake_run):
     """Frames and rows are no multiple of what a latent frame or row holds."""
     assert sp.main(["--workdir", "run", "--prompt", "a", "--out", "c.gif"]) == 0
     assert fake_run.wrote == [("c.gif", (3, 7, 15, 16))]
+
+
+def test_a_place_that_cannot_be_written_is_seen_before_sampling(fake_run, capsys):
+    Path("clip.gif").mkdir()
+    Path("file").touch()
+    for out in ("clip.gif", "file/clip.gif"):
+        code, err = exits(["--workdir", "run", "--prompt", "a", "--out", out], capsys)
+        assert code == 2 and f"--out {out}: " in err and err.count("\n") == 1
+    assert not fake_run.wrote
 
 
 def test_check_and_every_see_what_is_wrong(fake_run, monkeypatch, capsys):
