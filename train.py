@@ -18,10 +18,10 @@ checkpoints of each training (three while one is written); lock, against a secon
 This file connects the others (tae.py, text_cond.py, dit.py, flow.py, sdot.py, the toy world of
 world.py, and sample_parallel.py for --sp), and adds what they do not have: videos, ranks,
 checkpoints, the loop, the command line. It begins with the loop, `optimize`, which trains both
-models. `Checkpoints` (section 5) writes and reads the step_* folders. `dit_batches` (section 6)
+models. `Checkpoints` (section 4) writes and reads the step_* folders. `dit_batches` (section 5)
 makes the noise, latents and text of a step of the DiT; `TextToVideo.forward` turns them into the
-loss. --dp, --replicate and --sp act in `data_parallel`, and in `Mesh`, `place` and
-`split_tokens` of section 4. `work` (section 9) goes through the stages.
+loss. --dp, --replicate and --sp act in `data_parallel`, in `Mesh`, `make_mesh`, `place` and
+`split_tokens` (section 3), and in `dit_batches`. `work` (section 9) goes through the stages.
 
 Run.   torchrun train.py --scale toy                    # all stages; no download, no GPU, no data
        torchrun train.py --scale toy --data DIR --workdir runs/mine       # captioned videos
@@ -107,12 +107,13 @@ from sample_parallel import everyone
 from sdot import SDOTConfig
 
 # ---- 1. The loop ---------------------------------------------------------------------------------
-# It trains the autoencoder and the DiT alike; what differs is in `batch` (section 6).
+# It trains the autoencoder and the DiT alike; what differs is `batch` (section 5), and the model,
+# whose forward is the loss.
 
 
 def optimize(run: "Run", stage: str, model: nn.Module, hp: "TrainConfig", steps: int,
              batch: Callable[[int], list[tuple]], workers: int = 0) -> dict[str, Tensor]:
-    """Train a model from `place` for `steps` -> its averaged weights, whole, on rank 0.
+    """Train a model from `place` for `steps` -> its weights (averaged if hp.ema), whole, on rank 0.
 
     batch(step) returns a tuple of model.forward's arguments for each part of this rank's clips;
     forward returns the loss. `batch` is pure, so a resumed loop only starts at another number.
@@ -136,8 +137,8 @@ def optimize(run: "Run", stage: str, model: nn.Module, hp: "TrainConfig", steps:
         loss = forward_backward(net, parts, hp.precision == "bf16")
         norm = nn.utils.clip_grad_norm_(weights.values(), hp.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # The last checkpoint may still be on its way to the disk. It must be there before the
-        # weights change, so that a kill never loses more than `every` steps.
+        # Wait until the last checkpoint is on disk: then a kill loses at most `every` steps. (The
+        # weights may change before that, as it is written from a copy.)
         checkpoints.wait()
 
         # All ranks agree on the loss, and whether any of them was asked to stop.
@@ -186,6 +187,22 @@ def forward_backward(net: nn.Module, parts: list[tuple], bf16: bool) -> Tensor:
     return loss
 
 
+def read_ahead(fn: Callable, items: Iterable, workers: int = 0) -> Iterator:
+    """Map fn over items; `workers` threads, if any, compute ahead. Threads are enough:
+    PyAV releases the GIL while it decodes."""
+    if not workers:
+        yield from map(fn, items)
+        return
+    items, pool = iter(items), ThreadPoolExecutor(workers)
+    ahead = collections.deque(pool.submit(fn, item) for item in itertools.islice(items, workers))
+    try:
+        while ahead:
+            ahead.extend(pool.submit(fn, item) for item in itertools.islice(items, 1))
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def data_parallel(run: "Run", model: nn.Module) -> nn.Module:
     """Wrap a model in DDP if each of several ranks has a copy. find_unused_parameters keeps DDP
     from rebuilding its buckets after the first step, which would make a resumed run sum gradients
@@ -197,12 +214,12 @@ def data_parallel(run: "Run", model: nn.Module) -> nn.Module:
 
 
 def adamw(weights: dict[str, nn.Parameter], hp: "TrainConfig") -> torch.optim.AdamW:
-    """Make AdamW with weight decay for matrices and kernels. Biases have none, nor do tables and
-    embeddings, whose rarely used rows would only shrink. AdamW's state is allocated now, for a
-    checkpoint to be loaded into."""
-    table = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
-    decay = [p for k, p in weights.items() if p.ndim >= 2 and not table(k)]
-    rest = [p for k, p in weights.items() if p.ndim < 2 or table(k)]
+    """Make AdamW with weight decay for matrices and kernels. Biases and norms have none, nor do
+    tables and embeddings, whose rarely used rows would only shrink. AdamW's state is allocated now,
+    for a checkpoint to be loaded into."""
+    none = lambda name: any(word in name for word in ("table", "embedding", "qk_weight"))
+    decay = [p for k, p in weights.items() if p.ndim >= 2 and not none(k)]
+    rest = [p for k, p in weights.items() if p.ndim < 2 or none(k)]
     optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], hp.lr,
                                   (0.9, hp.beta2), weight_decay=hp.weight_decay, fused=True)
     for p in weights.values():
@@ -214,16 +231,16 @@ def adamw(weights: dict[str, nn.Parameter], hp: "TrainConfig") -> torch.optim.Ad
 def learning_rate(step: int, hp: "TrainConfig", steps: int) -> float:
     """Warm up linearly, stay flat, then fall as a cosine to 0 in the last `decay` of the steps."""
     up = min(1.0, (step + 1) / max(1, hp.warmup))
-    past = max(0.0, (step / max(1, steps) - (1 - hp.decay)) / max(hp.decay, 1e-9))
-    return hp.lr * up * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
+    past = max(0.0, (step / steps - (1 - hp.decay)) / max(hp.decay, 1e-9))
+    return hp.lr * up * 0.5 * (1 + math.cos(math.pi * past))
 
 
 def mean_over_ranks(*values: Tensor) -> list[float]:
     """Average scalars over all ranks."""
-    told = torch.stack([v.detach().double() for v in values])
+    sums = torch.stack([v.double() for v in values])
     if dist.is_initialized():
-        dist.all_reduce(told)
-    return (told / world_size()).tolist()
+        dist.all_reduce(sums)
+    return (sums / world_size()).tolist()
 
 
 def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,8 +264,8 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}       # blocked at the
 def listen() -> None:
     """In a thread, wait for Ctrl-C, SIGTERM and SIGUSR1 (SLURM may send one before it ends a job).
     While a model trains, the first signal makes `optimize` write a checkpoint and stop.
-    Otherwise, and at a later signal (3 s or more), the process ends at once: what a later stage
-    reads is written whole or not at all. A handler in the main thread would be delayed by whatever
+    Otherwise, or at a second signal 3 s later, the process ends at once: files that later stages
+    read are written whole or not at all. A handler in the main thread would be delayed by whatever
     that thread waits for."""
 
     def hear() -> None:
@@ -302,7 +319,7 @@ class ClipConfig:
 
     frames: int = 16  # T
     size: int = 32  # H = W
-    fps: int = 8  # frames a second of the files that are written
+    fps: int = 8  # frames a second of the files that are written, if a prompt has no FPS-N
     things: int = 1  # toy world: moving objects in a clip
     script: Literal[tuple(world.SCRIPTS)] = "latin"  # toy world: the letters of its signs
     signs: float = 0.4  # toy world: share of signs among the objects that the DiT is trained on
@@ -438,8 +455,8 @@ class Config:
     coupling: Literal["independent", "minibatch", "sdot", "sdot-global"] = "sdot"  # noise to clips
     variant: Literal["2.5d", "3d", "vidtwin"] = "2.5d"  # the autoencoder
     patch: tuple[int, ...] = (1, 4, 4)  # latent frames, rows and columns in one token
-    patch_structure: tuple[int, ...] = (8, 1, 1)  # VidTwin's structure: 8 of its "frames"
-    patch_dynamics: tuple[int, ...] = (1, 4, 2)  # VidTwin's dynamics: 4 frames, 2 rows or columns
+    patch_structure: tuple[int, ...] = (8, 1, 1)  # of VidTwin's structure (queries, h, w)
+    patch_dynamics: tuple[int, ...] = (1, 4, 2)  # of VidTwin's dynamics (1, T, rows + columns)
     clips: ClipConfig = field(default_factory=ClipConfig)
     tae: autoencoder.TAEConfig = field(default_factory=autoencoder.TAEConfig)
     vidtwin: autoencoder.VidTwinConfig = field(default_factory=autoencoder.VidTwinConfig)
@@ -473,8 +490,8 @@ class Config:
 # Fields that follow from others, and so have no flags.
 DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
            "vidtwin.size"}
-# Fields that change how a run is computed, not its result: a resumed run may change them.
-# (accumulate matters with --train_dit.align, which compares the clips of one part on one rank.)
+# Fields that change how a run is computed, not its result: a resumed run may change them. (Except
+# accumulate with --train_dit.align, on in toy and small, which compares the clips of one part.)
 HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
        "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload", "text.batch",
        "sdot.memory"}
@@ -589,8 +606,8 @@ def finish(cfg: Config) -> Config:
     for (name, patch), sizes in zip(cfg.patches.items(), zip(*parts)):
         for shape, (_, *size) in zip(c.shapes, sizes):
             if len(patch) != 3 or min(patch) < 1 or any(n % p for n, p in zip(size, patch)):
-                raise UserError(f"--{name} {' '.join(map(str, patch))}: not three numbers that "
-                                f"divide the latent {tuple(size)} of {'x'.join(map(str, shape))}")
+                raise UserError(f"--{name} {' '.join(map(str, patch))}: not three divisors of the "
+                                f"latent {tuple(size)} of {'x'.join(map(str, shape))}")
         C, *largest = map(max, zip(*sizes))
         streams.append(backbone.Stream(C, tuple(patch), tuple(largest)))
     cfg.dit = replace(cfg.dit, streams=tuple(streams), text_dim=cfg.dit.dim)
@@ -644,494 +661,7 @@ def result_of(run: Path) -> Path:
     return run / "model.safetensors"
 
 
-# ---- 3. Clips: the toy world, and folders of videos ----------------------------------------------
-# Clip i of a split is a pure function of (seed, split, i), so any rank or thread can make it.
-# Splits: `tae` (the autoencoder's training), `train` (its last steps, and the statistics of its
-# latents), `dit` (`train` with another share of signs), `heldout` (toy world: other clips of the
-# same combinations).
-
-
-def read_ahead(fn: Callable, items: Iterable, workers: int = 0) -> Iterator:
-    """Map fn over items; `workers` threads, if any, compute ahead. Threads are enough:
-    PyAV releases Python's lock while it decodes."""
-    if not workers:
-        yield from map(fn, items)
-        return
-    items, pool = iter(items), ThreadPoolExecutor(workers)
-    ahead = collections.deque(pool.submit(fn, item) for item in itertools.islice(items, workers))
-    try:
-        while ahead:
-            ahead.extend(pool.submit(fn, item) for item in itertools.islice(items, 1))
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-class ToyClips:
-    """Captioned clips of the toy world."""
-
-    def __init__(self, cfg: Config):
-        self.cfg = cfg
-        most = longest_window(cfg)
-        if most > world.LONGEST:
-            raise UserError(f"--clips.frames, --clips.others or --train_tae.window {most}: at most "
-                            f"{world.LONGEST} frames in the toy world; longer clips need --data")
-
-    def shape(self, i: int) -> tuple[int, int, int]:
-        """Draw (T, H, W) of clip i of the dit stage."""
-        return self.cfg.clips.drawn_shape(f"shape/{self.cfg.seed}/{i}")
-
-    def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
-             ) -> tuple[Tensor, str]:
-        """Draw a clip (3, T, H, W) in [-1, 1], or a window of a longer one, and its caption. done:
-        the share of the `tae` training that is past, for the motion curriculum."""
-        c, hp, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
-        rng = random.Random(f"{'train' if split == 'dit' else split}/{self.cfg.seed}/{i}")
-        length = max(c.frames, hp.window, T)
-        what = {"tae": {"things": max(c.things, hp.crowd), "signs": hp.signs, "overlap": True},
-                "dit": {"things": c.things, "signs": c.signs}}.get(split, {"things": c.things})
-        scene = world.sample_world(rng, **what, frames=length, script=c.script,
-                                   cap=world.cap_of(c.things))
-        fast = split == "tae" and hp.motion > 1
-        interval = world.motion_interval(rng, done, hp.motion) if fast else 1.0
-        side, start = max(H, W), rng.randint(0, length - T)
-        (x,) = world.render([scene], T, side, interval=interval, start=start)
-        top, left = (side - H) // 2, (side - W) // 2                # the middle of a larger square
-        return x[:, :, top : top + H, left : left + W], world.caption(scene)
-
-
-CROPS = 4           # consecutive clips are crops of one window: decoding is what costs
-NO_VIDEOS = {".txt", ".csv", ".json", ".jsonl", ".md", ".srt", ".vtt", ".py", ".html"}
-
-
-class VideoFolder:
-    """Clips of captioned videos (`find_videos`). A clip is a random window: T frames at a random
-    start and frame interval, scaled to 1 to 1.5 times the least size that covers a clip, and
-    cropped at random. The last fifth of each video, one clip at least, is held out of training,
-    if a clip is left to train on.
-
-    Frames are decoded when needed, one at a time, and scaled immediately: memory does not grow with
-    the number, the length or the resolution of the videos.
-    """
-
-    def __init__(self, cfg: Config, videos: list[list]):
-        self.cfg, self.root, self.videos = cfg, Path(cfg.data), videos
-        self.lost: set[str] = set()
-        self.longest = longest_window(cfg)
-        self.last = threading.local()               # the window that this thread decoded last
-
-    def shape(self, i: int) -> tuple[int, int, int]:
-        """Draw (T, H, W) of clip i of the dit stage, with an aspect ratio near to its video's."""
-        aspect = self.videos[i // CROPS % len(self.videos)][4]
-        return self.cfg.clips.drawn_shape(f"shape/{self.cfg.seed}/{i // CROPS}", aspect)
-
-    def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
-             ) -> tuple[Tensor, str]:
-        """Read (3, T, H, W) in [-1, 1] and its caption, as in ToyClips."""
-        key = (split, i // CROPS, shape, done)
-        if getattr(self.last, "key", None) != key:
-            self.last.key, self.last.window = key, self.window(*key)
-        x, rate, caption = self.last.window                                         # (T, h, w, 3)
-        rng = random.Random(f"{split}/{self.cfg.seed}/{i}/crop")
-        _, H, W = shape
-        top, left = (rng.randint(0, n - m) for n, m in zip(x.shape[1:3], (H, W)))
-        x = rearrange(x[:, top : top + H, left : left + W], "T H W C -> C T H W")
-        told = f"FPS-{rate:.3g} " if self.cfg.clips.tell_fps else ""                # [MG s3.1.4]
-        return x.float() / 127.5 - 1, told + caption
-
-    def window(self, split: str, w: int, shape: tuple[int, int, int], done: float
-               ) -> tuple[Tensor, float, str]:
-        """Read window number w -> (T, height, width, 3) uint8, frame rate, caption. A video that
-        cannot be read any more is named once, and the next one takes its place."""
-        for k in range(len(self.videos)):
-            video = self.videos[(w + k) % len(self.videos)]
-            try:
-                return self.read(video, split, random.Random(f"{split}/{self.cfg.seed}/{w}"),
-                                 shape, done)
-            except Exception as error:      # whatever PyAV raises for what it could read before
-                if video[0] not in self.lost:
-                    say(f"{self.root / video[0]}: cannot be read any more ({reason(error)}); the "
-                        "next video takes its place")
-                self.lost.add(video[0])
-        raise UserError(f"--data {self.root}: none of its videos can be read any more")
-
-    def read(self, video: list, split: str, rng: random.Random, shape: tuple[int, int, int],
-             done: float) -> tuple[Tensor, float, str]:
-        """Read a random window of one video."""
-        name, caption, frames, rate, aspect = video
-        (T, H, W), fastest = shape, self.cfg.clips.max_interval
-        if split == "tae" and self.cfg.train_tae.motion > 1:
-            fastest = round(world.motion_interval(rng, done, self.cfg.train_tae.motion))
-        cut = held_out(self.longest, frames)
-        low, high = (cut, frames) if split == "heldout" else (0, cut or frames)
-        interval = rng.randint(1, max(1, min(fastest, (high - low) // T)))
-        start = rng.randint(low, max(low, high - interval * (T - 1) - 1))
-        covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # short side
-        size = max(round(covering * rng.uniform(1.0, 1.5)), math.ceil(covering))
-        x = read_window(self.root / name, start, interval, T, size, rate)
-        if x.shape[1] < H or x.shape[2] < W:                # its shape has changed on the way
-            grow = max(H / x.shape[1], W / x.shape[2])
-            x = resized(x, [math.ceil(n * grow) for n in x.shape[1:3]])
-        return x, rate / interval, caption
-
-
-def longest_window(cfg: Config) -> int:
-    """Count the frames of the longest window that any stage reads."""
-    return max(cfg.train_tae.window, *(T for T, _, _ in cfg.clips.shapes))
-
-
-def held_out(T: int, frames: int) -> int:
-    """Find the first of the frames that are held out of training: the last fifth, or T frames if
-    that is more. 0 if the video is too short for that: then nothing is held out."""
-    cut = min(int(0.8 * frames), frames - T)
-    return cut if cut >= T else 0
-
-
-def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
-    """Look through --data -> [name, caption, frames, rate, height / width] of each video.
-
-    A video is whatever PyAV can open, in subfolders too, except still pictures and hidden files.
-    Its caption stands in NAME.txt beside it, or in a metadata.csv (`file_name,text`) of its folder
-    or of a folder above. The files are shared out to the ranks; those passed over are named."""
-    root, mesh = Path(cfg.data), mesh or Mesh()
-    if not root.is_dir():
-        raise UserError(f"--data {cfg.data}: no such folder")
-    there = sorted(path for path in root.rglob("*")         # to name links and folders not read
-                   if (path.is_file() or path.is_symlink() or not os.access(path, os.R_OK)
-                       or path.suffix.lower() == ".txt")
-                   and not any(part.startswith(".") for part in path.relative_to(root).parts)
-                   ) if rank() == 0 else []
-    mesh.meet(f"--data {cfg.data}")
-    there = from_rank0(there)
-    captions = read_captions(root, [p for p in there if p.name.lower() == "metadata.csv"])
-    files = [p for p in there if p.suffix.lower() not in NO_VIDEOS]
-    relative = lambda path: same_name(path.relative_to(root).as_posix())
-    beside = {relative(p.with_suffix("")): p for p in there if p.suffix.lower() == ".txt"}
-
-    def look(path: Path) -> list | str:
-        name = path.relative_to(root).as_posix()
-        if path.is_dir():
-            return f"{name}: a folder that is {'a link' if path.is_symlink() else 'not readable'}"
-        try:
-            frames, rate, aspect = probe(path)
-        except Exception as error:          # whatever PyAV raises for what is no video
-            return f"{name}: not a video that can be read ({reason(error)})"
-        caption = caption_of(path, beside.get(relative(path.with_suffix(""))),
-                             captions.get(same_name(name)))
-        return [name, caption, frames, rate, aspect] if caption else f"{name}: no caption"
-
-    mine = files[rank() :: world_size()]
-    with ThreadPoolExecutor(8) as pool:
-        found = list(tqdm(pool.map(look, mine), desc="videos", total=len(mine), unit="file",
-                          leave=False, delay=3, disable=rank() != 0))
-    mesh.meet(f"--data {cfg.data}")
-    every = everyone(found)
-    rows = [every[i % world_size()][i // world_size()] for i in range(len(files))]  # as in `files`
-    videos = [row for row in rows if isinstance(row, list)]
-    if rank() == 0:
-        tell_of_videos(cfg, videos, [row for row in rows if isinstance(row, str)],
-                       captions.keys() - {relative(p) for p in files})
-    if not videos:
-        raise UserError(f"--data {cfg.data}: no video in it that can be read and has a caption, in "
-                        "NAME.txt beside it or in metadata.csv (file_name,text)")
-    return videos
-
-
-def tell_of_videos(cfg: Config, videos: list[list], passed: list[str], absent: set[str]) -> None:
-    """Say which parts of --data are not used."""
-    c = cfg.clips
-    for line in passed[:20]:
-        say(f"--data: passed over {line}")
-    if len(passed) > 20:
-        say(f"--data: passed over {len(passed) - 20} more files")
-    if absent:
-        say(f"--data: metadata.csv names {some_of(absent)}: no such file here")
-    if short := [name for name, _, frames, *_ in videos if frames < c.frames]:
-        say(f"--data: shorter than {c.frames} frames, the last one is repeated: {some_of(short)}")
-    if whole := [name for name, _, frames, *_ in videos
-                 if frames >= c.frames and not held_out(longest_window(cfg), frames)]:
-        say("--data: too short to hold out a clip for validation, the whole video is used for "
-            f"training: {some_of(whole)}")
-    seen = -(-c.count // CROPS)
-    if seen < len(videos):
-        say(f"--clips.count {c.count}: the dit stage sees {seen} of the {len(videos)} videos, "
-            f"{CROPS} crops of each; {CROPS * len(videos)} to see all")
-
-
-def same_name(name: str) -> str:
-    """Spell a path inside --data in one way: a/b.mp4 for ./a//b.mp4, a\\b.mp4; Unicode as NFC."""
-    return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
-
-
-def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
-    """Read each metadata.csv -> {file: caption}, files relative to `root`."""
-    captions: dict[str, str] = {}
-    real = lru_cache(partial(os.path.realpath))         # of folders, which may be links
-    for table in tables:
-        rows = csv.DictReader(io.StringIO(read_text(table)), strict=True)
-        try:
-            if not {"file_name", "text"} <= set(rows.fieldnames or ()):
-                raise UserError(f"{table}: its first line must be file_name,text")
-            for row in rows:
-                if None in row:
-                    raise UserError(f"{table}: line {rows.line_num}: more columns than the first "
-                                    'line has; put a text with a comma in "..."')
-                if not (file := (row["file_name"] or "").strip()):
-                    raise UserError(f"{table}: line {rows.line_num}: no file_name")
-                there = table.parent / file.replace("\\", "/").replace("\0", "")
-                name = same_name(os.path.relpath(f"{real(there.parent)}/{there.name}", real(root)))
-                text = (row["text"] or "").strip()
-                if captions.setdefault(name, text) != text:
-                    raise UserError(f"{table}: line {rows.line_num}: a second caption of {name}")
-        except csv.Error as error:
-            raise UserError(f"{table}: {error}; is a quotation mark not closed?") from None
-    return captions
-
-
-def caption_of(path: Path, beside: Path | None, listed: str | None) -> str:
-    """Find a video's caption, in its NAME.txt or as listed in metadata.csv; "" if there is none."""
-    told = read_text(beside).strip() if beside else listed
-    if told is None:
-        return ""
-    if told and listed and told != listed:
-        raise UserError(f"{path}: one caption in {beside.name}, another in metadata.csv")
-    if not told:
-        raise UserError(f"{path}: its caption is empty")
-    with named(f"{path}: its caption is no text: "):
-        text_cond.clean(told)
-    return told
-
-
-def some_of(names: Iterable[str], most: int = 20) -> str:
-    """List names, for a line that somebody will read."""
-    names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-# What a player shows, not what a header says: frames that an edit list hides are not counted, time
-# stamps are those of the frames, pixels are made square, the picture is upright, and what is
-# transparent is black.
-
-
-def open_video(path: Path):
-    """Open a file with PyAV -> (container, its video stream). A cover picture is no video."""
-    import av
-
-    container = av.open(str(path.absolute()), metadata_errors="replace")    # no `protocol:name`
-    if container.format.name == "tty":              # FFmpeg shows .nfo, .asc, ... as on a terminal
-        container.close()
-        raise ValueError("a text")
-    cover, best = av.stream.Disposition.attached_pic, container.streams.best("video")
-    streams = [s for s in container.streams.video if s.codec_context]
-    films = [s for s in streams if not s.disposition & cover]
-    if not films:
-        container.close()
-        raise ValueError("a cover picture and no video" if streams else "no video stream")
-    # FFmpeg's choice, unless it has one frame: then it is an unmarked cover.
-    stream = max(films, key=lambda s: (s.frames != 1, s.index == best.index))
-    stream.codec_context.thread_count = 1           # frame threads would hold many decoded frames
-    return container, stream
-
-
-def decoded(container, stream) -> Iterator:
-    """Decode the frames of a stream in the order in which they are shown, from its position on."""
-    import av
-
-    codec, shown = stream.codec_context, False
-    if {k.lower(): v for k, v in stream.metadata.items()}.get("alpha_mode") == "1":
-        # Only libvpx sees the transparency of WebM.
-        codec = av.CodecContext.create(f"libvpx{'-vp9' * (codec.name == 'vp9')}", "r")
-    for packet in container.demux(stream):
-        try:
-            frames = codec.decode(packet if packet.size else None)
-        except av.error.InvalidDataError:
-            if shown or packet.is_keyframe:
-                raise
-            continue                                # the file begins between two key frames
-        shown = shown or bool(frames)
-        yield from frames
-
-
-def from_first(container, stream) -> tuple[object, Iterator]:
-    """Decode a stream from its beginning -> (its first frame, all of its frames)."""
-    frames = decoded(container, stream)
-    first = next(frames, None)
-    if first is None:
-        raise ValueError("nothing can be decoded")
-    return first, itertools.chain([first], frames)
-
-
-def probe(path: Path) -> tuple[int, float, float]:
-    """Measure a video -> (frames, frames a second, height / width as shown). Reads every packet and
-    decodes one frame; raises what PyAV raises if it cannot."""
-    container, stream = open_video(path)
-    with container:
-        first, _ = from_first(container, stream)
-        w, h, (a, b, _, _) = shown_as(first, stream.sample_aspect_ratio)
-        aspect = h / w if abs(a) >= abs(b) else w / h
-    container, stream = open_video(path)
-    with container:
-        hidden = lambda p: p.is_discard or (            # VP8's reference frames that are not shown
-            stream.codec_context.name == "vp8" and not bytes(p)[0] & 16)
-        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream)
-                   if p.size and not hidden(p)]
-        usual = float(stream.average_rate or stream.guessed_rate or 25)
-        unit = float(stream.time_base or 0)
-    count = counted(container) or first.pts is None or any(t is None for t, _ in packets)
-    if count:                           # what is shown begins with a key frame, if any is marked
-        packets = list(itertools.dropwhile(lambda p: not p[1], packets)) or packets
-    else:
-        packets = [p for p in packets if p[0] >= first.pts]
-    if len(packets) < 2:
-        raise ValueError("a still picture")
-    if len(packets) < 3 or count:
-        return len(packets), usual if usual < 1000 else 25.0, aspect    # more: a clock's tick
-    times = torch.tensor(sorted({t for t, _ in packets})).double() * unit
-    gaps, span = times.diff(), (times[-1] - times[0]).item()
-    mean, median = gaps.mean().item(), gaps.median().item()
-    gap = mean if mean < 2 * median else median                     # not steady: the usual gap
-    return round(span / gap) + 1, 1 / gap, aspect
-
-
-def counted(container) -> bool:
-    """Tell whether frames have to be counted, as times are of no use: AVI and raw streams have
-    none, and those of MPEG program streams change with a seek."""
-    no_times = 0x80                                                     # AVFMT_NOTIMESTAMPS
-    return container.format.name in ("avi", "mpeg") or bool(container.format.flags & no_times)
-
-
-def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
-    """Give width and height of a frame with square pixels, before it is turned, and how to turn
-    it: [a, b, c, d] of the display matrix, which maps (x, y) to (a x + c y, b x + d y)."""
-    from av.sidedata.sidedata import SideDataContainer
-
-    turn = [1, 0, 0, 1]
-    with contextlib.suppress(ValueError):       # side data that FFmpeg knows and PyAV does not
-        for side in SideDataContainer(frame):   # frame.side_data would keep the frame: a cycle
-            if "DISPLAYMATRIX" in str(side.type):
-                a, b, _, c, d = memoryview(bytes(side)).cast("i")[:5]
-                turn = [a, b, c, d]
-    return frame.width * float(pixel_aspect or 1), frame.height, turn
-
-
-def upright(frame, short_side: int, pixel_aspect) -> Tensor:
-    """Make the picture that a player shows: (h, w, 3) uint8, short side scaled to short_side."""
-    w, h, (a, b, c, d) = shown_as(frame, pixel_aspect)
-    scale = short_side / min(w, h)
-    w, h = max(short_side, round(w * scale)), max(short_side, round(h * scale))
-    alpha = any(part.is_alpha for part in frame.format.components)
-    x = torch.from_numpy(frame.to_ndarray(format="rgba" if alpha else "rgb24", width=w, height=h,
-                                          interpolation="AREA"))
-    if alpha:
-        x = (x[..., :3].float() * x[..., 3:] / 255).round().byte()
-    if abs(b) > abs(a):                                     # turned by a quarter
-        x, a, d = x.transpose(0, 1), c, b
-    return x.flip([dim for dim, sign in ((1, a), (0, d)) if sign < 0])
-
-
-def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float,
-                ahead: float = 0) -> Tensor:
-    """Read T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
-    uint8. Frame k is shown at k / rate seconds; a picture that is shown longer is repeated, and so
-    is the last one if the video ends early, unless more than a second before `start`: ValueError.
-
-    Decoding begins at the key frame `ahead` seconds before `start`. If that proves to be too late,
-    it begins earlier; if times cannot be trusted, frames are counted from the first one on."""
-    container, stream = open_video(path)
-    again = partial(read_window, path, start, interval, T, size, rate)
-    out: list[Tensor] = []
-    wanted = lambda: start + len(out) * interval
-    with container:
-        first, frames = from_first(container, stream)
-        origin, unit = first.pts, float(stream.time_base)
-        pixel_aspect = stream.sample_aspect_ratio
-        count = ahead == math.inf or counted(container) or origin is None
-        sought = not count and start / rate > ahead
-        if sought:
-            container.seek(origin + int((start / rate - ahead) / unit), stream=stream)
-        last, at = None, -1                                 # the frame before, and its number
-        for frame in decoded(container, stream) if sought else frames:
-            if not count and (frame.pts is None or last is not None and frame.pts <= last.pts):
-                return again(ahead=math.inf)
-            # Frames count up by one, whatever small errors their times have; only a gap of two
-            # frames or more skips numbers.
-            due = at + 1 if count else (frame.pts - origin) * unit * rate
-            at = round(due) if last is None or due >= at + 2 else at + 1
-            if sought and last is None and at > start:      # seeks go by decoding order: too far
-                return again(ahead=2 * ahead + 1)
-            while len(out) < T and wanted() < at:
-                out.append(upright(last or frame, size, pixel_aspect))
-            if len(out) < T and wanted() == at:
-                out.append(upright(frame, size, pixel_aspect))
-            last = frame
-            if len(out) == T:
-                break
-        if not out:
-            if sought and last is None:
-                return again(ahead=2 * ahead + 1)
-            if last is None or start - at > max(rate, 3):
-                raise ValueError(f"nothing can be decoded from frame {start} on")
-            out.append(upright(last, size, pixel_aspect))
-    shape = out[0].shape                            # a recording may change its shape on the way
-    out = [x if x.shape == shape else resized(x[None], shape[:2])[0] for x in out]
-    return torch.stack(out + out[-1:] * (T - len(out)))
-
-
-def resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring pictures (T, h, w, 3) uint8 to another size."""
-    x = F.interpolate(x.movedim(3, 1).float(), list(size), mode="bilinear", antialias=True)
-    return x.round().byte().movedim(1, 3)
-
-
-def in_bytes(x: Tensor) -> Tensor:
-    """Round pixels in [-1, 1] to uint8, on the CPU."""
-    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def save_gif(path: Path, frames: list, fps: float) -> None:
-    """Write Pillow images as a GIF. Its delays are hundredths of a second, and browsers show those
-    below two as ten. So delays vary by one, and above 50 frames a second frames are left out."""
-    if fps > 50:
-        frames = [frames[int(k * fps / 50)] for k in range(math.ceil(len(frames) * 50 / fps))]
-    ends = [round(100 * k / min(fps, 50)) for k in range(len(frames) + 1)]
-    with writing(path):
-        frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
-                       duration=[10 * (b - a) for a, b in zip(ends, ends[1:])])
-
-
-def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -> None:
-    """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times."""
-    path = Path(path)
-    if not 0.002 <= fps < math.inf:                     # the longest delay of a GIF is 655 s
-        raise ValueError(f"fps {fps}: must be 0.002 or more")
-    frames = rearrange(in_bytes(clip), "C T H W -> T H W C").numpy()
-    if path.suffix == ".gif":
-        from PIL import Image
-
-        images = [Image.fromarray(f).quantize(255) for f in frames]         # before enlarging
-        save_gif(path, [i.resize((zoom * i.width, zoom * i.height), Image.Resampling.NEAREST)
-                        for i in images], fps)
-    elif path.suffix == ".mp4":
-        import av
-
-        frames = frames.repeat(zoom, 1).repeat(zoom, 2)
-        h, w = (n - n % 2 for n in frames.shape[1:3])                       # 4:2:0: even sides
-        if not h * w:
-            raise ValueError(f"{path}: a picture of .mp4 needs 2 x 2 pixels or more")
-        with writing(path), av.open(str(path), "w") as container:
-            rate = Fraction(float(fps)).limit_denominator(1001)
-            stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
-            stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
-            for f in frames:
-                frame = av.VideoFrame.from_ndarray(f[:h, :w].copy(), format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-    else:
-        raise ValueError(f"{path}: not .mp4 or .gif")
-
-
-# ---- 4. Ranks ------------------------------------------------------------------------------------
+# ---- 3. Ranks ------------------------------------------------------------------------------------
 
 
 def rank() -> int:
@@ -1228,10 +758,10 @@ def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", f
     """Build a model on this rank's device, whole or sharded as the mesh says. FSDP2 shards each
     block of the DiT by itself; its products may be in bf16, gradients are summed in fp32.
 
-    Rank 0 initialises the whole model in its host's memory and sends each rank its shards, so the
-    model starts the same on any number of ranks, and no device ever holds all of it. `build` also
-    runs on device "meta", where it must not load weights. With fresh False a checkpoint will fill
-    the model."""
+    With shards, rank 0 initialises the model in its host's memory and broadcasts one tensor after
+    the other. So it starts the same on any number of ranks, and no device holds all of it. `build`
+    also runs on device "meta", where it must not load weights. With fresh False a checkpoint will
+    fill the model."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     torch.manual_seed(run.cfg.seed + 1)
     if run.mesh.fsdp is None:
@@ -1243,8 +773,9 @@ def place(run: "Run", build: Callable[[], nn.Module], precision: str = "fp32", f
         p.data = p.data.contiguous()
     rule = {"mesh": run.mesh.fsdp, "reshard_after_forward": run.mesh.reshard}
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = half if precision == "bf16" else MixedPrecisionPolicy()
     for block in model.dit.blocks if hasattr(model, "dit") else ():
-        fully_shard(block, **rule, **({"mp_policy": half} if precision == "bf16" else {}))
+        fully_shard(block, **rule, mp_policy=policy)
     fully_shard(model, **rule)
     model.to_empty(device=run.device)
     model.to(run.device)        # moves nothing; FSDP's outermost group looks at its shards anew
@@ -1268,18 +799,18 @@ def split_tokens(dit: backbone.DiT, axis: sample_parallel.Axis) -> None:
 
     dit.patchify = lambda x: mine(patchify(x))
     dit.positions = lambda shape: mine(positions(shape))
-    # All sp ranks compute the same loss; `gather` sums its gradient sp times, which FSDP's average
-    # over the ranks divides by sp again.
+    # All sp ranks compute the same loss, so `gather` sums sp equal gradients; FSDP's average over
+    # the ranks divides by sp again.
     dit.unpatchify = lambda tokens, shape: unpatchify(
         sample_parallel.gather(tokens, list(sizes), 1, axis), shape)
     for block in dit.blocks:
         block.attend = sample_parallel.Ulysses(axis, tokens=sizes)
 
 
-# ---- 5. Files: text, tensors, checkpoints, the log -----------------------------------------------
-# What a later stage reads is written beside its place and renamed, so that it is there whole or not
-# at all; pictures are simply made again. Text is read as utf-8 with or without a byte order
-# mark, and written as utf-8.
+# ---- 4. Files: text, tensors, checkpoints, the log -----------------------------------------------
+# Files that a later stage reads are written beside their place and renamed, so that they are there
+# whole or not at all; log.jsonl grows by a line at a time, and pictures are simply made again. Text
+# is read as utf-8 with or without a byte order mark, and written as utf-8.
 
 
 def read_text(path: Path) -> str:
@@ -1329,7 +860,7 @@ def swapped_in(path: Path):
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """Give the same, in a folder made if need be; UserError for what cannot be written."""
+    """Do as `swapped_in`, and make the folder; UserError if the file cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with swapped_in(path) as part:
@@ -1396,7 +927,7 @@ def only(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 class SafeUnpickler(pickle.Unpickler):
     """Read the pickled table of contents of a DCP checkpoint, which may name the classes of such a
-    table and nothing else. Not BytesStorageMetadata: DCP would unpickle its entries."""
+    table and nothing else. No BytesStorageMetadata, whose entries DCP would unpickle."""
 
     allowed = {
         "torch.distributed.checkpoint.metadata": {
@@ -1432,7 +963,7 @@ class SummedWriter(dcp.FileSystemWriter):
     def write_data(self, plan, planner):
         try:
             written = super().write_data(plan, planner)
-        except RuntimeError as error:       # torch's, hiding the disk's
+        except RuntimeError as error:       # it hides the disk's error
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         self.sum(f"__{rank()}_*")
         return written
@@ -1467,8 +998,8 @@ def step_of(path: Path) -> int:
 def checkpoints_in(folder: Path, whole: bool = True) -> list[Path]:
     """List the checkpoints that are whole, newest first; if not `whole`, all folders step_N.
     Folders of other names, such as a user's copy, are left out."""
-    there = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return sorted((p for p in there if not whole or (p / ".metadata").exists()), key=step_of,
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return sorted((p for p in found if not whole or (p / ".metadata").exists()), key=step_of,
                   reverse=True)
 
 
@@ -1491,7 +1022,7 @@ class Checkpoints:
         path = self.folder / f"step_{step:07d}"
         if rank() == 0:
             shutil.rmtree(path, ignore_errors=True)                 # a damaged one of this step
-        plan = dcp.DefaultSavePlanner(enable_plan_caching=True)     # checked at the first save only
+        plan = dcp.DefaultSavePlanner(enable_plan_caching=True)     # made at the first save only
         self.pending = path, dcp.async_save(
             self.state, storage_writer=SummedWriter(path), planner=plan,
             process_group=self.mesh.files, no_dist=self.mesh.files is None)
@@ -1509,14 +1040,13 @@ class Checkpoints:
                             ) from None
         if rank() == 0:
             self.damaged.discard(path)
-            there = checkpoints_in(self.folder)
-            sound = [p for p in there if p not in self.damaged]
-            for old in set(there) - set(sound[:2]):
+            whole = checkpoints_in(self.folder)
+            sound = [p for p in whole if p not in self.damaged]
+            for old in set(whole) - set(sound[:2]):
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(self) -> int:
-        """Fill the state from the newest sound checkpoint -> its step; 0 if there is none at all.
-        """
+        """Fill the state from the newest sound checkpoint -> its step; 0 if there is none."""
         for path in from_rank0(checkpoints_in(self.folder)):
             try:
                 self.check(path)
@@ -1565,8 +1095,7 @@ class Run:
         self.mesh.meet(f"{self.folder / name}")
 
     def log(self, stage: str, step: int, **figures) -> None:
-        """Append a row to log.jsonl. After a kill some steps are there twice: the last row counts.
-        """
+        """Append a row to log.jsonl. A resumed run repeats some steps: the last row counts."""
         if rank() == 0:
             path = self.folder / "log.jsonl"
             row = {"time": round(time.time(), 3), "stage": stage, "step": step, **figures}
@@ -1608,7 +1137,7 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-# ---- 6. The stages -------------------------------------------------------------------------------
+# ---- 5. The stages -------------------------------------------------------------------------------
 
 
 def train_tae(run: Run, clips) -> None:
@@ -1660,9 +1189,9 @@ def train_tae(run: Run, clips) -> None:
 
 
 def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
-    """Make the `batch` of the autoencoder: frames in image training; windows in video training,
-    each fourth batch images [MG s3.1.1]; at the end whole clips as the DiT sees them, but for the
-    share of signs."""
+    """Make the `batch` of the autoencoder: frames in image training; in video training windows,
+    every fourth batch images [MG s3.1.1], and in the last steps (`finish`) whole clips, without a
+    crowd."""
     cfg, hp = run.cfg, run.cfg.train_tae
     steps, n = (hp.steps, hp.batch) if video else (hp.image_steps, hp.image_batch)
 
@@ -1732,13 +1261,13 @@ def encode_latents(run: Run, clips) -> None:
     linked = bool(cfg.base) and from_rank0(folder.is_symlink())
     if cfg.base and (linked or not run.has("latents/index.json")) and same_latents(cfg):
         if rank() == 0:
-            there = Path(cfg.base).resolve() / "latents"
-            if not (there / "index.json").exists():
-                raise UserError(f"{there}: no latents there; first continue that run with --stage "
+            source = Path(cfg.base).resolve() / "latents"
+            if not (source / "index.json").exists():
+                raise UserError(f"{source}: no latents there; first continue that run with --stage "
                                 "latents, by the command that began it")
             with writing(folder):                   # anew, since both may have been moved or copied
                 folder.unlink(missing_ok=True)
-                folder.symlink_to(os.path.relpath(there, run.folder.resolve()))
+                folder.symlink_to(os.path.relpath(source, run.folder.resolve()))
         run.mesh.meet(f"{folder}")
         linked = True
     if linked:                                      # never written to: they are another run's
@@ -1760,10 +1289,10 @@ def encode_latents(run: Run, clips) -> None:
             say(f"{folder / name}: damaged or missing, encoded again")
         shape, rows = shards[name]
         mean, logvar, captions = [], [], []
-        for _, told, posterior in encoded(run, tae, clips, "dit", rows, shape):
+        for _, texts, posterior in encoded(run, tae, clips, "dit", rows, shape):
             mean.append(posterior.mean.cpu())
             logvar.append(posterior.logvar.cpu())
-            captions += told
+            captions += texts
         unique = list(dict.fromkeys(captions))          # crops of one window share their caption
         with named("text: "):
             features = {f"text.{k}": v for k, v in text.encode(unique).items()}
@@ -1787,7 +1316,7 @@ def same_latents(cfg: Config) -> bool:
     """Tell whether the latents of --base can serve this run: the same clips and text encoders. Its
     seed, which draws the clips, may differ."""
     free = {"clips.fps", "clips.workers", "text.dim", "text.width", "text.layers", "text.heads",
-            "text.without", "text.offload", "text.batch"}   # what is kept depends on none of these
+            "text.without", "text.offload", "text.batch"}   # latents/ depends on none of these
     other, mine = ({k: v for k, v in flat(asdict(c)).items()
                     if k.startswith(("clips.", "text.", "data")) and k not in free}
                    for c in (read_config(cfg.base), cfg))
@@ -1817,15 +1346,15 @@ class Latents:
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Read mean and logvar of these clips, of one shape: (B, C, T', H', W') each."""
-        there = self.find(index)
-        return tuple(torch.stack([f[k][row] for f, row in there]) for k in ("mean", "logvar"))
+        found = self.find(index)
+        return tuple(torch.stack([f[k][row] for f, row in found]) for k in ("mean", "logvar"))
 
     def text(self, index: Tensor) -> dict[str, Tensor]:
         """Read what the text encoders made of the captions, padded to the longest, (B, L, ...)."""
-        there = [(f, f["caption"][row]) for f, row in self.find(index)]
-        keys = [k for k in there[0][0] if k.startswith("text.")]
-        return {k.removeprefix("text."): nn.utils.rnn.pad_sequence([f[k][row] for f, row in there],
-                                                                   True) for k in keys}
+        found = [(f, f["caption"][row]) for f, row in self.find(index)]
+        return {k.removeprefix("text."): nn.utils.rnn.pad_sequence(
+                    [f[k][row] for f, row in found], batch_first=True)
+                for k in found[0][0] if k.startswith("text.")}
 
     def buckets(self) -> list[tuple[torch.Size, range]]:
         """List (shape of a latent, range of clips that have it); a shape may come twice."""
@@ -1858,8 +1387,8 @@ class Latents:
             file = self.file(s)
             if "text.concepts_mask" not in file:
                 return None
-            x, there = file["text.concepts"].float(), file["text.concepts_mask"]
-            x = (x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1)
+            x, mask = file["text.concepts"].float(), file["text.concepts_mask"]
+            x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
             rows.append(F.normalize(x, dim=1)[file["caption"]])
         return torch.cat(rows)
 
@@ -1868,8 +1397,8 @@ def normalizer_of(run: Run) -> autoencoder.Autoencoder:
     """Make the autoencoder without its weights: it can normalise latents, and takes no memory."""
     with torch.device("meta"):
         tae = autoencoder.autoencoder(run.cfg.autoencoder_config)
-    there = load_tensors(run.folder / "tae/tae.safetensors", ("lat_mean", "lat_std"))
-    tae.load_state_dict(there, strict=False, assign=True)
+    stats = load_tensors(run.folder / "tae/tae.safetensors", ("lat_mean", "lat_std"))
+    tae.load_state_dict(stats, strict=False, assign=True)
     return tae
 
 
@@ -1898,8 +1427,7 @@ def couple_latents(run: Run) -> None:
 
 class TextToVideo(nn.Module):
     """What the dit stage trains: text projections (and toy encoders) and the DiT; its forward is
-    the loss. widths: the width of each pretrained encoder, so that none of them has to be loaded.
-    """
+    the loss. widths: those of the pretrained encoders, which then need not be loaded."""
 
     def __init__(self, cfg: Config, widths: dict[str, int] | None = None):
         super().__init__()
@@ -1943,8 +1471,8 @@ def train_dit(run: Run) -> None:
 
 def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
                 ) -> Callable[[int], list[tuple]]:
-    """Make the `batch` of the dit stage. All random numbers are drawn from the step, for the batch
-    of all ranks; each rank takes its rows, in --train_dit.accumulate parts."""
+    """Make the `batch` of the dit stage. Every rank draws rows, times and dropped prompts for the
+    batch of all ranks, from the step, and takes its share, in --train_dit.accumulate parts."""
     cfg, hp, tae = run.cfg, run.cfg.train_dit, normalizer_of(run)
     mine, buckets, coupling = share(hp.batch, *run.mesh.data), latents.buckets(), None
     dtype = torch.float64 if hp.precision == "fp64" else torch.float32    # bf16: products only
@@ -1965,7 +1493,7 @@ def dit_batches(run: Run, latents: Latents, text: text_cond.TextConditioner
         t = flow.sample_t(hp.batch, cfg.flow, g)[mine]
         drop = text.drop_mask(hp.batch, hp.drop, g, independent=hp.drop_each)[mine]
         rows = clips.start + torch.randint(len(clips), (hp.batch,), generator=g)
-        # Each clip's noise has a generator of its own, so that no rank draws another's.
+        # Each clip's noise has a generator of its own, so that a rank can draw its own alone.
         draw = lambda what, numbers: torch.stack([torch.randn(
             shape, generator=generator(cfg.seed, what, step, i)) for i in numbers])
 
@@ -2010,7 +1538,7 @@ FPS = re.compile(r"FPS-(\d+(?:\.\d+)?(?:e\+\d+)?)(?!\S)")       # in front of a 
 
 @dataclass
 class Loaded:
-    """A trained run, ready to use: tae, text, dit (averaged weights), all in eval mode."""
+    """A trained run, ready to use: tae, text and dit (both averaged weights), all in eval mode."""
 
     cfg: Config
     tae: autoencoder.Autoencoder
@@ -2024,8 +1552,8 @@ class Loaded:
 
     def fps_of(self, prompt: str) -> int:
         """Give the frame rate that a prompt begins with; by default the run's."""
-        told = FPS.match(prompt) if self.tells_fps else None
-        return max(1, round(float(told[1]))) if told else self.fps
+        rate = FPS.match(prompt) if self.tells_fps else None
+        return max(1, round(float(rate[1]))) if rate else self.fps
 
     @property
     def tells_fps(self) -> bool:
@@ -2157,6 +1685,477 @@ def make_samples(run: Run) -> None:
             for j, (kind, prompt) in enumerate(todo)])
 
 
+# ---- 6. Clips: the toy world, and folders of videos ----------------------------------------------
+# A clip is a pure function of (seed, split, i, shape, done), so any rank or thread can make it.
+# Splits: `tae` (the autoencoder's training), `train` (its last steps, and the statistics of its
+# latents), `dit` (toy world: `train` with another share of signs), `heldout` (toy world: other
+# clips of the same combinations).
+
+
+class ToyClips:
+    """Captioned clips of the toy world."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        most = longest_window(cfg)
+        if most > world.LONGEST:
+            raise UserError(f"--clips.frames, --clips.others or --train_tae.window {most}: at most "
+                            f"{world.LONGEST} frames in the toy world; longer clips need --data")
+
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """Draw (T, H, W) of clip i of the dit stage."""
+        return self.cfg.clips.drawn_shape(f"shape/{self.cfg.seed}/{i}")
+
+    def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
+             ) -> tuple[Tensor, str]:
+        """Draw a clip (3, T, H, W) in [-1, 1], or a window of a longer one, and its caption. done:
+        the share of the `tae` training that is past, for the motion curriculum."""
+        c, hp, (T, H, W) = self.cfg.clips, self.cfg.train_tae, shape
+        rng = random.Random(f"{'train' if split == 'dit' else split}/{self.cfg.seed}/{i}")
+        length = max(c.frames, hp.window, T)
+        what = {"tae": {"things": max(c.things, hp.crowd), "signs": hp.signs, "overlap": True},
+                "dit": {"things": c.things, "signs": c.signs}}.get(split, {"things": c.things})
+        scene = world.sample_world(rng, **what, frames=length, script=c.script,
+                                   cap=world.cap_of(c.things))
+        fast = split == "tae" and hp.motion > 1
+        interval = world.motion_interval(rng, done, hp.motion) if fast else 1.0
+        side, start = max(H, W), rng.randint(0, length - T)
+        (x,) = world.render([scene], T, side, interval=interval, start=start)
+        top, left = (side - H) // 2, (side - W) // 2                # the middle of a larger square
+        return x[:, :, top : top + H, left : left + W], world.caption(scene)
+
+
+CROPS = 4           # consecutive clips are crops of one window: decoding is what costs
+NO_VIDEOS = {".txt", ".csv", ".json", ".jsonl", ".md", ".srt", ".vtt", ".py", ".html"}
+
+
+class VideoFolder:
+    """Clips of captioned videos (`find_videos`). A clip is a random window: T frames at a random
+    start and frame interval, scaled to 1 to 1.5 times the least size that covers a clip, and
+    cropped at random. The last fifth of each video, one clip at least, is held out of training,
+    if a clip is left to train on.
+
+    Frames are decoded when needed, one at a time, and scaled immediately: memory does not grow with
+    the number, the length or the resolution of the videos.
+    """
+
+    def __init__(self, cfg: Config, videos: list[list]):
+        self.cfg, self.root, self.videos = cfg, Path(cfg.data), videos
+        self.lost: set[str] = set()
+        self.longest = longest_window(cfg)
+        self.last = threading.local()               # the window that this thread decoded last
+
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """Draw (T, H, W) of clip i of the dit stage, with an aspect ratio near to its video's."""
+        aspect = self.videos[i // CROPS % len(self.videos)][4]
+        return self.cfg.clips.drawn_shape(f"shape/{self.cfg.seed}/{i // CROPS}", aspect)
+
+    def clip(self, split: str, i: int, shape: tuple[int, int, int], done: float = 0.0
+             ) -> tuple[Tensor, str]:
+        """Read (3, T, H, W) in [-1, 1] and its caption, as in ToyClips."""
+        key = (split, i // CROPS, shape, done)
+        if getattr(self.last, "key", None) != key:
+            self.last.key, self.last.window = key, self.window(*key)
+        x, rate, caption = self.last.window                                         # (T, h, w, 3)
+        rng = random.Random(f"{split}/{self.cfg.seed}/{i}/crop")
+        _, H, W = shape
+        top, left = (rng.randint(0, n - m) for n, m in zip(x.shape[1:3], (H, W)))
+        x = rearrange(x[:, top : top + H, left : left + W], "T H W C -> C T H W")
+        prefix = f"FPS-{rate:.3g} " if self.cfg.clips.tell_fps else ""              # [MG s3.1.4]
+        return x.float() / 127.5 - 1, prefix + caption
+
+    def window(self, split: str, w: int, shape: tuple[int, int, int], done: float
+               ) -> tuple[Tensor, float, str]:
+        """Read window number w -> (T, height, width, 3) uint8, frame rate, caption. A video that
+        cannot be read any more is named once, and the next one takes its place."""
+        for k in range(len(self.videos)):
+            video = self.videos[(w + k) % len(self.videos)]
+            try:
+                return self.read(video, split, random.Random(f"{split}/{self.cfg.seed}/{w}"),
+                                 shape, done)
+            except Exception as error:      # whatever PyAV raises for what it could read before
+                if video[0] not in self.lost:
+                    say(f"{self.root / video[0]}: cannot be read any more ({reason(error)}); the "
+                        "next video takes its place")
+                self.lost.add(video[0])
+        raise UserError(f"--data {self.root}: none of its videos can be read any more")
+
+    def read(self, video: list, split: str, rng: random.Random, shape: tuple[int, int, int],
+             done: float) -> tuple[Tensor, float, str]:
+        """Read a random window of one video."""
+        name, caption, frames, rate, aspect = video
+        (T, H, W), fastest = shape, self.cfg.clips.max_interval
+        if split == "tae" and self.cfg.train_tae.motion > 1:
+            fastest = round(world.motion_interval(rng, done, self.cfg.train_tae.motion))
+        cut = held_out(self.longest, frames)
+        low, high = (cut, frames) if split == "heldout" else (0, cut or frames)
+        interval = rng.randint(1, max(1, min(fastest, (high - low) // T)))
+        start = rng.randint(low, max(low, high - interval * (T - 1) - 1))
+        covering = max(H, W * aspect) if aspect < 1 else max(W, H / aspect)     # short side
+        size = max(round(covering * rng.uniform(1.0, 1.5)), math.ceil(covering))
+        x = read_window(self.root / name, start, interval, T, size, rate)
+        if x.shape[1] < H or x.shape[2] < W:                # its shape has changed on the way
+            grow = max(H / x.shape[1], W / x.shape[2])
+            x = resized(x, [math.ceil(n * grow) for n in x.shape[1:3]])
+        return x, rate / interval, caption
+
+
+def longest_window(cfg: Config) -> int:
+    """Count the frames of the longest window that any stage reads."""
+    return max(cfg.train_tae.window, *(T for T, _, _ in cfg.clips.shapes))
+
+
+def held_out(T: int, frames: int) -> int:
+    """Find the first of the frames that are held out of training: the last fifth, or T frames if
+    that is more. 0 if the video is too short for that: then nothing is held out."""
+    cut = min(int(0.8 * frames), frames - T)
+    return cut if cut >= T else 0
+
+
+def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
+    """Look through --data -> [name, caption, frames, rate, height / width] of each video.
+
+    A video is whatever PyAV can open, in subfolders too, except still pictures and hidden files.
+    Its caption stands in NAME.txt beside it, or in a metadata.csv (`file_name,text`) of its folder
+    or of a folder above. The files are shared out to the ranks; what is passed over is said."""
+    root, mesh = Path(cfg.data), mesh or Mesh()
+    if not root.is_dir():
+        raise UserError(f"--data {cfg.data}: no such folder")
+    paths = sorted(path for path in root.rglob("*")         # not only files: `look` names the rest
+                   if (path.is_file() or path.is_symlink() or not os.access(path, os.R_OK)
+                       or path.suffix.lower() == ".txt")
+                   and not any(part.startswith(".") for part in path.relative_to(root).parts)
+                   ) if rank() == 0 else []
+    mesh.meet(f"--data {cfg.data}")
+    paths = from_rank0(paths)
+    captions = read_captions(root, [p for p in paths if p.name.lower() == "metadata.csv"])
+    files = [p for p in paths if p.suffix.lower() not in NO_VIDEOS]
+    relative = lambda path: same_name(path.relative_to(root).as_posix())
+    beside = {relative(p.with_suffix("")): p for p in paths if p.suffix.lower() == ".txt"}
+
+    def look(path: Path) -> list | str:
+        name = path.relative_to(root).as_posix()
+        if path.is_dir():
+            return f"{name}: a folder that is {'a link' if path.is_symlink() else 'not readable'}"
+        try:
+            frames, rate, aspect = probe(path)
+        except Exception as error:          # whatever PyAV raises for what is no video
+            return f"{name}: not a video that can be read ({reason(error)})"
+        caption = caption_of(path, beside.get(relative(path.with_suffix(""))),
+                             captions.get(same_name(name)))
+        return [name, caption, frames, rate, aspect] if caption else f"{name}: no caption"
+
+    mine = files[rank() :: world_size()]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(tqdm(pool.map(look, mine), desc="videos", total=len(mine), unit="file",
+                          leave=False, delay=3, disable=rank() != 0))
+    mesh.meet(f"--data {cfg.data}")
+    every = everyone(found)
+    rows = [every[i % world_size()][i // world_size()] for i in range(len(files))]  # as in `files`
+    videos = [row for row in rows if isinstance(row, list)]
+    if rank() == 0:
+        tell_of_videos(cfg, videos, [row for row in rows if isinstance(row, str)],
+                       captions.keys() - {relative(p) for p in files})
+    if not videos:
+        raise UserError(f"--data {cfg.data}: no video in it that can be read and has a caption, in "
+                        "NAME.txt beside it or in metadata.csv (file_name,text)")
+    return videos
+
+
+def tell_of_videos(cfg: Config, videos: list[list], passed: list[str], absent: set[str]) -> None:
+    """Say what of --data is not used, or not as one would expect."""
+    c = cfg.clips
+    for line in passed[:20]:
+        say(f"--data: passed over {line}")
+    if len(passed) > 20:
+        say(f"--data: passed over {len(passed) - 20} more files")
+    if absent:
+        say(f"--data: metadata.csv names {some_of(absent)}: no such file here")
+    if short := [name for name, _, frames, *_ in videos if frames < c.frames]:
+        say(f"--data: shorter than {c.frames} frames, the last one is repeated: {some_of(short)}")
+    if whole := [name for name, _, frames, *_ in videos
+                 if frames >= c.frames and not held_out(longest_window(cfg), frames)]:
+        say("--data: too short to hold out a clip for validation, the whole video is used for "
+            f"training: {some_of(whole)}")
+    seen = math.ceil(c.count / CROPS)
+    if seen < len(videos):
+        say(f"--clips.count {c.count}: the dit stage sees {seen} of the {len(videos)} videos, "
+            f"{CROPS} crops of each; {CROPS * len(videos)} to see all")
+
+
+def same_name(name: str) -> str:
+    """Spell a path inside --data in one way: a/b.mp4 for ./a//b.mp4, a\\b.mp4; Unicode as NFC."""
+    return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+
+
+def read_captions(root: Path, tables: list[Path]) -> dict[str, str]:
+    """Read each metadata.csv -> {file: caption}, files relative to `root`."""
+    captions: dict[str, str] = {}
+    real = lru_cache(os.path.realpath)                  # of folders, which may be links
+    for table in tables:
+        rows = csv.DictReader(io.StringIO(read_text(table)), strict=True)
+        try:
+            if not {"file_name", "text"} <= set(rows.fieldnames or ()):
+                raise UserError(f"{table}: its first line must be file_name,text")
+            for row in rows:
+                if None in row:
+                    raise UserError(f"{table}: line {rows.line_num}: more columns than the first "
+                                    'line has; put a text with a comma in "..."')
+                if not (file := (row["file_name"] or "").strip()):
+                    raise UserError(f"{table}: line {rows.line_num}: no file_name")
+                path = table.parent / file.replace("\\", "/").replace("\0", "")
+                name = same_name(os.path.relpath(f"{real(path.parent)}/{path.name}", real(root)))
+                text = (row["text"] or "").strip()
+                if captions.setdefault(name, text) != text:
+                    raise UserError(f"{table}: line {rows.line_num}: a second caption of {name}")
+        except csv.Error as error:
+            raise UserError(f"{table}: {error}; is a quotation mark not closed?") from None
+    return captions
+
+
+def caption_of(path: Path, beside: Path | None, listed: str | None) -> str:
+    """Find a video's caption, in its NAME.txt or as listed in metadata.csv; "" if there is none."""
+    caption = read_text(beside).strip() if beside else listed
+    if caption is None:
+        return ""
+    if caption and listed and caption != listed:
+        raise UserError(f"{path}: one caption in {beside.name}, another in metadata.csv")
+    if not caption:
+        raise UserError(f"{path}: its caption is empty")
+    with named(f"{path}: its caption is no text: "):
+        text_cond.clean(caption)
+    return caption
+
+
+def some_of(names: Iterable[str], most: int = 20) -> str:
+    """List names, for a line that somebody will read."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# The functions below give what a player shows, not what a header says: without the frames that an
+# edit list hides, at the times of the frames themselves, with square pixels, upright, and black
+# where the picture is transparent.
+
+
+def open_video(path: Path):
+    """Open a file with PyAV -> (container, its video stream). A cover picture is no video."""
+    import av
+
+    container = av.open(str(path.absolute()), metadata_errors="replace")    # else a:b is a URL
+    if container.format.name == "tty":              # FFmpeg shows .nfo, .asc, ... as on a terminal
+        container.close()
+        raise ValueError("a text")
+    cover, best = av.stream.Disposition.attached_pic, container.streams.best("video")
+    streams = [s for s in container.streams.video if s.codec_context]
+    films = [s for s in streams if not s.disposition & cover]
+    if not films:
+        container.close()
+        raise ValueError("a cover picture and no video" if streams else "no video stream")
+    # FFmpeg's choice, unless it has one frame: then it is an unmarked cover.
+    stream = max(films, key=lambda s: (s.frames != 1, s.index == best.index))
+    stream.codec_context.thread_count = 1           # frame threads would hold many decoded frames
+    return container, stream
+
+
+def decoded(container, stream) -> Iterator:
+    """Decode the frames of a stream in the order in which they are shown, from its position on."""
+    import av
+
+    codec, shown = stream.codec_context, False
+    if {k.lower(): v for k, v in stream.metadata.items()}.get("alpha_mode") == "1":
+        # Only libvpx sees the transparency of WebM.
+        codec = av.CodecContext.create("libvpx-vp9" if codec.name == "vp9" else "libvpx", "r")
+    for packet in container.demux(stream):
+        try:
+            frames = codec.decode(packet if packet.size else None)
+        except av.error.InvalidDataError:
+            if shown or packet.is_keyframe:
+                raise
+            continue                                # the file begins between two key frames
+        shown = shown or bool(frames)
+        yield from frames
+
+
+def from_first(container, stream) -> tuple[object, Iterator]:
+    """Decode a stream from its beginning -> (its first frame, all of its frames)."""
+    frames = decoded(container, stream)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("nothing can be decoded")
+    return first, itertools.chain([first], frames)
+
+
+def probe(path: Path) -> tuple[int, float, float]:
+    """Measure a video -> (frames, frames a second, height / width as shown). Reads every packet and
+    decodes one frame; raises what PyAV raises if it cannot."""
+    container, stream = open_video(path)
+    with container:
+        first, _ = from_first(container, stream)
+        w, h, (a, b, _, _) = shown_as(first, stream.sample_aspect_ratio)
+        aspect = h / w if abs(a) >= abs(b) else w / h
+    container, stream = open_video(path)
+    with container:
+        hidden = lambda p: p.is_discard or (            # VP8's reference frames that are not shown
+            stream.codec_context.name == "vp8" and not bytes(p)[0] & 16)
+        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream)
+                   if p.size and not hidden(p)]
+        usual = float(stream.average_rate or stream.guessed_rate or 25)
+        unit = float(stream.time_base or 0)
+    count = counted(container) or first.pts is None or any(t is None for t, _ in packets)
+    if count:                           # what is shown begins with a key frame, if any is marked
+        packets = list(itertools.dropwhile(lambda p: not p[1], packets)) or packets
+    else:
+        packets = [p for p in packets if p[0] >= first.pts]
+    if len(packets) < 2:
+        raise ValueError("a still picture")
+    if len(packets) < 3 or count:
+        return len(packets), usual if usual < 1000 else 25.0, aspect    # else a time base
+    times = torch.tensor(sorted({t for t, _ in packets})).double() * unit
+    gaps, span = times.diff(), (times[-1] - times[0]).item()
+    mean, median = gaps.mean().item(), gaps.median().item()
+    gap = mean if mean < 2 * median else median                     # uneven: the median
+    return round(span / gap) + 1, 1 / gap, aspect
+
+
+def counted(container) -> bool:
+    """Tell whether frames have to be counted, for want of times: AVI and raw streams have none, and
+    MPEG program streams change theirs after a seek."""
+    no_times = 0x80                                                     # AVFMT_NOTIMESTAMPS
+    return container.format.name in ("avi", "mpeg") or bool(container.format.flags & no_times)
+
+
+def shown_as(frame, pixel_aspect) -> tuple[float, float, list[int]]:
+    """Give width and height of a frame with square pixels, before it is turned, and how to turn
+    it: [a, b, c, d] of the display matrix, which maps (x, y) to (a x + c y, b x + d y)."""
+    from av.sidedata.sidedata import SideDataContainer
+
+    turn = [1, 0, 0, 1]
+    with contextlib.suppress(ValueError):       # side data that FFmpeg knows and PyAV does not
+        for side in SideDataContainer(frame):   # frame.side_data would keep the frame: a cycle
+            if "DISPLAYMATRIX" in str(side.type):
+                a, b, _, c, d = memoryview(bytes(side)).cast("i")[:5]
+                turn = [a, b, c, d]
+    return frame.width * float(pixel_aspect or 1), frame.height, turn
+
+
+def upright(frame, short_side: int, pixel_aspect) -> Tensor:
+    """Make the picture that a player shows: (h, w, 3) uint8, short side scaled to short_side."""
+    w, h, (a, b, c, d) = shown_as(frame, pixel_aspect)
+    scale = short_side / min(w, h)
+    w, h = max(short_side, round(w * scale)), max(short_side, round(h * scale))
+    alpha = any(part.is_alpha for part in frame.format.components)
+    x = torch.from_numpy(frame.to_ndarray(format="rgba" if alpha else "rgb24", width=w, height=h,
+                                          interpolation="AREA"))
+    if alpha:
+        x = (x[..., :3].float() * x[..., 3:] / 255).round().byte()
+    if abs(b) > abs(a):                                     # turned by a quarter
+        x, a, d = x.transpose(0, 1), c, b
+    return x.flip([dim for dim, sign in ((1, a), (0, d)) if sign < 0])
+
+
+def read_window(path: Path, start: int, interval: int, T: int, size: int, rate: float,
+                ahead: float = 0) -> Tensor:
+    """Read T frames from frame `start` on, every `interval`-th, short side = size -> (T, h, w, 3)
+    uint8. Frame k is shown at k / rate seconds; a picture that is shown longer is repeated, and so
+    is the last one if the video ends early, unless more than a second before `start`: ValueError.
+
+    Decoding begins at the key frame `ahead` seconds before `start`. If that proves to be too late,
+    it begins earlier; if times cannot be trusted, frames are counted from the first one on."""
+    container, stream = open_video(path)
+    again = partial(read_window, path, start, interval, T, size, rate)
+    out: list[Tensor] = []
+    wanted = lambda: start + len(out) * interval
+    with container:
+        first, frames = from_first(container, stream)
+        origin, unit = first.pts, float(stream.time_base)
+        pixel_aspect = stream.sample_aspect_ratio
+        count = ahead == math.inf or counted(container) or origin is None
+        sought = not count and start / rate > ahead
+        if sought:
+            container.seek(origin + int((start / rate - ahead) / unit), stream=stream)
+        last, at = None, -1                                 # the frame before, and its number
+        for frame in decoded(container, stream) if sought else frames:
+            if not count and (frame.pts is None or last is not None and frame.pts <= last.pts):
+                return again(ahead=math.inf)
+            # Frames count up by one, whatever small errors their times have; only a gap of two
+            # frames or more skips numbers.
+            due = at + 1 if count else (frame.pts - origin) * unit * rate
+            at = round(due) if last is None or due >= at + 2 else at + 1
+            if sought and last is None and at > start:      # the seek went too far
+                return again(ahead=2 * ahead + 1)
+            while len(out) < T and wanted() < at:
+                out.append(upright(last or frame, size, pixel_aspect))
+            if len(out) < T and wanted() == at:
+                out.append(upright(frame, size, pixel_aspect))
+            last = frame
+            if len(out) == T:
+                break
+        if not out:
+            if sought and last is None:
+                return again(ahead=2 * ahead + 1)
+            if last is None or start - at > max(rate, 3):
+                raise ValueError(f"nothing can be decoded from frame {start} on")
+            out.append(upright(last, size, pixel_aspect))
+    shape = out[0].shape                            # a recording may change its shape on the way
+    out = [x if x.shape == shape else resized(x[None], shape[:2])[0] for x in out]
+    return torch.stack(out + out[-1:] * (T - len(out)))
+
+
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring pictures (T, h, w, 3) uint8 to another size."""
+    x = F.interpolate(x.movedim(3, 1).float(), list(size), mode="bilinear", antialias=True)
+    return x.round().byte().movedim(1, 3)
+
+
+def in_bytes(x: Tensor) -> Tensor:
+    """Round pixels in [-1, 1] to uint8, on the CPU."""
+    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def save_gif(path: Path, frames: list, fps: float) -> None:
+    """Write Pillow images as a GIF. Its delays are hundredths of a second, and browsers show those
+    below two as ten. So delays vary by one, and above 50 frames a second frames are left out."""
+    if fps > 50:
+        frames = [frames[int(k * fps / 50)] for k in range(math.ceil(len(frames) * 50 / fps))]
+    ends = [round(100 * k / min(fps, 50)) for k in range(len(frames) + 1)]
+    with writing(path):
+        frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                       duration=[10 * (b - a) for a, b in zip(ends, ends[1:])])
+
+
+def write_video(path: str | Path, clip: Tensor, fps: float = 8, zoom: int = 1) -> None:
+    """Write a clip (3, T, H, W) in [-1, 1] as .mp4 or .gif, each pixel enlarged `zoom` times."""
+    path = Path(path)
+    if not 0.002 <= fps < math.inf:                     # the longest delay of a GIF is 655 s
+        raise ValueError(f"fps {fps}: must be finite, 0.002 or more")
+    frames = rearrange(in_bytes(clip), "C T H W -> T H W C").numpy()
+    if path.suffix == ".gif":
+        from PIL import Image
+
+        images = [Image.fromarray(f).quantize(255) for f in frames]         # before enlarging
+        save_gif(path, [i.resize((zoom * i.width, zoom * i.height), Image.Resampling.NEAREST)
+                        for i in images], fps)
+    elif path.suffix == ".mp4":
+        import av
+
+        frames = frames.repeat(zoom, 1).repeat(zoom, 2)
+        h, w = (n - n % 2 for n in frames.shape[1:3])                       # 4:2:0: even sides
+        if not h * w:
+            raise ValueError(f"{path}: a picture of .mp4 needs 2 x 2 pixels or more")
+        with writing(path), av.open(str(path), "w") as container:
+            rate = Fraction(float(fps)).limit_denominator(1001)
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
+            stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
+            for f in frames:
+                frame = av.VideoFrame.from_ndarray(f[:h, :w].copy(), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    else:
+        raise ValueError(f"{path}: not .mp4 or .gif")
+
+
 # ---- 7. The report -------------------------------------------------------------------------------
 
 
@@ -2166,7 +2165,7 @@ KINDS = {"trained": "Prompts like those of training",               # of samples
 
 
 def make_report(run: Run, clips) -> dict:
-    """Make report.json (every figure by name), samples.gif, curves.png and index.html."""
+    """Make report.json (every figure by name), index.html and its pictures."""
     if rank() != 0:
         return {}
     cfg, folder = run.cfg, run.folder
@@ -2205,14 +2204,14 @@ def on_held_out(run: Run, loaded: Loaded, clips) -> tuple[float, float]:
     tae, folder, psnr, z, captions = loaded.tae, run.folder / "reconstructions", [], [], []
     with writing(folder):
         folder.mkdir(exist_ok=True)
-    for x, told, posterior in encoded(run, tae, clips, "heldout", range(64), shape):
+    for x, texts, posterior in encoded(run, tae, clips, "heldout", range(64), shape):
         again = tae.decode(posterior.mean, T, (H, W), stream=large(shape)).cpu()
         psnr.append(autoencoder.psnr(again, x))
         for i, (a, b) in enumerate(zip(x[: max(0, 12 - len(captions))], again), len(captions)):
             pair = torch.cat([a, torch.full_like(a[..., :2], -1), b], dim=-1)
             write_video(folder / f"{i:02d}.gif", pair, run.cfg.clips.fps)
         z.append(tae.normalize(posterior.mean))
-        captions += told
+        captions += texts
     loss = validation_loss(loaded, torch.cat(z), captions)
     return round(torch.cat(psnr).mean().item(), 2), round(loss, 4)
 
@@ -2220,17 +2219,16 @@ def on_held_out(run: Run, loaded: Loaded, clips) -> tuple[float, float]:
 @torch.no_grad()
 def validation_loss(loaded: Loaded, z: Tensor, captions: list[str]) -> float:
     """Measure the flow-matching loss of the DiT on normalised latents (B, C, T', H', W'), at ten
-    fixed times: Movie Gen's proxy for what people prefer."""
+    fixed times: Movie Gen's proxy for human preference."""
     P, mask, _, _ = loaded.prompts(captions)
-    v_fn = lambda *all: torch.cat([loaded.dit(*part) for part in zip(       # as in sampling
-        *(v.split(loaded.cfg.sample.batch) for v in (*all, P, mask)))])
+    v_fn = lambda *x_t: torch.cat([loaded.dit(*part) for part in zip(       # as in sampling
+        *(v.split(loaded.cfg.sample.batch) for v in (*x_t, P, mask)))])
     return flow.validation_loss(v_fn, z, loaded.cfg.flow, times=10)
 
 
 def judged(rows: list[dict], clip: Callable[[int], Tensor], seed: int) -> dict:
-    """Add the judge's verdict to each row -> prompt_accuracy, and gap.random, the same with prompts
-    shuffled among the clips: a judge that never fails proves nothing. Kinds without a row are left
-    out."""
+    """Add the judge's verdict to each row -> prompt_accuracy, and gap.random, the control: the same
+    with prompts shuffled among the clips. Kinds without a row are left out."""
     for i, row in enumerate(rows):
         row["verdict"] = world.judge(clip(i), row["prompt"])
     by = lambda kind: [r["verdict"] for r in rows if r["kind"] == kind]
@@ -2315,11 +2313,12 @@ def write_page(folder: Path, report: dict, rows: list[dict]) -> None:
         if cards := "".join(card(r) for r in rows if r["kind"] == kind):
             parts.append(f"<h2>{title}</h2><div class=grid>{cards}</div>")
     pairs = "".join(f'<img src="reconstructions/{i:02d}.gif">' for i in range(12))
-    figures = "".join(f"<li>{escape(line)}" for line in in_words(report))
+    words = in_words(report)
+    figures = "".join(f"<li>{escape(line)}" for line in words)
     title = escape(f"filmstrip: {folder.name}")
     write_text(folder / "index.html", f"""<!doctype html><meta charset="utf-8">
 <title>{title}</title><style>{CSS}</style><h1>{title}</h1>
-<p>{escape(in_words(report)[0])}.{" Under a clip: what the judge saw as asked, and what it did not."
+<p>{escape(words[0])}.{" Under a clip: what the judge saw as asked, and what it did not."
    if "prompt_accuracy" in report else ""}</p>
 {"".join(parts)}
 <h2>Held-out clips, each beside what the autoencoder makes of it</h2><div class=pairs>{pairs}</div>
@@ -2411,8 +2410,8 @@ def one_step(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool = False
 
 def activation_bytes(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool) -> int:
     """Measure the peak bytes of a step with b clips of n tokens, beyond weights and gradients.
-    The text has no gradient here: with checkpointing MemTracker counts one for each block, where a
-    real step holds about eight at most."""
+    The text has no gradient here: with checkpointing MemTracker would count one for each block,
+    where a real step holds about eight."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -2427,7 +2426,7 @@ def activation_bytes(dit: backbone.DiTConfig, b: int, n: int, L: int, bf16: bool
 
 
 def step_flops(dit: backbone.DiTConfig, N: int, L: int) -> int:
-    """Count the FLOPs of one clip, forward and backward, as torch does."""
+    """Count a clip's FLOPs, forward and backward, with torch's FlopCounterMode."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -2452,8 +2451,8 @@ def plan(cfg: Config, asked: "Command") -> dict[str, dict[str, float]]:
     N = max(tokens_of(cfg, shape) for shape in cfg.clips.shapes)
     S = asked.gpus // asked.replicate                   # ranks of one copy
     bf16, e = hp.precision == "bf16", 2 if hp.precision == "bf16" else 4
-    n, b = -(-N // asked.sp), -(-hp.batch * asked.sp // (asked.gpus * hp.accumulate))
-    held = 2 if asked.reshard else dit.depth        # whole blocks: one at work, one on its way
+    n, b = math.ceil(N / asked.sp), math.ceil(hp.batch * asked.sp / (asked.gpus * hp.accumulate))
+    held = 2 if asked.reshard else dit.depth        # whole blocks: one in use, one prefetched
     memory = {
         "weights, gradients, Adam": 16 * params / S,
         "moving average": 4 * bool(hp.ema) * params / S,
@@ -2499,7 +2498,7 @@ class Command:
 
     workdir: str = ""  # run folder (default: runs/SCALE)
     stage: Literal[(*STAGES, "all")] = "all"  # run up to and including this stage
-    device: Literal["", "cpu", "cuda"] = ""  # by default cuda if there is one; or one of
+    device: Literal["", "cpu", "cuda"] = ""  # default: cuda if there is one; choices
     dp: int = 0  # ranks that share out parameters and clips; 0: all that are left
     sp: int = 1  # ranks that share the tokens of a clip, in the dit stage
     replicate: int = 0  # copies of the model; 0: for toy and small as many as fit, else one
@@ -2507,8 +2506,8 @@ class Command:
     timeout: float = 600.0  # seconds that a rank waits for the others in a collective
     plan: bool = False  # print what the dit stage would take, and end; needs no GPU
     gpus: int = 8  # --plan: GPUs
-    memory: float = 80.0  # --plan: of each, GB
-    peak: float = 989.0  # --plan: TFLOP/s of each, as the maker says (989: an H100 in bf16)
+    memory: float = 80.0  # --plan: GB of a GPU
+    peak: float = 989.0  # --plan: TFLOP/s of a GPU, as its maker says (989: an H100 in bf16)
     utilisation: float = 0.4  # --plan: share of the peak that is reached
 
     def __post_init__(self):
@@ -2673,10 +2672,10 @@ def open_run(cfg: Config, folder: Path, device: torch.device | str = "cpu",
     another configuration (except HOW), and if nodes see different folders."""
     path, run = folder / "config.json", Run(folder, cfg, device, mesh)
     if path.exists():
-        there, mine = flat(asdict(read_config(folder))), flat(asdict(cfg))
-        moved = {"data"} if cfg.data and there["data"] else set()   # a run keeps to videos.json
-        if other := [f"{k}: {there[k]} there, {v} here" for k, v in mine.items()
-                     if v != there[k] and k not in HOW | DERIVED | moved]:
+        begun, mine = flat(asdict(read_config(folder))), flat(asdict(cfg))
+        moved = {"data"} if cfg.data and begun["data"] else set()   # a run keeps to videos.json
+        if other := [f"{k}: {begun[k]} there, {v} here" for k, v in mine.items()
+                     if v != begun[k] and k not in HOW | DERIVED | moved]:
             raise UserError(f"--workdir {folder}: holds a run of another configuration "
                             f"({'; '.join(other)}); choose another --workdir")
     elif folder.exists() and {p.name for p in folder.iterdir()} - {
@@ -2765,8 +2764,8 @@ def start_ranks(command: Command) -> torch.device:
 
 
 def copies(cfg: Config, command: Command, ranks: int) -> int:
-    """Give --replicate; for 0, as many copies as fit for toy and small, which sends least, and else
-    one sharded copy."""
+    """Give --replicate. For 0: as many copies as fit for toy and small (least to send), else one
+    sharded copy."""
     if command.replicate:
         return command.replicate
     each = command.sp * max(1, command.dp)
@@ -2774,7 +2773,7 @@ def copies(cfg: Config, command: Command, ranks: int) -> int:
 
 
 def known_videos(cfg: Config, folder: Path, mesh: Mesh) -> list[list]:
-    """List the videos that the run, or a --base with the same latents, began with; else look."""
+    """Read videos.json of the run, or of a --base with the same latents; else `find_videos`."""
     places = [folder, Path(cfg.base)] if cfg.base and same_latents(cfg) else [folder]
     tables = from_rank0([p / "videos.json" for p in places if (p / "videos.json").exists()])
     return read_json(tables[0]) if tables else find_videos(cfg, mesh)
@@ -2820,7 +2819,7 @@ def work(cfg: Config, command: Command) -> None:
 
 
 class Stderr:
-    """stderr, until nobody reads it any more (2>&1 | head): a run does not end for that."""
+    """stderr; once its reader is gone (2>&1 | head), the lines are lost and the run goes on."""
 
     def __init__(self):
         sample_parallel.open_stderr()

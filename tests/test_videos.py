@@ -525,7 +525,7 @@ def test_what_is_written_is_read_again(tmp_path, suffix):
         train.write_video(path, moving(9), fps)
         assert train.probe(path)[1] == pytest.approx(fps, rel=0.02 if suffix == "gif" else 1e-4)
     for fps in (0, -1, 1e-3, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"fps {fps}: must be 0.002 or more"):
+        with pytest.raises(ValueError, match=f"fps {fps}: must be finite, 0.002 or more"):
             train.write_video(path, moving(2), fps)
     with pytest.raises(ValueError, match="v.png: not .mp4 or .gif"):
         train.write_video(tmp_path / "v.png", moving(2), 8)
