@@ -1436,8 +1436,10 @@ def sample_prompts(args, train, prompts, degrees, ts, guidance):
 
 
 def inputs_of(run, prompt, seed, guidance, ts):
-    """Make what ParallelSampler.sample and emulate take, for one prompt of a run."""
-    text, mask, null, null_mask = run.prompts([prompt])
+    """Make what ParallelSampler.sample and emulate take, for one prompt of a run. Only rank 0 runs
+    the text encoders: pretrained ones are large."""
+    features = everyone(run.encode([prompt]) if rank_and_world()[0] == 0 else None)[0]
+    text, mask, null, null_mask = run.prompts([prompt], features)
     return {"x0": run.noise([seed]), "text": text, "mask": mask, "null": null,
             "null_mask": null_mask, "guidance": guidance, "ts": ts}
 

@@ -769,11 +769,12 @@ def fake_run(monkeypatch, tmp_path):
         sample=SimpleNamespace(steps=4, guidance=3.0, solver="euler"),
         flow=SimpleNamespace(objective="flow"), clips=SimpleNamespace(shape=(7, 15, 16)))
 
-    def prompts(texts):
-        seen.prompts += texts
+    def prompts(texts, features):
+        seen.prompts += features["texts"]
         return inputs["text"], inputs["mask"], inputs["null"], None
     run = SimpleNamespace(
-        cfg=cfg, dit=model, latent_shape=SHAPE[1:], prompts=prompts, fps_of=lambda prompt: 16,
+        cfg=cfg, dit=model, latent_shape=SHAPE[1:], fps_of=lambda prompt: 16,
+        encode=lambda texts: {"texts": texts}, prompts=prompts,
         noise=lambda seeds: torch.randn(SHAPE, generator=torch.Generator().manual_seed(*seeds)),
         decode=torch.no_grad()(decoder),
         schedule=lambda steps, name: torch.linspace(0, 1, steps + 1))
@@ -797,6 +798,18 @@ def test_prompt_files_are_read_as_utf_8_and_cut_at_line_ends_only(fake_run, tmp_
                         "--decode", "one"]) == 0
         assert fake_run.prompts == lines
     assert [name for name, _ in fake_run.wrote] == 2 * [f"clip-{i}.mp4" for i in range(4)]
+
+
+def test_only_rank_0_runs_the_text_encoders():
+    def rank():
+        mine, given = [], []
+        run = SimpleNamespace(
+            encode=lambda texts: mine.append(texts) or {"words": torch.ones(1, 3)},
+            prompts=lambda texts, features: given.append(features["words"].sum().item()) or 4 * [0],
+            noise=lambda seeds: seeds)
+        sp.inputs_of(run, "a red circle", 0, 1.0, None)
+        return mine, given
+    assert launch(rank, 2) == [([["a red circle"]], [3.0]), ([], [3.0])]
 
 
 def test_a_prompt_that_the_terminal_cannot_show(fake_run, monkeypatch):
