@@ -49,6 +49,7 @@ text tokens, h (B,N,D) the residual stream, in a rearrange h heads of width d; t
 """
 import argparse
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -692,6 +693,8 @@ def main():
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         ok = demo(args.out, args.steps)
+    except BrokenPipeError:                             # as by `| head`
+        os._exit(0)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
     sys.exit(0 if ok else 1)

@@ -9,9 +9,10 @@
 
 Papers.  [MG] Movie Gen, arXiv 2410.13720 (s3.1.2 objective, s3.4.2 linear-quadratic schedule).
 [FM] Flow Matching, 2210.02747 (s4 the conditional-OT path).  [RF] Rectified Flow, 2209.03003
-(straightness).  [CFM] OT-CFM, 2302.00482 (minibatch coupling).  [C2OT] 2503.10636 (in captions).
-[SD3] 2403.03206 (logit-normal time, resolution shift).  [PD] 2202.00512 (v-prediction).  [DDIM]
-2010.02502.  [ZSNR] 2305.08891 (zero terminal SNR).  [CFG] 2207.12598.  [AF] AlignFlow, 2510.15038.
+(straightness).  [CFM] OT-CFM, 2302.00482 (minibatch coupling).  [C2OT] 2503.10636 (within
+captions).  [SD3] 2403.03206 (logit-normal time, resolution shift).  [PD] 2202.00512 (v-prediction).
+[DDIM] 2010.02502.  [ZSNR] 2305.08891 (zero terminal SNR).  [CFG] 2207.12598.  [AF] AlignFlow,
+2510.15038.
 
 "OT" means two unrelated things in these papers, so this file never says it alone:
   the conditional-OT path   the straight line from ONE noise to ONE data point;
@@ -40,6 +41,7 @@ the (steps + 1) times of a schedule, h the size of a step, S straightness (0: st
 """
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,7 +164,7 @@ class FlowConfig:
 
     SD3 and Open-Sora raise `shift` with the resolution; none was found in [MG]."""
 
-    sigma_min: float = 1e-5    # std of the noise left at t = 1: invisible; there x_t has a density
+    sigma_min: float = 1e-5    # std of the noise left at t = 1: invisible, but gives x_t a density
     time: Times = "auto"       # distribution of t; auto: logit_normal, or uniform for diffusion
     mean: float = 0.0          # mean of logit(t); above 0, more times near the data
     std: float = 1.0           # standard deviation of logit(t)
@@ -547,6 +549,8 @@ def main() -> None:
         ok = demo(args.out, args.steps, args.seed)
     except ValueError as e:
         parser.error(str(e))
+    except BrokenPipeError:                              # as by `| head`
+        os._exit(0)
     except OSError as e:
         parser.error(f"--out {args.out}: {e}")
     sys.exit(0 if ok else 1)

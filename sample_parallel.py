@@ -592,7 +592,7 @@ class ParallelSampler:
                     dist.irecv(one, a, group).wait()
 
     def _agree(self, **mine):
-        """Raise ValueError on all ranks if arguments differ, else they would hang."""
+        """Raise ValueError on all ranks if arguments differ: the ranks would hang later."""
         first, *others = everyone(mine)
         for rank, theirs in enumerate(others, 1):
             for name, value in theirs.items():
@@ -862,8 +862,8 @@ class Halo(TorchFunctionMode):
 
 def can_be_split(shape, world):
     """Tell whether `halo_decode` can share one latent of this shape among `world` ranks: each gets
-    a row, the latent is not flat (VidTwin's is), and `over_space` can tell pixels from frames (8
-    ranks cannot share small's 8 x 8 x 8)."""
+    a row or more, the latent is not flat (VidTwin's is), and `over_space` can tell pixels from
+    frames (8 ranks cannot share small's 8 x 8 x 8)."""
     return len(shape) == 4 and (world == 1 or shape[2] >= world and any(
         shape[1] % (n * shape[3]) for n in split(shape[2], world)))
 
@@ -986,6 +986,8 @@ def sample_every(model, inputs, device="cpu", warmup=1, patch_axis="t"):
              if math.prod(d) == world and d[1] <= len(model.blocks) and d[3] <= heads
              for M in ([d[1], 2 * d[1]] if d[1] > 1 else [0])
              if max(1, M) * d[2] * d[3] <= tokens]
+    if not modes:
+        raise ValueError(f"--mode every: no mesh of {world} ranks fits {tokens} tokens")
     return [measure(ParallelSampler(model, make_mesh(*degrees, device=device), M, warmup,
                                     patch_axis), **inputs)
             for degrees, M in modes]
@@ -1386,7 +1388,7 @@ def check_run(args, train, prompts, world, fits):
                 out.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(f"--out {out}: {error}") from None
-            if out.is_dir() or not os.access(out.parent, os.W_OK):
+            if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
                 raise ValueError(f"--out {out}: cannot be written there")
         if config.solver != "euler":
             print(f"the run samples with {config.solver}; here with Euler", file=sys.stderr)
@@ -1438,7 +1440,15 @@ def sample_prompts(args, train, prompts, degrees, ts, guidance):
 def inputs_of(run, prompt, seed, guidance, ts):
     """Make what ParallelSampler.sample and emulate take, for one prompt of a run. Only rank 0 runs
     the text encoders: pretrained ones are large."""
-    features = everyone(run.encode([prompt]) if rank_and_world()[0] == 0 else None)[0]
+    features = None
+    if rank_and_world()[0] == 0:
+        try:
+            features = run.encode([prompt])
+        except ValueError as error:                 # raised on all ranks, or the others would wait
+            features = error
+    features = everyone(features)[0]
+    if isinstance(features, ValueError):
+        raise features
     text, mask, null, null_mask = run.prompts([prompt], features)
     return {"x0": run.noise([seed]), "text": text, "mask": mask, "null": null,
             "null_mask": null_mask, "guidance": guidance, "ts": ts}
@@ -1459,7 +1469,8 @@ def check(model, inputs, z, row, clip, alone):
     decoded = difference(clip, alone)
     print(f"  decode: {decoded:.1e} from rank 0 alone")
     return verdict(ok and decoded < DECODED,
-                   f"{row['mode']} equals one process within {row['rounding']:.0e}")
+                   f"{row['mode']} equals one process within {row['rounding']:.0e}, decoded within "
+                   f"{DECODED:.0e}")
 
 
 def main(argv=None):

@@ -107,12 +107,12 @@ class SDOTConfig:
 
     solver: Solver = "auto"    # auto: sgd, then adam if the error is above 1.5 targets
     target: float = 0.1        # rms relative mass error; below 0.22 SD-FM gained nothing
-    budget: float = 4.0        # noises drawn to solve at most, in N / target^2 (pot: 2)
+    budget: float = 4.0        # most noises drawn to solve, in N / target^2 (pot: 2 or less)
     lr: float = 0.0            # first step; 0: 0.5, adam 0.3
     temperature: float = 0.0   # of a softmax (half of AlignFlow's eps); 0: argmax
     ema: float = 0.0           # factor of an exponential average of h (AlignFlow's); 0: Polyak's
     cluster: int = 32          # clips in a group, at least, where most captions are unique
-    memory: int = 64           # MiB for one block of scores in `assign`
+    memory: int = 64           # MiB for one block of scores
     seed: int = 0              # seed of the noise that is drawn to solve
 
     def __post_init__(self):
@@ -651,8 +651,9 @@ class Coupling:
                  f"({100 * found['expected']:.1f} % expected from the closed form)"]
         if found["chi2"] > 2.25 * self.cfg.target ** 2:
             what = "choose another solver" if self.cfg.solver == "pot" else "raise budget"
-            lines.append(f"WARNING: the mass error missed its target of {self.cfg.target}: some "
-                         f"clips are drawn too rarely (copies of a clip: never); {what}")
+            lines.append("WARNING: the mass error missed its target of "
+                         f"{self.cfg.target}: some clips are drawn too rarely (all but one of "
+                         f"identical clips: never); {what}")
         if found["expected"] < 0.02:
             why = ("most groups have fewer than three clips" if 2 * len(sizes) > M else
                    "the gain falls as m(N) / sqrt(d)")
@@ -811,6 +812,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         ok = demo(args.out, args.seed)
+    except BrokenPipeError:                              # as by `| head`
+        os._exit(0)
     except OSError as e:
         parser.error(f"--out {args.out}: {e}")
     sys.exit(0 if ok else 1)

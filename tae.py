@@ -61,6 +61,7 @@ device.
 import argparse
 import itertools
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -135,7 +136,8 @@ class TAEConfig:
         if self.channels % 4:
             raise ValueError(f"channels {self.channels}: must be a multiple of 4")
         m, n, extra = self.mult, self.res_blocks, self.decoder_extra
-        if len(n) != len(m) or any(a != b and not (coarse and fine + extra)     # level, coarser one
+        # widths and ResBlocks of each level and the next coarser one
+        if len(n) != len(m) or any(a != b and not (coarse and fine + extra)
                                    for a, b, fine, coarse in zip(m, m[1:], n, n[1:])):
             raise ValueError(f"res_blocks {' '.join(map(str, self.res_blocks))}: must be a number "
                              f"for each of {len(m)} levels, 1 or more where widths change")
@@ -641,7 +643,7 @@ class TAE(Autoencoder):
                size: tuple[int, int] | None = None, stream: bool = False) -> Tensor:
         """(B,C,T',H',W') -> (B,3,T,H,W). The decoder makes T' * (time factor) frames, of which the
         first `num_frames` are kept [MG]: so an image costs as much as (time factor) frames. With
-        `stream` no others are computed. `size` (H, W) crops what `encode` padded."""
+        `stream` later frames are not computed. `size` (H, W) crops what `encode` padded."""
         z = z.to(self.last_weight.dtype)                # a Posterior is fp32, whatever the model is
         if stream:
             x = decode_stream(self.decoder, z, num_frames)
@@ -1360,6 +1362,8 @@ def main() -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         ok = demo(args.out, args.seed)
+    except BrokenPipeError:                             # as by `| head`
+        os._exit(0)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
     return 0 if ok else 1

@@ -46,6 +46,7 @@ Letters: B batch, R prompts to encode, L tokens, D width of P, Z numbers of a po
 import argparse
 import logging
 import math
+import os
 import re
 import string
 import sys
@@ -102,7 +103,7 @@ class TextConfig:
     precision: str = "bf16"     # pretrained: bf16 | fp32, of the frozen encoders and their features
     offload: str = "disk"       # pretrained: unused encoders go to: disk | cpu | never (stay)
     batch: int = 16             # pretrained: prompts at a time
-    without: str = ""           # words | bytes | concepts: run, but replaced by its null token
+    without: str = ""           # words | bytes | concepts: it runs, its null token stands in
 
     def __post_init__(self):
         one_of("mode", self.mode, ("toy", "pretrained"))
@@ -702,6 +703,8 @@ def main():
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         ok = demo(args.out, args.steps)
+    except BrokenPipeError:                             # as by `| head`
+        os._exit(0)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
     sys.exit(0 if ok else 1)

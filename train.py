@@ -490,8 +490,8 @@ class Config:
 # Fields that follow from others, and so have no flags.
 DERIVED = {"dit.streams", "dit.text_dim", "text.dim", "tae.variant", "vidtwin.frames",
            "vidtwin.size"}
-# Fields that change how a run is computed, not its result: a resumed run may change them. (Except
-# accumulate with --train_dit.align, on in toy and small, which compares the clips of one part.)
+# Fields that change how a run is computed, not its result: a resumed run may change them. (With
+# --train_dit.align, on in toy and small, accumulate does change it: it compares clips of one part.)
 HOW = {"train_tae.every", "train_dit.every", "train_dit.accumulate", "tae.checkpointing",
        "vidtwin.checkpointing", "dit.checkpointing", "clips.workers", "text.offload", "text.batch",
        "sdot.memory"}
@@ -1022,7 +1022,7 @@ class Checkpoints:
         path = self.folder / f"step_{step:07d}"
         if rank() == 0:
             shutil.rmtree(path, ignore_errors=True)                 # a damaged one of this step
-        plan = dcp.DefaultSavePlanner(enable_plan_caching=True)     # made at the first save only
+        plan = dcp.DefaultSavePlanner(enable_plan_caching=True)     # the global one is made once
         self.pending = path, dcp.async_save(
             self.state, storage_writer=SummedWriter(path), planner=plan,
             process_group=self.mesh.files, no_dist=self.mesh.files is None)
@@ -1190,8 +1190,8 @@ def train_tae(run: Run, clips) -> None:
 
 def tae_batches(run: Run, clips, video: bool) -> Callable[[int], list[tuple]]:
     """Make the `batch` of the autoencoder: frames in image training; in video training windows,
-    every fourth batch images [MG s3.1.1], and in the last steps (`finish`) whole clips, without a
-    crowd."""
+    every fourth batch images [MG s3.1.1], and in the last steps (--train_tae.finish) whole clips,
+    without a crowd."""
     cfg, hp = run.cfg, run.cfg.train_tae
     steps, n = (hp.steps, hp.batch) if video else (hp.image_steps, hp.image_batch)
 
@@ -1538,7 +1538,7 @@ FPS = re.compile(r"FPS-(\d+(?:\.\d+)?(?:e\+\d+)?)(?!\S)")       # in front of a 
 
 @dataclass
 class Loaded:
-    """A trained run, ready to use: tae, text and dit (both averaged weights), all in eval mode."""
+    """A trained run, ready to use: tae, text and dit (both with averaged weights), in eval mode."""
 
     cfg: Config
     tae: autoencoder.Autoencoder
@@ -1817,7 +1817,7 @@ def find_videos(cfg: Config, mesh: "Mesh | None" = None) -> list[list]:
 
     A video is whatever PyAV can open, in subfolders too, except still pictures and hidden files.
     Its caption stands in NAME.txt beside it, or in a metadata.csv (`file_name,text`) of its folder
-    or of a folder above. The files are shared out to the ranks; what is passed over is said."""
+    or of a folder above. The files are shared out to the ranks; what is passed over is named."""
     root, mesh = Path(cfg.data), mesh or Mesh()
     if not root.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder")
@@ -1934,9 +1934,9 @@ def some_of(names: Iterable[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + more
 
 
-# The functions below give what a player shows, not what a header says: without the frames that an
-# edit list hides, at the times of the frames themselves, with square pixels, upright, and black
-# where the picture is transparent.
+# What is read below is what a player shows, not what a header says: without the frames that an edit
+# list hides, at the times of the frames themselves, with square pixels, upright, and black where
+# the picture is transparent.
 
 
 def open_video(path: Path):
@@ -2011,7 +2011,7 @@ def probe(path: Path) -> tuple[int, float, float]:
     if len(packets) < 2:
         raise ValueError("a still picture")
     if len(packets) < 3 or count:
-        return len(packets), usual if usual < 1000 else 25.0, aspect    # else a time base
+        return len(packets), usual if usual < 1000 else 25.0, aspect    # 1000: a time base
     times = torch.tensor(sorted({t for t, _ in packets})).double() * unit
     gaps, span = times.diff(), (times[-1] - times[0]).item()
     mean, median = gaps.mean().item(), gaps.median().item()

@@ -36,6 +36,7 @@ pixels to a pixel of the picture. Positions are (x, y) with y down.
 """
 import argparse
 import math
+import os
 import random
 import re
 import sys
@@ -102,7 +103,7 @@ class Thing:
     direction: str
     speed: str
     word: str = ""  # the text of a sign
-    cap: float = 0.0  # height of a sign's capitals; 0: the largest for a sign alone
+    cap: float = 0.0  # height of a sign's capitals; 0: the largest. Unused by shapes
     radius: float = 0.17  # of the circle with the same area; unused by signs
     x: float = 0.5  # centre in the first frame
     y: float = 0.5
@@ -236,8 +237,8 @@ def render(worlds: list[World], T: int = 16, H: int = 32, interval: float = 1.0,
            start: int = 0) -> Tensor:
     """Draw worlds, H pixels high and wide -> (B, 3, T, H, H) float in [-1, 1].
 
-    start: the first frame drawn. interval: factor of the motion; above 1 (`motion_interval`)
-    objects may bounce off the edges of the picture."""
+    start: the first frame drawn. interval: frames of motion between two that are
+    drawn; above 1 (`motion_interval`) objects may bounce off the edges of the picture."""
     S = SUPERSAMPLE
     clips = np.empty((len(worlds), 3, T, H, H), np.float32)
     for clip, world in zip(clips, worlds):
@@ -610,6 +611,8 @@ def main() -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         ok = demo(args.out, args.seed)
+    except BrokenPipeError:                             # as by `| head`
+        os._exit(0)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
     return 0 if ok else 1
