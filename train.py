@@ -135,8 +135,8 @@ def optimize(run: "Run", stage: str, model: nn.Module, hp: "TrainConfig", steps:
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step, hp, steps)
         loss = forward_backward(net, parts, hp.precision == "bf16")
-        norm = nn.utils.clip_grad_norm_(weights.values(), hp.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        total = nn.utils.get_total_norm([p.grad for p in weights.values() if p.grad is not None])
+        norm = total.full_tensor() if isinstance(total, DTensor) else total
         # Wait until the last checkpoint is on disk: then a kill loses at most `every` steps. (The
         # weights may change before that, as it is written from a copy.)
         checkpoints.wait()
@@ -145,6 +145,8 @@ def optimize(run: "Run", stage: str, model: nn.Module, hp: "TrainConfig", steps:
         loss, norm, stop = mean_over_ranks(loss, norm, torch.full_like(loss, STOP.is_set()))
         todo.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if math.isfinite(loss) and math.isfinite(norm):
+            if norm > hp.clip:
+                nn.utils.clip_grads_with_norm_(weights.values(), hp.clip, total)
             optimizer.step()
             if average:
                 torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()],
