@@ -1341,7 +1341,7 @@ def sample_run(args):
     prompts, world = prompts_of(args), int(os.environ.get("WORLD_SIZE", 1))
     degrees = {axis: getattr(args, axis) for axis in AXES}
     if args.mode == "every":
-        degrees["ring"] = world            # a placeholder: `sample_every` has the real meshes
+        degrees["ring"] = world            # one that always fits; `sample_every` goes through all
     fits = partial(check_degrees, world, **degrees, patches=args.patches, warmup=args.warmup)
     fits(steps=args.steps)
     try:

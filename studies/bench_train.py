@@ -12,8 +12,8 @@ one. `dp 2`, `replicate 2`: clips a second of two ranks, the model
 sharded or copied, over those of one, with the preset's batch or --batch; each measurement is a
 process of its own, in turn. `apart`: two processes that do not communicate, at once, each with
 half the batch: about what two ranks can reach. Medians over the rounds. Latents are random
-numbers: what they are does not change the time. The first steps of a run have large gradients;
---train_dit.clip is 10 here, so that, as in 98 % of a run's steps, they are not scaled.
+numbers: what they are does not change the time. A run begins with large gradients, which are
+scaled; --train_dit.clip is 10 here, so that none are, as in 98 % of a run's steps.
 """
 
 import json
