@@ -520,15 +520,16 @@ SCALES: dict[str, Callable[[], Config]] = {
     # steps learn more from the same number of clips. studies/README.md says what else was tried
     "toy": lambda: Config(
         patch=(1, 2, 2),                        # a token is 8 x 8 pixels of 4 frames
-        tae=replace(autoencoder.PRESETS["toy"]),
+        tae=replace(autoencoder.PRESETS["toy"], shortcut=True),
         vidtwin=replace(autoencoder.VIDTWIN_PRESETS["toy"]),
         loss=replace(autoencoder.LOSSES["toy"]),
-        train_tae=TrainTAE(steps=1000, batch=8, lr=2e-3, image_steps=150, crowd=6, window=8,
-                           finish=0.15),
+        train_tae=TrainTAE(steps=1300, batch=8, lr=3e-3, decay=0.5, image_steps=150, crowd=3,
+                           window=8, finish=0.15),
         text=replace(text_cond.PRESETS["toy"]),
         dit=replace(backbone.PRESETS["toy"]),
         clips=ClipConfig(count=10240),
-        train_dit=TrainDiT(steps=2400, batch=16, lr=1.4e-3, warmup=100, ema=0.995, align=0.1),
+        train_dit=TrainDiT(steps=2200, batch=16, lr=2e-3, warmup=100, decay=0.5, ema=0.995,
+                           align=0.1),
         flow=FlowConfig(std=1.3, shift=2.0),   # place and direction are decided near the noise
         sdot=SDOTConfig(solver="pot"),
         sample=SampleConfig(steps=16, schedule="shifted", guidance=5.0),

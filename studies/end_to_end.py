@@ -252,7 +252,7 @@ def main():
     def always(variant, seed):
         """The flags of every run."""
         return {"coupling": "independent", "train_dit.align": 0, "sample.prompts": 120,
-                "variant": variant, "seed": seed, **PATCHES.get(variant, {})}
+                "tae.shortcut": False, "variant": variant, "seed": seed, **PATCHES.get(variant, {})}
 
     def short(run):
         """Time a twentieth of the recipe -> {stage: CPU seconds of a step}."""

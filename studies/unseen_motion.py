@@ -10,7 +10,7 @@ Answer: fast clips through an autoencoder of slow ones cost 4.6 dB, and samples 
 
 Clips of eight frames show one shape, which moves by half a pixel a frame (slow) or by two (fast)
 and never meets an edge, so that the judge reads both alike. The toy's autoencoder trains on crowds
-of six shapes, then on clips, all of one pace. With the curriculum the crowds begin slow and become
+of shapes, then on clips, all of one pace. With the curriculum the crowds begin slow and become
 as fast as the fast clips, whatever the pace; the last clips have the one pace again. On each of
 these four autoencoders one DiT trains on slow clips and one on fast ones, on latents that are
 normalised by the statistics of the autoencoder's pace (so at the other pace their variance is not

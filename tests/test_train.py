@@ -358,7 +358,7 @@ def test_another_configuration_is_refused_and_named(copy, capfd):
     before = (copy / "config.json").read_bytes()
     assert run(copy, "--seed", "7", "--train_dit.lr", "0.5", "--train_dit.accumulate", "4") == 2
     line = one_line(capfd)
-    assert "seed: 0 there, 7 here" in line and "train_dit.lr: 0.0014 there, 0.5 here" in line
+    assert "seed: 0 there, 7 here" in line and "train_dit.lr: 0.002 there, 0.5 here" in line
     assert "accumulate" not in line and (copy / "config.json").read_bytes() == before
     (copy.parent / "other").mkdir()
     (copy.parent / "other/thesis.txt").write_text("mine")
