@@ -1,9 +1,9 @@
 """Question: how fast is text to video on two CPU cores, and how much faster than another commit?
 
 Run:    python studies/record.py --against edb935f
-Time:   48 minutes on 2 cores, of which 19 are the other commit's
-Answer: 10 minutes, 0.49 of the time of edb935f; 0.98 of the shapes and 0.95 of the held-out
-        combinations are right, and 0.11 of the words of two and three letters.
+Time:   32 to 48 minutes on 2 cores, of which 12 to 19 are the other commit's
+Answer: 7 minutes on AVX-512, 0.56 of the time of edb935f; 0.99 of the shapes and of the held-out
+        combinations are right, and 0.07 of the words of two and three letters.
 
 The speed-run. `torchrun --nproc_per_node 2 train.py --scale toy`, a rank on each of two cores, runs
 whole in a fresh folder, once for each seed, one run after the other. The row gives the seconds of
