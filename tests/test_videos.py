@@ -651,6 +651,7 @@ def test_autoencoders_of_videos_have_a_shortcut_in_the_small_scales(tmp_path):
     assert not PARSED("--scale", "small", "--tae.shortcut", "false").tae.shortcut
     drawn = train.parse(["--scale", "small"])[0]
     assert not drawn.tae.shortcut
+    assert train.parse(["--scale", "small", "--tae.shortcut", "true"])[0].tae.shortcut
     train.open_run(drawn, tmp_path / "drawn").lock.close()
     (tmp_path / "drawn/tae").mkdir()
     train.save_tensors(tmp_path / "drawn/tae/tae.safetensors", {"a": torch.zeros(1)})
