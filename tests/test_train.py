@@ -1325,10 +1325,11 @@ def test_two_ranks_train_an_autoencoder_with_an_adversary(tmp_path):
         folder = tmp_path / str(ranks)
         status, said = done(torchrun(
             ranks, folder, *TINY, "--stage", "tae", "--loss.gan", "0.1", "--loss.gan_start", "3",
-            "--loss.kl", "0", "--loss.opl", "0.1"))
+            "--loss.kl", "0", "--loss.opl", "0.1", "--train_tae.lr", "5e-4"))
         assert status == 0, said
         found[ranks] = torch.tensor(losses(folder, "tae/image") + losses(folder, "tae/video"))
-    # Each rank draws its own posterior noise and weighs its own adversary: close, not equal.
+    # Each rank draws its own posterior noise and weighs its own adversary: close, not equal. With
+    # 3e-3 the two part after nine steps; with 5e-4, in four seeds, they differ by 2.5 % at most.
     assert len(found[1]) == 10 and torch.allclose(found[1], found[2], rtol=0.05)
 
 
